@@ -1,0 +1,42 @@
+"""MILO for diffusers: perceptual optimisation in the latent space of diffusion models.
+
+Public names are imported when they are first used, so that `import milo_latent` stays fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "DiffBIRPipeline": "milo_latent.pipelines.diffbir",
+    "IRControlNet": "milo_latent.diffbir.ircontrolnet",
+    "MILO": "milo_latent.metric.network",
+    "MILOGuidance": "milo_latent.guidance.callback",
+    "MILOOutput": "milo_latent.metric.network",
+    "ResidualCleaner": "milo_latent.diffbir.residual_cleaner",
+    "Restorer": "milo_latent.restore",
+    "curriculum_weight": "milo_latent.guidance.curriculum",
+    "decode_latents": "milo_latent.codec",
+    "encode_image": "milo_latent.codec",
+    "load_restorer": "milo_latent.restore",
+    "read_image": "milo_latent.files",
+    "read_latents": "milo_latent.files",
+    "restore_image": "milo_latent.restore",
+    "weights_dir": "milo_latent.resources",
+    "write_image": "milo_latent.files",
+    "write_latents": "milo_latent.files",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'milo_latent' has no attribute {name!r}; it has {', '.join(_PUBLIC)}.")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Shipped weights: a folder a set, each with its model card."""
