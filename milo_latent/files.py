@@ -1,0 +1,243 @@
+"""Read and write images and latents: safe, complete or not at all, one clear error."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+LATENT_SUFFIXES = frozenset({".npy", ".safetensors"})
+ALPHA_SUFFIXES = frozenset({".png", ".webp", ".tif", ".tiff"})
+MAX_PIXELS = 128 * 1024 * 1024  # a 16-bit decoder bomb ends here, a 100-megapixel camera does not
+
+
+def read_image(path: str | Path) -> Tensor:
+    """Read an image as RGB: orientation applied, palettes, grey and 16 bit converted, transparency dropped.
+
+    Args:
+        path: an image file.
+
+    Returns:
+        Image, (1, 3, H, W) float32, in [0, 1].
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no image, is truncated, or is larger than `MAX_PIXELS`.
+    """
+    image = _open(path)
+    if image.mode.startswith("I;16") or image.mode == "I":
+        grey = np.asarray(image).astype(np.float32) / 65535.0
+        array = np.repeat(grey[..., None], 3, axis=2)
+    elif image.mode == "F":
+        raise ValueError(f"Expected 8 or 16 bit values in {path}, got 32-bit floating point. Save it as 16-bit PNG.")
+    else:
+        array = np.asarray(image.convert("RGB")).astype(np.float32) / 255.0
+    return torch.from_numpy(np.ascontiguousarray(array.clip(0.0, 1.0).transpose(2, 0, 1)))[None]  # (1, 3, H, W)
+
+
+def read_alpha(path: str | Path) -> Tensor | None:
+    """Read the transparency of an image.
+
+    Args:
+        path: an image file.
+
+    Returns:
+        Alpha, (1, 1, H, W), in [0, 1]; None where the image is opaque.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no image.
+    """
+    image = _open(path)
+    if not image.has_transparency_data:
+        return None
+    alpha = np.asarray(image.convert("RGBA"))[..., 3].astype(np.float32) / 255.0
+    return None if alpha.min() == 1.0 else torch.from_numpy(alpha)[None, None]  # (1, 1, H, W)
+
+
+def _open(path: str | Path) -> Image.Image:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Expected an image file, got {path}, which {'is a folder' if path.is_dir() else 'does not exist'}."
+        )
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                size = f"{image.width}x{image.height}"
+                raise ValueError(f"Expected at most {MAX_PIXELS} pixels, got {size} in {path}. Crop or shrink it.")
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"Expected an image, got {path}, whose content is none that Pillow knows.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"Expected at most {MAX_PIXELS} pixels in {path}: {error}. Crop or shrink it.") from error
+    except (OSError, SyntaxError, EOFError) as error:
+        raise ValueError(f"Expected a complete image, got {path}, which is damaged: {error}.") from error
+
+
+def write_image(path: str | Path, image: Tensor, *, alpha: Tensor | None = None) -> None:
+    """Write an image, rounded to 8 bit, completely or not at all.
+
+    Args:
+        path: where; the suffix names the format.
+        image: (1, 3, H, W) or (3, H, W), in [0, 1]; values outside are clipped.
+        alpha: transparency, (1, 1, H, W), in [0, 1]; only for formats that hold it.
+
+    Raises:
+        ValueError: for an unknown suffix, a shape that is no single image, NaN, or alpha in a format without it.
+        OSError: if the disk is full or the folder is missing; nothing is left behind.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"Expected an image suffix, one of {sorted(IMAGE_SUFFIXES)}, got {path.name!r}.")
+    if alpha is not None and path.suffix.lower() not in ALPHA_SUFFIXES:
+        raise ValueError(f"{path.name} cannot hold transparency. Choose one of {sorted(ALPHA_SUFFIXES)}.")
+    if image.ndim == 4 and image.shape[0] == 1:
+        image = image[0]
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"Expected one image, (3, H, W), got {tuple(image.shape)}.")
+    if not torch.isfinite(image).all():
+        raise ValueError(f"Expected finite values, got NaN or infinity; {path} is not written.")
+    if alpha is not None:
+        image = torch.cat([image, alpha[0].to(image)])
+    array = image.detach().float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    picture = Image.fromarray(np.ascontiguousarray(array))
+    file_format = Image.registered_extensions()[path.suffix.lower()]
+    options = {"quality": 95, "subsampling": 0} if file_format == "JPEG" else {}
+    write_atomically(path, lambda partial: picture.save(partial, format=file_format, **options))
+
+
+def read_latents(path: str | Path) -> Tensor:
+    """Read scaled latents from `.npy` or `.safetensors`.
+
+    Args:
+        path: `.npy` of (C, h, w) or (B, C, h, w), or `.safetensors` with an entry `latents`.
+
+    Returns:
+        Latents, (B, C, h, w) float32.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, holds pickled objects, has no latents, or a shape that is none of latents.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a file of latents, got {path}, which does not exist.")
+    if path.suffix.lower() not in LATENT_SUFFIXES:
+        raise ValueError(f"Expected latents as one of {sorted(LATENT_SUFFIXES)}, got {path.name!r}.")
+    latents = _read_npy(path) if path.suffix.lower() == ".npy" else _read_safetensors(path)
+    if latents.ndim == 3:
+        latents = latents[None]
+    if latents.ndim != 4 or not latents.is_floating_point():
+        raise ValueError(
+            f"Expected latents (C, h, w) or (B, C, h, w), floating point, in {path}, "
+            f"got {tuple(latents.shape)} {latents.dtype}."
+        )
+    return latents.float()
+
+
+def _read_npy(path: Path) -> Tensor:
+    try:
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    except (ValueError, EOFError, OSError, TypeError) as error:
+        raise ValueError(f"Expected a plain array in {path}: {error}. Pickled objects are never read.") from error
+
+
+def _read_safetensors(path: Path) -> Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            if "latents" not in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                raise ValueError(f"Expected an entry `latents` in {path}, got {sorted(file.keys())}.")
+            return file.get_tensor("latents")
+    except SafetensorError as error:
+        raise ValueError(f"Expected a complete safetensors file, got {path}: {error}.") from error
+
+
+def read_latents_metadata(path: str | Path) -> dict[str, str]:
+    """Read what a `.safetensors` file says of its latents: `vae`, `scaling_factor`, `source_size` as "WxH".
+
+    Args:
+        path: a `.safetensors` file.
+
+    Returns:
+        The metadata, empty where there is none.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"Expected a complete safetensors file, got {path}: {error}.") from error
+
+
+def write_latents(path: str | Path, latents: Tensor, *, metadata: dict[str, str] | None = None) -> None:
+    """Write scaled latents in float32, completely or not at all.
+
+    Args:
+        path: `.npy` or `.safetensors`.
+        latents: (B, C, h, w) or (C, h, w); a batch of one is written to `.npy` without its batch axis.
+        metadata: strings kept in `.safetensors`; `.npy` holds none.
+
+    Raises:
+        ValueError: for another suffix, or values that are not finite.
+        OSError: if the disk is full or the folder is missing; nothing is left behind.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in LATENT_SUFFIXES:
+        raise ValueError(f"Expected latents as one of {sorted(LATENT_SUFFIXES)}, got {path.name!r}.")
+    if not torch.isfinite(latents).all():
+        raise ValueError(f"Expected finite latents, got NaN or infinity; {path} is not written.")
+    array = latents.detach().float().cpu().contiguous()
+    if path.suffix.lower() == ".safetensors":
+        content = save({"latents": array}, metadata=metadata)
+        write_atomically(path, lambda partial: partial.write_bytes(content))
+        return
+    single = array[0] if array.ndim == 4 and array.shape[0] == 1 else array
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:
+            np.save(file, single.numpy(), allow_pickle=False)
+
+    write_atomically(path, write)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8, completely or not at all."""
+    write_atomically(Path(path), lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then move it there.
+
+    Args:
+        path: the final name.
+        write: called with the temporary path.
+
+    Raises:
+        OSError: if writing fails; what stood at `path` is untouched and the temporary file is gone.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"Expected a folder to write into, got {path.parent}, which does not exist.")
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        write(partial)
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)  # mkstemp makes files private; ours are as any other
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
