@@ -1,0 +1,1 @@
+"""MILO as a metric: the network, and what is computed from its mask."""

@@ -1,0 +1,244 @@
+"""MILO: two images or two latents in, where and how much a person would see a difference out."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from milo_latent.checkpoints import CHECKPOINT_SUFFIXES, read_checkpoint, rename_keys
+from milo_latent.checks import check_pair
+from milo_latent.resources import available_weights, weights_dir
+
+__all__ = ["MILO", "MILOOutput", "ModelMixin"]  # ModelMixin: diffusers looks for it beside the classes that it loads
+
+OFFICIAL_PREFIXES = {"mask_finder_1.netBasic.": "mask_finder.", "scaler_network.model.": "scaler."}
+STABLE_DIFFUSION_SCALING_FACTOR = 0.18215  # of SD 1.x and 2.x, on whose latents the official MILO_L was trained
+
+
+@dataclass(frozen=True)
+class MILOOutput:
+    """What MILO says of a batch; in all of it 0 means identical.
+
+    Args:
+        score: raw error E, (B,), unbounded above.
+        quality: quality score Q, (B,), towards 1 = worst; the official command for images prints this.
+        mask: visibility mask M, (B, 1, H, W), in (0, levels).
+        error_map: V, (B, 1, H, W).
+    """
+
+    score: Tensor
+    quality: Tensor
+    mask: Tensor
+    error_map: Tensor
+
+
+class MILO(ModelMixin, ConfigMixin):
+    """The multiscale visibility network, for images (`channels=3`, MILO_I) or latents (`channels=4`, MILO_L).
+
+    The mask finder, one for all levels, adds a sigmoid per level, from coarse to fine; the scaler maps an error to the
+    scale on which people judged.
+
+    Args:
+        channels: C of `ref` and `dist`.
+        levels: L, the number of scales; the sides of the inputs must be at least 2^L.
+        mask_channels: widths of the mask finder's hidden layers.
+        scaler_channels: width of the scaler's hidden layers.
+        latent_space: name of the autoencoder whose latents this was trained on; None for images.
+        scaling_factor: of that autoencoder, to tell its latents from others.
+
+    Source: MILO (ACM TOG 44(6), 2025), section 3; layer widths from the official file `MILO_latent.pth`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        channels: int = 4,
+        levels: int = 4,
+        mask_channels: tuple[int, ...] = (32, 64, 32, 16),
+        scaler_channels: int = 32,
+        latent_space: str | None = None,
+        scaling_factor: float | None = None,
+    ) -> None:
+        super().__init__()
+        widths = (2 * channels + 1, *mask_channels)
+        layers: list[nn.Module] = []
+        for width_in, width_out in itertools.pairwise(widths):
+            layers += [nn.Conv2d(width_in, width_out, 3, padding=1), nn.ReLU()]
+        self.mask_finder = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1), nn.Sigmoid())
+        self.scaler = nn.Sequential(
+            nn.Conv2d(1, scaler_channels, 1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(scaler_channels, scaler_channels, 1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(scaler_channels, 1, 1),
+            nn.Sigmoid(),
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> MILO:
+        """Open a metric, frozen and in evaluation mode; gradients to its inputs still flow.
+
+        Args:
+            pretrained_model_name_or_path: the name of a shipped set, a folder that holds `config.json` or a `metric`
+                folder, an official `.pth` file, or a hub id.
+            **kwargs: as of `ModelMixin.from_pretrained`; none for an official file.
+
+        Returns:
+            The metric.
+
+        Raises:
+            FileNotFoundError: if nothing is there, naming where it was looked for.
+            ValueError: if what is there is not MILO, or not all of it.
+        """
+        source = Path(pretrained_model_name_or_path)
+        if source.suffix.lower() in CHECKPOINT_SUFFIXES:
+            return cls.from_official(source)
+        if str(source) in available_weights():
+            source = weights_dir(str(source))
+        if not (source / "config.json").is_file() and (source / "metric").is_dir():
+            source = source / "metric"
+        could_be_hub_id = not source.exists() and not source.is_absolute() and len(source.parts) == 2
+        if not (source / "config.json").is_file() and not could_be_hub_id:
+            raise FileNotFoundError(
+                f"Expected metric weights, got {str(pretrained_model_name_or_path)!r}: neither a shipped set "
+                f"({', '.join(available_weights())}), nor a folder with config.json, nor an official .pth file."
+            )
+        try:
+            metric = super().from_pretrained(source, **kwargs)
+        except (OSError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+            raise ValueError(f"Expected MILO weights in {pretrained_model_name_or_path}: {error}") from error
+        missing = [name for name, parameter in metric.named_parameters() if parameter.is_meta]
+        if missing:  # diffusers only warns and leaves them on the meta device, to fail at first use
+            raise ValueError(
+                f"Expected every weight in {pretrained_model_name_or_path}, missing: {', '.join(missing)}."
+            )
+        return metric.eval().requires_grad_(False)
+
+    @classmethod
+    def from_official(cls, path: str | Path) -> MILO:
+        """Read `MILO.pth` (images) or `MILO_latent.pth` (Stable Diffusion latents), frozen.
+
+        Args:
+            path: the official file.
+
+        Returns:
+            The metric.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is damaged or no official MILO checkpoint; the differing keys are named.
+        """
+        state = rename_keys(read_checkpoint(path), OFFICIAL_PREFIXES)
+        first = state.get("mask_finder.0.weight")
+        if first is None or first.ndim != 4:
+            raise ValueError(f"Expected an official MILO checkpoint in {path}, got the keys {sorted(state)[:4]}...")
+        channels = (first.shape[1] - 1) // 2
+        latent = channels != 3
+        metric = cls(
+            channels=channels,
+            latent_space="stable-diffusion" if latent else None,
+            scaling_factor=STABLE_DIFFUSION_SCALING_FACTOR if latent else None,
+        )
+        try:
+            metric.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            raise ValueError(f"Expected an official MILO checkpoint in {path}: {error}") from error
+        return metric.eval().requires_grad_(False)
+
+    def forward(self, *, dist: Tensor, ref: Tensor) -> Tensor:
+        """Return the raw error E: 0 for equal inputs, unbounded above, differentiable in both.
+
+        Args:
+            dist: distorted images in [0, 1] or scaled latents, (B, C, H, W).
+            ref: reference, of the same shape.
+
+        Returns:
+            Raw error, (B,).
+
+        Raises:
+            TypeError: for dtypes that differ or are not floating point.
+            ValueError: for shapes or devices that differ, or sides below 2^levels.
+
+        Source: MILO_runner.py and MILO_runner_latent.py of the official repository print its mean over the batch.
+        """
+        mask = self.mask(dist=dist, ref=ref)
+        return (mask * (ref - dist).abs()).mean(dim=(1, 2, 3))
+
+    def mask(self, *, dist: Tensor, ref: Tensor) -> Tensor:
+        """Return the visibility mask M.
+
+        Args:
+            dist: distorted, (B, C, H, W).
+            ref: reference, of the same shape.
+
+        Returns:
+            Mask, (B, 1, H, W), in (0, levels).
+
+        Raises:
+            TypeError: see `forward`.
+            ValueError: see `forward`.
+
+        Source: `mask_generator` of the official network, which, in spite of its variable names, concatenates
+        [dist, ref, mask] when called as the official command line does.
+        """
+        check_pair(ref, dist, channels=self.config.channels, smallest=2**self.config.levels)
+        pyramid = [torch.cat([dist, ref], dim=1)]  # (B, 2C, H, W)
+        for _ in range(self.config.levels - 1):
+            pyramid.append(F.avg_pool2d(pyramid[-1], 2))
+        coarsest = pyramid[-1]
+        mask = coarsest.new_zeros(coarsest.shape[0], 1, coarsest.shape[2] // 2, coarsest.shape[3] // 2)
+        for level in reversed(pyramid):
+            mask = _upsample_to(mask, level.shape[2], level.shape[3])
+            mask = mask + self.mask_finder(torch.cat([level, mask], dim=1))
+        return mask  # (B, 1, H, W)
+
+    def error_map(self, *, dist: Tensor, ref: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the error map V: per pixel, 0 = identical, towards 1 = worst.
+
+        Args:
+            dist: distorted, (B, C, H, W).
+            ref: reference, of the same shape.
+            mask: from `mask`, where it is known already.
+
+        Returns:
+            Error map, (B, 1, H, W). Its mean is the quality score Q.
+
+        Source: `MILO_map` of the official network.
+        """
+        mask = self.mask(dist=dist, ref=ref) if mask is None else mask
+        error = (mask * (ref - dist).abs()).mean(dim=1, keepdim=True)  # (B, 1, H, W)
+        return self.scaler(error) - self.scaler(torch.zeros_like(error[:1, :, :1, :1]))
+
+    def compare(self, *, dist: Tensor, ref: Tensor) -> MILOOutput:
+        """Compare `dist` with `ref` in every way there is, with one pass of the mask finder.
+
+        Args:
+            dist: distorted, (B, C, H, W).
+            ref: reference, of the same shape.
+
+        Returns:
+            Score, quality, mask and error map.
+
+        Raises:
+            TypeError: see `forward`.
+            ValueError: see `forward`.
+        """
+        mask = self.mask(dist=dist, ref=ref)
+        error_map = self.error_map(dist=dist, ref=ref, mask=mask)
+        score = (mask * (ref - dist).abs()).mean(dim=(1, 2, 3))
+        return MILOOutput(score=score, quality=error_map.mean(dim=(1, 2, 3)), mask=mask, error_map=error_map)
+
+
+def _upsample_to(mask: Tensor, height: int, width: int) -> Tensor:
+    """Double the mask, then repeat its last row or column where the level is odd."""
+    mask = F.interpolate(mask, scale_factor=2, mode="bilinear", align_corners=True)
+    return F.pad(mask, (0, width - mask.shape[3], 0, height - mask.shape[2]), mode="replicate")

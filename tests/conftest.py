@@ -1,0 +1,46 @@
+"""Fixtures: the reference material beside the checkout, tiny models, a photo."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from milo_latent.testing import tiny_metric, tiny_pipeline
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference material beside the checkout; tests that need it skip where it is absent."""
+    folder = REPOSITORY.parent / "shared"
+    if not (folder / "milo_official").is_dir():
+        pytest.skip("needs the reference material of ../shared, which is not beside this checkout")
+    return folder
+
+
+@pytest.fixture
+def pipeline():
+    return tiny_pipeline()
+
+
+@pytest.fixture
+def metric():
+    return tiny_metric()
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    """A small noisy PNG: a gradient with an edge."""
+    rows, columns = np.mgrid[0:45, 0:61]
+    picture = np.stack([columns * 4, rows * 5, (columns > 30) * 200], axis=2)
+    noise = np.random.default_rng(0).normal(0, 20, picture.shape)
+    path = tmp_path / "photo.png"
+    Image.fromarray((picture + noise).clip(0, 255).astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY

@@ -1,0 +1,199 @@
+"""MILO, held to the official code's recorded values and to what a metric must be."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from milo_latent import MILO, read_image, read_latents
+from milo_latent.testing import latent_pair, tiny_metric
+
+
+@pytest.fixture(scope="module")
+def reference(shared):
+    return json.loads((shared / "milo_official" / "reference_values.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def latent_metric(shared):
+    return MILO.from_pretrained(shared / "milo_official" / "MILO_latent.pth")
+
+
+@pytest.fixture(scope="module")
+def image_metric(shared):
+    return MILO.from_pretrained(shared / "milo_official" / "MILO.pth")
+
+
+@pytest.fixture(scope="module")
+def official_pairs(shared):
+    folder = shared / "milo_official"
+    return {
+        "latent": {name: read_latents(folder / "latents" / f"{name}.npy") for name in ("ref", "dist")},
+        "image": {name: read_image(folder / "images" / f"{name}.png") for name in ("ref", "dist")},
+    }
+
+
+BLOCKS = [
+    ("latent_pair", 64, 64),
+    ("latent_pair_61x53", 61, 53),
+    ("image_pair", 384, 512),
+    ("image_pair_333x257", 333, 257),
+]
+
+
+@pytest.mark.parametrize(("block", "height", "width"), BLOCKS)
+def test_scores_masks_and_maps_are_the_official_ones(
+    block, height, width, reference, official_pairs, latent_metric, image_metric
+):
+    kind = block.split("_")[0]
+    metric = latent_metric if kind == "latent" else image_metric
+    pair = {name: tensor[..., :height, :width] for name, tensor in official_pairs[kind].items()}
+    expected = reference[block]
+    result = metric.compare(**pair)
+    # the tolerances are those the reference file suggests; scores are held to a tenth of it
+    assert result.score.item() == pytest.approx(expected["score_model(dist,ref)"], rel=1e-5)
+    absolute = 1e-4 if kind == "latent" else 1e-3
+    for tensor, name in ((result.mask, "mask"), (result.error_map, "MILO_map")):
+        for sample in expected[name]["samples_batch0_channel0"]:
+            assert tensor[0, 0, sample["row"], sample["col"]].item() == pytest.approx(sample["value"], abs=absolute)
+        assert tensor.mean().item() == pytest.approx(expected[name]["mean"], rel=1e-4)
+    swapped = metric(dist=pair["ref"], ref=pair["dist"]).item()
+    assert swapped == pytest.approx(expected["score_model(ref,dist)"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["latent", "image"])
+def test_a_batch_of_two_scores_each_item_as_the_official_code_does(
+    kind, reference, official_pairs, latent_metric, image_metric
+):
+    metric = latent_metric if kind == "latent" else image_metric
+    pair = {name: torch.cat([tensor, tensor.flip(-1)]) for name, tensor in official_pairs[kind].items()}
+    expected = reference[f"{kind}_batch_of_two"]["per_item_score"]
+    assert metric(**pair).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_scaler_is_the_official_one(reference, latent_metric, image_metric):
+    for metric, name in ((latent_metric, "latent_weights"), (image_metric, "image_weights")):
+        for sample in reference["scaler_network"][name]:
+            output = metric.scaler(torch.tensor(float(sample["input"])).reshape(1, 1, 1, 1)).item()
+            assert output == pytest.approx(sample["output"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dist", "ref"])
+def test_gradients_are_the_official_ones(name, reference, official_pairs, latent_metric):
+    pair = {key: tensor.clone() for key, tensor in official_pairs["latent"].items()}
+    pair[name].requires_grad_(True)
+    latent_metric(**pair).sum().backward()
+    expected = reference["gradients"]["latent_pair"][f"d_score/d_{name}"]
+    assert pair[name].grad.norm().item() == pytest.approx(expected["l2_norm"], rel=1e-4)
+    assert pair[name].grad.abs().mean().item() == pytest.approx(expected["mean_abs"], rel=1e-4)
+
+
+def test_the_official_latent_pair_scores_the_recorded_value(official_pairs, latent_metric):
+    assert latent_metric(**official_pairs["latent"]).item() == pytest.approx(0.6678550839, rel=1e-5)
+
+
+@given(side=st.integers(16, 40), other=st.integers(16, 40), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_score_is_zero_for_identical_inputs_with_a_finite_gradient(side, other, seed):
+    metric = tiny_metric(seed=seed)
+    latents = torch.randn(1, 4, side, other, generator=torch.Generator().manual_seed(seed)).requires_grad_(True)
+    score = metric(dist=latents, ref=latents.detach())
+    score.sum().backward()
+    assert score.item() == 0.0
+    assert torch.isfinite(latents.grad).all()
+
+
+@given(seed=st.integers(0, 99), noise=st.floats(0.01, 3.0))
+@settings(max_examples=20, deadline=None)
+def test_score_is_positive_and_the_mask_within_its_levels(seed, noise):
+    ref, dist = latent_pair(batch=2, side=21, noise=noise, seed=seed)
+    metric = tiny_metric(seed=seed)
+    result = metric.compare(ref=ref, dist=dist)
+    assert (result.score > 0).all()
+    assert result.mask.min() > 0
+    assert result.mask.max() < metric.config.levels
+
+
+def test_an_item_scores_in_a_batch_as_alone(metric):
+    ref, dist = latent_pair(batch=5, side=19)
+    alone = torch.cat([metric(ref=ref[i : i + 1], dist=dist[i : i + 1]) for i in range(5)])
+    assert torch.allclose(metric(ref=ref, dist=dist), alone, rtol=1e-6, atol=0)
+
+
+def test_the_gradient_matches_finite_differences(metric):
+    metric = metric.double()
+    ref, dist = (tensor.double() for tensor in latent_pair(side=16))
+    assert torch.autograd.gradcheck(lambda each: metric(ref=ref, dist=each), dist.requires_grad_(True), fast_mode=True)
+
+
+def test_bfloat16_stays_within_one_percent(metric):
+    ref, dist = latent_pair(side=32)
+    half = tiny_metric().to(torch.bfloat16)(ref=ref.bfloat16(), dist=dist.bfloat16()).item()
+    assert half == pytest.approx(metric(ref=ref, dist=dist).item(), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("ref", "dist", "error", "match"),
+    [
+        (torch.rand(1, 4, 16, 16), torch.rand(1, 4, 16, 17), ValueError, "one shape"),
+        (torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16), ValueError, "4 channels"),
+        (torch.rand(4, 16, 16), torch.rand(4, 16, 16), ValueError, "batch axis"),
+        (torch.rand(1, 4, 15, 16), torch.rand(1, 4, 15, 16), ValueError, "at least 16"),
+        (torch.ones(1, 4, 16, 16, dtype=torch.long), torch.rand(1, 4, 16, 16), TypeError, "floating point"),
+        (torch.rand(1, 4, 16, 16).double(), torch.rand(1, 4, 16, 16), TypeError, "one dtype"),
+        (np.zeros((1, 4, 16, 16)), torch.rand(1, 4, 16, 16), TypeError, "torch.Tensor"),
+    ],
+)
+def test_inputs_that_cannot_be_compared_are_refused(metric, ref, dist, error, match):
+    with pytest.raises(error, match=match):
+        metric(ref=ref, dist=dist)
+
+
+def test_save_and_load_round_trip(metric, tmp_path):
+    metric.save_pretrained(tmp_path)
+    ref, dist = latent_pair()
+    assert MILO.from_pretrained(tmp_path)(ref=ref, dist=dist).item() == metric(ref=ref, dist=dist).item()
+
+
+def test_a_loaded_metric_is_frozen_and_still_gives_a_gradient_to_its_input(metric, tmp_path):
+    metric.save_pretrained(tmp_path)
+    loaded = MILO.from_pretrained(tmp_path)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    ref, dist = latent_pair()
+    loaded(ref=ref, dist=dist.requires_grad_(True)).sum().backward()
+    assert dist.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [(b"not a checkpoint", "cannot be read"), (b"", "cannot be read")],
+)
+def test_a_damaged_checkpoint_is_refused(tmp_path, content, match):
+    path = tmp_path / "MILO.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=match):
+        MILO.from_pretrained(path)
+
+
+def test_a_foreign_checkpoint_is_refused_by_its_keys(tmp_path):
+    path = tmp_path / "other.pth"
+    torch.save({"layer.weight": torch.zeros(2, 2)}, path)
+    with pytest.raises(ValueError, match=r"official MILO checkpoint.*layer\.weight"):
+        MILO.from_pretrained(path)
+
+
+def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
+    path = tmp_path / "evil.pth"
+    torch.save(print, path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        MILO.from_pretrained(path)
+
+
+def test_missing_weights_are_refused_naming_what_there_is():
+    with pytest.raises(FileNotFoundError, match="shipped set"):
+        MILO.from_pretrained("no-such-weights")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        MILO.from_pretrained("absent.pth")
