@@ -1,0 +1,1 @@
+"""Guidance: from MILO's mask to the guided clean estimate inside each denoising step."""

@@ -1,0 +1,64 @@
+"""The curriculum: which latent pixels weigh how much, as sampling or training goes on; pure functions."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from milo_latent.checks import check_batch, check_choice, check_range
+
+LEVELS = 4  # of MILO: its mask lies in (0, LEVELS)
+Schedule = Literal["constant", "linear", "cosine"]
+SCHEDULES: tuple[str, ...] = get_args(Schedule)
+
+
+def curriculum_alpha(progress: float, *, schedule: Schedule = "cosine") -> float:
+    """Return how far the emphasis has moved from less visible (0) to more visible regions (1).
+
+    Args:
+        progress: share of the guided steps already done, in [0, 1].
+        schedule: "linear", "cosine", or "constant", which stays half way and so weighs all regions alike.
+
+    Raises:
+        ValueError: if `progress` is outside [0, 1] or `schedule` is unknown.
+
+    Source: MILO (ACM TOG 44(6), 2025), curriculum; `constant` is own.
+
+    Example:
+        >>> [curriculum_alpha(p, schedule="linear") for p in (0.0, 0.25, 1.0)]
+        [0.0, 0.25, 1.0]
+    """
+    check_choice("schedule", schedule, SCHEDULES)
+    check_range("progress", progress, 0.0, 1.0, "Pass step_index / max(num_steps - 1, 1).")
+    if schedule == "constant":
+        return 0.5
+    return progress if schedule == "linear" else (1.0 - math.cos(math.pi * progress)) / 2.0
+
+
+def curriculum_weight(mask: Tensor, progress: float, *, schedule: Schedule = "cosine") -> Tensor:
+    """Weight latent pixels so that less visible regions come first and visible ones last.
+
+    Args:
+        mask: visibility mask M, (B, 1, h, w), in (0, LEVELS).
+        progress: share of the guided steps already done, in [0, 1].
+        schedule: how the emphasis moves from the one to the other.
+
+    Returns:
+        Weight W, (B, 1, h, w), >= 0, mean 1 per sample; dtype and device of `mask`.
+
+    Raises:
+        ValueError: if `progress` is outside [0, 1], `schedule` is unknown, or `mask` is not (B, 1, h, w).
+
+    Source: MILO (ACM TOG 44(6), 2025), curriculum; the normalisation is own.
+
+    Example:
+        >>> import torch
+        >>> curriculum_weight(torch.full((2, 1, 8, 8), 1.0), progress=0.25).mean().item()
+        1.0
+    """
+    check_batch("mask", mask)
+    alpha, visible = curriculum_alpha(progress, schedule=schedule), mask / LEVELS
+    weight = (1.0 - alpha) * (1.0 - visible) + alpha * visible
+    return weight / weight.mean(dim=(1, 2, 3), keepdim=True)

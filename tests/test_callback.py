@@ -1,0 +1,193 @@
+"""Guidance as a diffusers callback: every step, exactly, without decoding, and gone afterwards."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipeline
+
+from milo_latent import MILOGuidance
+from milo_latent.codec import encode_image, pad_image
+from milo_latent.testing import generator, latent_pair, tiny_metric, tiny_pipeline
+
+
+def run(pipeline, callback=None, *, steps=4, seed=0, **options):
+    image = torch.rand(1, 3, 50, 70, generator=generator(5))
+    options = {"num_inference_steps": steps, "output_type": "latent"} | options
+    return pipeline(image=image, generator=generator(seed), callback_on_step_end=callback, **options).images
+
+
+def reference_latents(pipeline):
+    image = torch.rand(1, 3, 50, 70, generator=generator(5))
+    with torch.no_grad():
+        return encode_image(pipeline.vae, pad_image(pipeline.clean(image), 16, smallest=128))
+
+
+@pytest.fixture
+def stock():
+    """A text-to-image pipeline of tiny random networks, its prompt given as embeddings."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    tiny = tiny_pipeline()
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=8, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    text = CLIPTextConfig(hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=10)
+    pipeline = StableDiffusionPipeline(
+        vae=tiny.vae, text_encoder=CLIPTextModel(text), tokenizer=None, unet=unet, scheduler=tiny.scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def run_stock(pipeline, callback=None, steps=4, guidance_scale=3.0):
+    embeds = torch.randn(1, 5, 8, generator=generator(3))
+    return pipeline(
+        prompt_embeds=embeds, negative_prompt_embeds=-embeds, num_inference_steps=steps, height=128, width=128,
+        guidance_scale=guidance_scale, generator=generator(), output_type="latent", callback_on_step_end=callback,
+    ).images  # fmt: skip
+
+
+def test_scale_zero_changes_no_bit(pipeline, metric):
+    assert torch.equal(run(pipeline), run(pipeline, MILOGuidance(metric, milo_scale=0.0)))
+
+
+@pytest.mark.parametrize(
+    "scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler]
+)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_full_strength_with_equal_weights_ends_at_the_reference(metric, scheduler, prediction_type):
+    pipeline = tiny_pipeline(prediction_type=prediction_type)
+    options = {"set_alpha_to_one": True} if scheduler is DDIMScheduler else {}
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **options)
+    restored = run(pipeline, MILOGuidance(metric, milo_scale=1.0, schedule="constant"))
+    assert torch.allclose(restored, reference_latents(pipeline), atol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_guidance_moves_the_result_towards_the_reference(pipeline, metric, schedule):
+    reference = reference_latents(pipeline)
+    distances = [
+        (run(pipeline, MILOGuidance(metric, milo_scale=scale, schedule=schedule)) - reference).abs().mean()
+        for scale in (0.0, 0.3, 0.8)
+    ]
+    assert distances[0] > distances[1] > distances[2]
+
+
+def test_nothing_is_decoded_on_the_way(pipeline, metric, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("decoded while sampling")
+
+    monkeypatch.setattr(pipeline.vae, "decode", refuse)
+    run(pipeline, MILOGuidance(metric))
+
+
+def test_outside_its_interval_guidance_changes_nothing(pipeline, metric):
+    guide = MILOGuidance(metric, start=0.9, stop=0.95)  # between the third and the last of four steps
+    assert torch.equal(run(pipeline), run(pipeline, guide))
+    late, always = MILOGuidance(metric, start=0.5), MILOGuidance(metric)
+    assert not torch.equal(run(pipeline), run(pipeline, late))
+    assert not torch.equal(run(pipeline, always), run(pipeline, late))
+
+
+def test_a_batch_is_guided_as_its_images_alone(pipeline, metric):
+    images = torch.rand(2, 3, 40, 40, generator=generator(7))
+    options = {"num_inference_steps": 3, "output_type": "latent", "callback_on_step_end": MILOGuidance(metric)}
+    batch = pipeline(image=images, generator=[generator(1), generator(2)], **options).images
+    for index, seed in ((0, 1), (1, 2)):
+        alone = pipeline(image=images[index : index + 1], generator=generator(seed), **options).images
+        assert torch.allclose(batch[index : index + 1], alone, atol=1e-4)
+
+
+def test_two_runs_do_not_influence_each_other(pipeline, metric):
+    guide = MILOGuidance(metric)
+    first = run(pipeline, guide)
+    assert torch.equal(run(pipeline, guide), first)
+
+
+def test_it_composes_with_other_callbacks(pipeline, metric):
+    class Count(PipelineCallback):
+        tensor_inputs = ("latents",)
+        seen = 0
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            self.seen += 1
+            return callback_kwargs
+
+    count = Count()
+    count.tensor_inputs = ["latents"]
+    together = run(pipeline, MultiPipelineCallbacks([MILOGuidance(metric), count]))
+    assert count.seen == 4
+    assert torch.equal(together, run(pipeline, MILOGuidance(metric)))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_attached_to_a_stock_pipeline_it_guides_every_step(stock, metric, guidance_scale):
+    reference, _ = latent_pair()
+    stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config, set_alpha_to_one=True)
+    guide = MILOGuidance(metric, milo_scale=1.0, schedule="constant", reference_latents=reference)
+    before = run_stock(stock, guidance_scale=guidance_scale)
+    for _ in range(2):  # two runs in one block
+        with guide.attach(stock):
+            guided = run_stock(stock, guidance_scale=guidance_scale)
+        assert torch.allclose(guided, reference, atol=1e-4)
+    assert "step" not in vars(stock.scheduler)
+    assert torch.equal(run_stock(stock, guidance_scale=guidance_scale), before)
+
+
+def test_the_hook_is_gone_after_a_failure(stock, metric):
+    guide = MILOGuidance(metric, reference_latents=torch.zeros(1, 4, 20, 20))
+    with pytest.raises(ValueError, match=r"\(1, 4, 16, 16\), got \(1, 4, 20, 20\)"), guide.attach(stock):
+        run_stock(stock)
+    assert "step" not in vars(stock.scheduler)
+
+
+def test_as_a_plain_callback_it_says_that_it_misses_the_first_step(stock, metric):
+    reference, _ = latent_pair()
+    stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config, set_alpha_to_one=True)
+    guide = MILOGuidance(metric, milo_scale=1.0, schedule="constant", reference_latents=reference)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="from the second step on"):
+            guided = run_stock(stock, guide)
+        assert torch.allclose(guided, reference, atol=1e-4)
+        assert "step" not in vars(stock.scheduler)
+
+
+def test_the_settings_are_a_diffusers_config(metric, tmp_path):
+    MILOGuidance(metric, milo_scale=0.25, schedule="linear").save_config(tmp_path)
+    guide = MILOGuidance.from_config(tmp_path, metric=metric, milo_scale=0.5)
+    assert (guide.milo_scale, guide.schedule, guide.metric) == (0.5, "linear", metric)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"milo_scale": 1.5}, r"`milo_scale` in \[0, 1\]"),
+        ({"schedule": "square"}, "`schedule` to be one of"),
+        ({"start": 0.8, "stop": 0.2}, r"`stop` in \[0.8, 1\]"),
+        ({"reference_latents": torch.zeros(1, 16, 8, 8)}, "4 channels"),
+    ],
+)
+def test_bad_settings_are_refused(metric, options, match):
+    with pytest.raises(ValueError, match=match):
+        MILOGuidance(metric, **options)
+
+
+def test_a_stock_pipeline_needs_reference_latents(stock, metric):
+    with pytest.raises(ValueError, match="reference_latents"), MILOGuidance(metric).attach(stock):
+        run_stock(stock)
+
+
+def test_guidance_outside_a_run_is_refused(metric):
+    with pytest.raises(RuntimeError, match=r"guide\.attach"):
+        MILOGuidance(metric).guided_model_output(DDIMScheduler(), torch.zeros(1), 0, torch.zeros(1))
+
+
+def test_a_metric_for_other_channels_is_refused(pipeline):
+    with pytest.raises(ValueError, match="3 channels, got 4"):
+        run(pipeline, MILOGuidance(tiny_metric(channels=3)))
