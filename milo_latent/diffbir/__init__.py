@@ -1,0 +1,1 @@
+"""DiffBIR's parts: cleaners, IRControlNet, colour fixes."""

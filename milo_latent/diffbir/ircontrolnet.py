@@ -1,0 +1,32 @@
+"""IRControlNet: a ControlNet whose condition is latents."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from diffusers import ControlNetModel, ModelMixin
+from torch import nn
+
+__all__ = ["IRControlNet", "ModelMixin"]  # ModelMixin: diffusers looks for it beside the classes that it loads
+
+
+class IRControlNet(ControlNetModel):
+    """DiffBIR's ControlNet, told what the photo shows by the latents of the cleaned photo.
+
+    The official network convolves the noisy latents and the condition, concatenated. That convolution splits exactly
+    into `conv_in` for the noisy latents and a bias-free convolution for the condition, whose results are added: the
+    place where `ControlNetModel` adds its embedding of condition pixels.
+
+    Takes what `ControlNetModel` takes; `conditioning_channels` is the number of latent channels.
+
+    Source: `ControlledUnetModel` and `ControlNet` in DiffBIR's diffbir/model/controlnet.py.
+    """
+
+    # keeps the signature, which diffusers reads configurations by
+    @functools.wraps(ControlNetModel.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.controlnet_cond_embedding = nn.Conv2d(
+            self.config.conditioning_channels, self.config.block_out_channels[0], 3, padding=1, bias=False
+        )

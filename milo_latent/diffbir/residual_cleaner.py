@@ -1,0 +1,84 @@
+"""A small residual U-Net as the cleaner (DiffBIR's stage 1) of the embedded models. Own."""
+
+from __future__ import annotations
+
+import itertools
+
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions around a ReLU, added to their input.
+
+    Args:
+        channels: of input and output.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return (B, channels, H, W) for (B, channels, H, W)."""
+        return hidden + self.conv2(F.relu(self.conv1(hidden)))
+
+
+class ResidualCleaner(ModelMixin, ConfigMixin):
+    """Remove noise, blur and compression from an image, blindly: the degradation is not told.
+
+    A U-Net on 2x2 blocks of pixels predicts what to add to its input.
+
+    Args:
+        channels: of the levels, from 1/2 of the size downwards.
+        blocks: residual blocks of each level; all but the last level have them on the way up, too.
+    """
+
+    @register_to_config
+    def __init__(self, channels: tuple[int, ...] = (32, 64, 128), blocks: tuple[int, ...] = (1, 2, 4)) -> None:
+        super().__init__()
+        if len(channels) != len(blocks):
+            raise ValueError(f"Expected as many `channels` as `blocks`, got {len(channels)} and {len(blocks)}.")
+        self.conv_in = nn.Conv2d(12, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            nn.Sequential(*(ResidualBlock(width) for _ in range(count)))
+            for width, count in zip(channels, blocks, strict=True)
+        )
+        pairs = list(itertools.pairwise(channels))
+        self.downsamplers = nn.ModuleList(nn.Conv2d(fine, coarse, 2, stride=2) for fine, coarse in pairs)
+        self.upsamplers = nn.ModuleList(nn.ConvTranspose2d(coarse, fine, 2, stride=2) for fine, coarse in pairs)
+        self.up_blocks = nn.ModuleList(
+            nn.Sequential(*(ResidualBlock(width) for _ in range(count)))
+            for width, count in zip(channels[:-1], blocks[:-1], strict=True)
+        )
+        self.conv_out = nn.Conv2d(channels[0], 12, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Clean an image.
+
+        Args:
+            image: (B, 3, H, W), in [0, 1], any size.
+
+        Returns:
+            Cleaned image, (B, 3, H, W), about [0, 1], not clipped.
+        """
+        height, width = image.shape[2:]
+        multiple = 2 ** len(self.down_blocks)
+        padded = F.pad(image, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+        hidden = self.conv_in(F.pixel_unshuffle(padded - 0.5, 2))  # (B, channels[0], H / 2, W / 2)
+        skips: list[Tensor] = []
+        for level, blocks in enumerate(self.down_blocks):
+            hidden = blocks(hidden)
+            if level < len(self.downsamplers):
+                skips.append(hidden)
+                hidden = self.downsamplers[level](hidden)
+        for level in reversed(range(len(self.up_blocks))):
+            hidden = self.up_blocks[level](skips[level] + self.upsamplers[level](hidden))
+        cleaned = padded + F.pixel_shuffle(self.conv_out(hidden), 2)  # (B, 3, H, W)
+        return cleaned[..., :height, :width]
+
+
+__all__ = ["ModelMixin", "ResidualBlock", "ResidualCleaner"]  # ModelMixin: diffusers looks for it beside the class

@@ -1,0 +1,47 @@
+"""Colour fixes, held to the official code's results."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from milo_latent.diffbir.colour import fix_colour, low_frequencies
+
+
+@pytest.fixture(scope="module")
+def golden(shared):
+    return load_file(shared / "diffbir_golden" / "image_ops.safetensors")
+
+
+@pytest.mark.parametrize("case", ["wavelet", "wavelet_small"])
+def test_the_wavelet_fix_is_the_official_one(golden, case):
+    fixed = fix_colour(golden[f"{case}.content"], golden[f"{case}.style"], method="wavelet")
+    assert (fixed - golden[f"{case}.out"]).abs().max() <= 1e-5 * golden[f"{case}.out"].abs().max()
+
+
+def test_low_frequencies_are_the_official_ones(golden):
+    low = low_frequencies(golden["wavelet.content"])
+    assert (low - golden["wavelet.content_low"]).abs().max() <= 1e-5 * golden["wavelet.content_low"].abs().max()
+
+
+@pytest.mark.parametrize("method", ["wavelet", "adain", "none"])
+def test_an_image_fixed_by_itself_is_itself(method):
+    image = torch.rand(2, 3, 20, 30)
+    assert torch.allclose(fix_colour(image, image, method=method), image, atol=1e-5)
+
+
+def test_each_method_takes_what_it_says():
+    image, colour = torch.rand(1, 3, 64, 64) * 0.2, torch.rand(1, 3, 64, 64) * 0.5 + 0.5
+    adain = fix_colour(image, colour, method="adain")
+    assert torch.allclose(adain.mean(dim=(2, 3)), colour.mean(dim=(2, 3)), atol=1e-4)
+    assert torch.allclose(adain.std(dim=(2, 3)), colour.std(dim=(2, 3)), atol=1e-3)
+    wavelet = fix_colour(image, colour, method="wavelet")
+    assert torch.allclose(wavelet - image, low_frequencies(colour) - low_frequencies(image), atol=1e-6)
+    assert fix_colour(image, colour, method="none") is image
+
+
+def test_bad_arguments_are_refused():
+    image = torch.rand(1, 3, 8, 8)
+    with pytest.raises(ValueError, match="one shape"):
+        fix_colour(image, image[..., 1:])
+    with pytest.raises(ValueError, match="`color_fix`"):
+        fix_colour(image, image, method="histogram")

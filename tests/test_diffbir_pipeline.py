@@ -1,0 +1,187 @@
+"""DiffBIRPipeline: any size, any input, any output, saved and loaded, the same for the same seed."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    UniPCMultistepScheduler,
+)
+from PIL import Image
+
+from milo_latent import DiffBIRPipeline
+from milo_latent.testing import generator
+
+
+def run(pipeline, image=None, **options):
+    image = torch.rand(1, 3, 50, 70, generator=generator(5)) if image is None else image
+    options = {"num_inference_steps": 2, "output_type": "pt", "generator": generator()} | options
+    return pipeline(image=image, **options).images
+
+
+@pytest.mark.parametrize("size", [(1, 1), (17, 33), (128, 128), (129, 200)])
+def test_any_size_comes_back(pipeline, size):
+    image = torch.rand(1, 3, *size)
+    restored = run(pipeline, image)
+    assert restored.shape == image.shape
+    assert restored.min() >= 0
+    assert restored.max() <= 1
+
+
+def test_upscale_multiplies_the_size(pipeline):
+    assert run(pipeline, torch.rand(1, 3, 20, 31), upscale=4.0).shape == (1, 3, 80, 124)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(pipeline):
+    assert torch.equal(run(pipeline), run(pipeline))
+    assert not torch.equal(run(pipeline), run(pipeline, generator=generator(1)))
+
+
+def test_pil_numpy_and_tensors_are_the_same_image(pipeline):
+    array = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    tensor = torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255
+    expected = run(pipeline, tensor)
+    assert torch.allclose(run(pipeline, Image.fromarray(array)), expected, atol=1e-6)
+    assert torch.allclose(run(pipeline, array[None].astype(np.float32) / 255), expected, atol=1e-6)
+    assert torch.allclose(
+        run(pipeline, [Image.fromarray(array)] * 2, generator=[generator(), generator()])[1:], expected, atol=1e-4
+    )
+
+
+def test_outputs_are_the_same_image(pipeline):
+    tensor = run(pipeline)
+    array = run(pipeline, output_type="np")
+    picture = run(pipeline, output_type="pil")[0]
+    assert array.shape == (1, 50, 70, 3)
+    assert np.allclose(array, tensor.permute(0, 2, 3, 1).numpy())
+    assert picture.size == (70, 50)
+    assert np.abs(np.asarray(picture) / 255 - array[0]).max() <= 0.5 / 255 + 1e-6
+    assert run(pipeline, output_type="latent").shape == (1, 4, 16, 16)
+    image = torch.rand(1, 3, 50, 70, generator=generator(5))
+    options = {"num_inference_steps": 2, "output_type": "pt", "generator": generator()}
+    assert torch.equal(pipeline(image=image, return_dict=False, **options)[0], tensor)
+
+
+def test_num_images_per_prompt_repeats_each_image(pipeline):
+    images = torch.rand(2, 3, 30, 30)
+    assert run(pipeline, images, num_images_per_prompt=3).shape[0] == 6
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDPMScheduler,
+        EulerDiscreteScheduler,
+        EulerAncestralDiscreteScheduler,
+        DPMSolverMultistepScheduler,
+        UniPCMultistepScheduler,
+        LCMScheduler,
+    ],
+)
+def test_any_scheduler_works(pipeline, scheduler):
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    assert torch.isfinite(run(pipeline, num_inference_steps=3)).all()
+
+
+def test_one_step_works(pipeline):
+    assert torch.isfinite(run(pipeline, num_inference_steps=1)).all()
+
+
+def test_it_works_without_a_cleaner(pipeline):
+    pipeline.cleaner = None
+    image = torch.rand(1, 3, 20, 20)
+    assert torch.equal(pipeline.clean(image), image)
+    assert run(pipeline, image).shape == image.shape
+
+
+def test_the_condition_matters_as_much_as_it_is_told_to(pipeline):
+    full, half, none = (
+        run(pipeline, controlnet_conditioning_scale=scale, output_type="latent") for scale in (1.0, 0.5, 0.0)
+    )
+    assert (full - none).abs().mean() > (full - half).abs().mean() > 0
+
+
+def test_save_and_load_round_trip(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    loaded = DiffBIRPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.allclose(run(loaded), run(pipeline), atol=1e-5)
+    assert set(loaded.components) == set(pipeline.components)
+
+
+def test_the_file_loads_as_a_custom_pipeline(pipeline, tmp_path, repository):
+    pipeline.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(
+        tmp_path, custom_pipeline=str(repository / "pipelines" / "diffbir.py"), trust_remote_code=True
+    )
+    assert type(loaded).__name__ == "DiffBIRPipeline"
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.allclose(run(loaded), run(pipeline), atol=1e-5)
+
+
+def test_a_function_as_callback_sees_and_changes_the_latents(pipeline):
+    steps = []
+
+    def zero_at_the_end(pipe, step_index, timestep, tensors):
+        steps.append(step_index)
+        if step_index == pipe.num_timesteps - 1:
+            tensors["latents"] = torch.zeros_like(tensors["latents"])
+        return tensors
+
+    latents = run(pipeline, callback_on_step_end=zero_at_the_end, output_type="latent", num_inference_steps=3)
+    assert steps == [0, 1, 2]
+    assert (latents == 0).all()
+
+
+def test_a_callback_can_interrupt(pipeline):
+    steps = []
+
+    def interrupt(pipe, step_index, timestep, tensors):
+        steps.append(step_index)
+        pipe._interrupt = True
+        return tensors
+
+    run(pipeline, callback_on_step_end=interrupt, num_inference_steps=5)
+    assert steps == [0]
+
+
+def test_given_noise_replaces_drawn_noise(pipeline):
+    noise = torch.randn(1, 4, 16, 16, generator=generator())
+    assert torch.equal(run(pipeline, latents=noise, generator=None), run(pipeline))
+    with pytest.raises(ValueError, match=r"`latents` of shape \(1, 4, 16, 16\)"):
+        run(pipeline, latents=noise[..., 1:])
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"image": torch.rand(1, 3, 9, 9) * 255}, "Divide by 255"),
+        ({"image": torch.full((1, 3, 9, 9), torch.nan)}, r"in \[0, 1\]"),
+        ({"image": torch.rand(1, 1, 9, 9)}, "RGB"),
+        ({"image": [Image.new("RGB", (9, 9)), Image.new("RGB", (9, 8))]}, "one size"),
+        ({"output_type": "jpeg"}, "`output_type`"),
+        ({"color_fix": "magic"}, "`color_fix`"),
+        ({"upscale": 0.0}, "`upscale`"),
+        ({"num_inference_steps": 0}, "at least 1"),
+        ({"prompt": "a dog"}, "takes none"),
+        ({"callback_on_step_end_tensor_inputs": ["secret"]}, "secret"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused(pipeline, options, match):
+    with pytest.raises(ValueError, match=match):
+        run(pipeline, **options)
+
+
+def test_an_image_is_needed(pipeline):
+    with pytest.raises(ValueError, match="restores an image"):
+        pipeline(prompt="a dog")
+
+
+def test_a_model_that_is_nowhere_is_named():
+    with pytest.raises(FileNotFoundError, match="no folder here"):
+        DiffBIRPipeline.from_pretrained("nobody/nothing", local_files_only=True)
