@@ -1,0 +1,1 @@
+"""Training: of the autoencoder, the cleaner, the restorer and the metric; never imported by inference."""

@@ -1,0 +1,69 @@
+"""Join trained parts into one pipeline folder, in half precision."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+
+from milo_latent.diffbir.ircontrolnet import IRControlNet
+from milo_latent.diffbir.residual_cleaner import ResidualCleaner
+from milo_latent.files import write_text
+from milo_latent.metric.network import MILO
+from milo_latent.pipelines.diffbir import DiffBIRPipeline
+
+
+def assemble(vae: Path, cleaner: Path, restorer: Path, metric: Path, output: Path) -> None:
+    """Write a pipeline folder with its metric beside the pipeline's components.
+
+    Args:
+        vae: folder of the autoencoder.
+        cleaner: folder of the cleaner.
+        restorer: folder that holds `unet`, `controlnet` and `scheduler`.
+        metric: folder of the metric, kept in float32, in which it is used.
+        output: the pipeline folder.
+    """
+    pipeline = DiffBIRPipeline(
+        vae=AutoencoderTiny.from_pretrained(vae),
+        unet=UNet2DConditionModel.from_pretrained(restorer / "unet"),
+        controlnet=IRControlNet.from_pretrained(restorer / "controlnet"),
+        scheduler=DDIMScheduler.from_pretrained(restorer / "scheduler"),
+        cleaner=ResidualCleaner.from_pretrained(cleaner),
+    )
+    pipeline.to(dtype=torch.float16).save_pretrained(output)
+    MILO.from_pretrained(metric).save_pretrained(output / "metric")
+    # a value that AutoencoderTiny adds to its own configuration and then warns about at every load
+    config = json.loads((output / "vae" / "config.json").read_text())
+    config.pop("block_out_channels", None)
+    for path in output.rglob("config.json"):
+        part = config if path.parent.name == "vae" else json.loads(path.read_text())
+        part.pop("_name_or_path", None)  # a path of the machine that trained it
+        write_text(path, json.dumps(part, indent=2, sort_keys=True) + "\n")
+
+
+def card_rows(folder: Path) -> str:
+    """Return the rows of the model card's table of files: path, size and SHA-256 of all weights in `folder`."""
+    rows = []
+    for path in sorted(folder.rglob("*.safetensors")):
+        content = path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        rows.append(f"| `{path.relative_to(folder)}` | {len(content) / 1e6:.2f} MB | `{digest}` |")
+    return "\n".join(rows)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Assemble, and print what the model card says of the files."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("vae", "cleaner", "restorer", "metric", "output"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    assemble(**vars(options))
+    print(card_rows(options.output))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Image folders as random crops; a batch follows from (seed, step, process), so a resumed run draws the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from milo_latent.files import IMAGE_SUFFIXES, read_image
+
+
+def list_images(folders: Sequence[str | Path]) -> list[Path]:
+    """List the image files of `folders`, sorted by name within each folder.
+
+    Args:
+        folders: folders to look in, not recursive.
+
+    Returns:
+        Paths of all files whose suffix is that of an image.
+
+    Raises:
+        FileNotFoundError: if a folder does not exist or none holds an image.
+    """
+    paths: list[Path] = []
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"Expected a folder of images, got {folder}, which is not a folder.")
+        paths += sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise FileNotFoundError(
+            f"Found no image in {', '.join(map(str, folders))}; looked for {sorted(IMAGE_SUFFIXES)}."
+        )
+    return paths
+
+
+class ImageCrops:
+    """Random square crops, flipped and transposed, from images held in memory as bytes.
+
+    Args:
+        folders: folders of images.
+        crop_size: side of a crop in pixels; smaller images are left out.
+        seed: start of every random draw.
+    """
+
+    def __init__(self, folders: Sequence[str | Path], *, crop_size: int, seed: int = 0) -> None:
+        self.crop_size, self.seed = crop_size, seed
+        self.images: list[np.ndarray] = []
+        for path in tqdm(list_images(folders), desc="Reading images", unit="image"):
+            image = read_image(path)[0]
+            if min(image.shape[1:]) >= crop_size:
+                self.images.append((image * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+        if not self.images:
+            raise ValueError(f"Expected images of at least {crop_size} px, got none. Pass a smaller `crop_size`.")
+
+    def generator(self, step: int, process_index: int = 0) -> np.random.Generator:
+        """Return the random generator of one step of one process."""
+        return np.random.default_rng((self.seed, step, process_index))
+
+    def batch(self, rng: np.random.Generator, batch_size: int) -> Tensor:
+        """Draw crops.
+
+        Args:
+            rng: from `generator`.
+            batch_size: how many.
+
+        Returns:
+            Images, (B, 3, crop_size, crop_size), in [0, 1].
+        """
+        return torch.stack([self._crop(rng) for _ in range(batch_size)]).float().div(255.0)
+
+    def _crop(self, rng: np.random.Generator) -> Tensor:
+        image = self.images[rng.integers(len(self.images))]
+        top = rng.integers(image.shape[0] - self.crop_size + 1)
+        left = rng.integers(image.shape[1] - self.crop_size + 1)
+        crop = image[top : top + self.crop_size, left : left + self.crop_size]
+        if rng.random() < 0.5:
+            crop = crop[:, ::-1]
+        if rng.random() < 0.5:
+            crop = crop.transpose(1, 0, 2)
+        return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))

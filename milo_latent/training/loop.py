@@ -1,0 +1,172 @@
+"""The one training loop: accelerate, progress, checkpoints, exact resume."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from milo_latent.files import write_text
+
+LOG_EVERY = 50  # steps, over which the logged loss is a mean
+Precision = Literal["no", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a training run is: where it writes, how long it lasts, how it steps.
+
+    Args:
+        output: folder of checkpoints and the log.
+        steps: optimizer steps in all.
+        batch_size: items per step and process.
+        learning_rate: the highest learning rate, reached after `warmup` steps.
+        decay: share of the steps, at the end, in which the learning rate falls to zero.
+        warmup: steps in which the learning rate rises.
+        weight_decay: of AdamW.
+        max_grad_norm: gradients are clipped to this norm.
+        seed: start of every random draw.
+        precision: of the forward pass.
+        checkpoint_minutes: time between checkpoints.
+    """
+
+    output: Path
+    steps: int
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    decay: float = 0.25
+    warmup: int = 100
+    weight_decay: float = 1e-3
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    precision: Precision = "bf16"
+    checkpoint_minutes: float = 4.0
+
+
+def learning_rate_factor(step: int, config: RunConfig) -> float:
+    """Return the share of `config.learning_rate` used at `step`: rise, hold, fall linearly to zero.
+
+    Holding until the last `decay` of the run means that a run stopped early and resumed with fewer `steps` equals the
+    shorter run, as long as it had not begun to fall.
+    """
+    rise = min(1.0, (step + 1) / max(config.warmup, 1))
+    fall = (config.steps - step) / max(config.decay * config.steps, 1.0)
+    return min(rise, fall, 1.0)
+
+
+def fit(
+    module: nn.Module,
+    draw: Callable[[int, int], tuple[Tensor, ...]],
+    config: RunConfig,
+    *,
+    validate: Callable[[nn.Module], dict[str, float]] | None = None,
+) -> nn.Module:
+    """Train `module`, whose forward pass returns the loss of a batch.
+
+    Args:
+        module: `module(*batch)` is a scalar loss; only parameters that require a gradient are trained.
+        draw: `draw(step, process_index)` is the batch; it must depend on nothing else.
+        config: the run.
+        validate: called at every checkpoint on the main process; its figures go to the progress bar.
+
+    Returns:
+        The trained module, on its training device.
+
+    Raises:
+        FloatingPointError: if the loss is not finite; the last checkpoint stays.
+    """
+    accelerator = Accelerator(mixed_precision=config.precision)
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
+    )
+    prepared, optimizer = accelerator.prepare(module, optimizer)
+    start = _resume(accelerator, config)
+    _write_config(accelerator, config)
+    progress = tqdm(
+        total=config.steps,
+        initial=start,
+        desc=config.output.name,
+        disable=not accelerator.is_main_process,
+        mininterval=5,
+    )
+    due, began = time.monotonic() + 60 * config.checkpoint_minutes, time.monotonic()
+    figures: dict[str, float] = {}
+    total = torch.zeros((), device=accelerator.device)
+    for step in range(start, config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * learning_rate_factor(step, config)
+        batch = tuple(tensor.to(accelerator.device) for tensor in draw(step, accelerator.process_index))
+        with accelerator.autocast():
+            loss = prepared(*batch)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"The loss is {loss.item()} at step {step}. Resume with a lower learning rate.")
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        progress.update()
+        total += loss.detach()
+        if (step + 1) % LOG_EVERY == 0 and accelerator.is_main_process:
+            mean = total.item() / LOG_EVERY
+            total.zero_()
+            row = {"step": step + 1, "loss": round(mean, 6), "minutes": round((time.monotonic() - began) / 60, 2)}
+            _append_log(config.output / "log.csv", row)
+            progress.set_postfix(row | figures)
+        if time.monotonic() > due or step + 1 == config.steps:
+            if validate is not None and accelerator.is_main_process:
+                figures = validate(accelerator.unwrap_model(prepared))
+                _append_log(config.output / "validation.csv", {"step": step + 1} | figures)
+            _checkpoint(accelerator, config, step + 1)
+            due = time.monotonic() + 60 * config.checkpoint_minutes
+    progress.close()
+    accelerator.wait_for_everyone()
+    return accelerator.unwrap_model(prepared)
+
+
+def _append_log(path: Path, row: dict[str, float]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _write_config(accelerator: Accelerator, config: RunConfig) -> None:
+    if accelerator.is_main_process:
+        record = asdict(config) | {"output": str(config.output), "torch": torch.__version__}
+        write_text(config.output / "run.json", json.dumps(record, indent=2) + "\n")
+
+
+def _checkpoint(accelerator: Accelerator, config: RunConfig, step: int) -> None:
+    """Save beside the last checkpoint, then take its place, so that a kill at any point leaves one whole."""
+    accelerator.wait_for_everyone()
+    partial = config.output / "checkpoint.partial"
+    accelerator.save_state(str(partial), safe_serialization=True)
+    if accelerator.is_main_process:
+        final = config.output / f"checkpoint-{step:08d}"
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in sorted(config.output.glob("checkpoint-*"))[:-1]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def _resume(accelerator: Accelerator, config: RunConfig) -> int:
+    config.output.mkdir(parents=True, exist_ok=True)
+    checkpoints = sorted(config.output.glob("checkpoint-*"))
+    if not checkpoints:
+        return 0
+    accelerator.load_state(str(checkpoints[-1]))
+    return int(checkpoints[-1].name.removeprefix("checkpoint-"))

@@ -1,0 +1,147 @@
+"""Train MILO_L for an autoencoder's latents, first version: a few distortions, labelled by a MILO_I as the teacher."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from milo_latent.codec import VAE, encode_image
+from milo_latent.metric.network import MILO
+from milo_latent.training.dataset import ImageCrops
+from milo_latent.training.degradations import add_noise, blur, compress_jpeg, downscale_and_back
+from milo_latent.training.loop import RunConfig, fit
+
+SCALER_SLOPE = 4.0  # of the untrained scaler's logit, per unit of raw error
+MAP_WEIGHT = 1.0  # of the error map's loss beside that of the score
+
+
+def distort(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Distort (3, H, W), in [0, 1], by one or two of noise, blur, downscaling, JPEG, brightness and contrast."""
+    kinds: list[Callable[[Tensor], Tensor]] = [
+        lambda each: add_noise(each, rng.uniform(2, 60), rng),
+        lambda each: blur(each, rng.uniform(0.4, 4.0)),
+        lambda each: downscale_and_back(each, rng.uniform(1.3, 6.0)),
+        lambda each: compress_jpeg(each, int(rng.integers(5, 90))),
+        lambda each: each + rng.uniform(-0.15, 0.15),
+        lambda each: (each - each.mean()) * rng.uniform(0.4, 1.6) + each.mean(),
+    ]
+    for index in rng.choice(len(kinds), size=rng.integers(1, 3), replace=False):
+        image = kinds[index](image).clamp(0, 1)
+    return image
+
+
+@torch.no_grad()
+def initialise(metric: MILO) -> None:
+    """Start from a scaler that rises over the errors of latents and a mask in the middle of its range.
+
+    With the layers' usual start the scaler is flat, the fastest way to larger errors is a larger mask, and within a few
+    hundred steps the mask is saturated everywhere, where no gradient reaches it any more (seen so).
+    """
+    first, middle, last = (layer for layer in metric.scaler if isinstance(layer, nn.Conv2d))
+    nn.init.ones_(first.weight)
+    middle.weight.mul_(0.1).add_(torch.eye(middle.out_channels)[:, :, None, None])
+    nn.init.constant_(last.weight, SCALER_SLOPE / last.in_channels)
+    third_of_the_range = -0.7  # before the mask's sigmoid
+    for layer, bias in ((first, 0.0), (middle, 0.0), (last, -2.0), (metric.mask_finder[-2], third_of_the_range)):
+        assert isinstance(layer.bias, Tensor)
+        nn.init.constant_(layer.bias, bias)
+
+
+class DistillationLoss(nn.Module):
+    """Squared error of MILO_L's score and error map against those of MILO_I on the same pairs.
+
+    Args:
+        metric: MILO_L, trained.
+        teacher: MILO_I, frozen.
+        vae: whose latents MILO_L learns, frozen.
+    """
+
+    def __init__(self, metric: MILO, *, teacher: MILO, vae: VAE) -> None:
+        super().__init__()
+        self.metric, self.teacher, self.vae = metric, teacher, vae.requires_grad_(False)
+
+    def forward(self, ref: Tensor, dist: Tensor) -> Tensor:
+        """Return the loss for images (B, 3, H, W) in [0, 1]."""
+        with torch.no_grad():
+            teacher_map = self.teacher.error_map(dist=dist, ref=ref).float()  # (B, 1, H, W)
+            latents = encode_image(self.vae, torch.cat([ref, dist])).float()
+        ref_latents, dist_latents = latents.chunk(2)  # (B, C, h, w) each
+        target = F.interpolate(teacher_map, size=ref_latents.shape[2:], mode="area")  # (B, 1, h, w)
+        predicted = self.metric.error_map(dist=dist_latents, ref=ref_latents).float()
+        score_error = (predicted.mean(dim=(1, 2, 3)) - target.mean(dim=(1, 2, 3))).square().mean()
+        return score_error + MAP_WEIGHT * (predicted - target).square().mean()
+
+
+@torch.no_grad()
+def agreement(metric: MILO, teacher: MILO, vae: VAE, folder: Path, *, crop_size: int, batches: int = 12) -> float:
+    """Return the Spearman correlation of MILO_L's and the teacher's quality scores over distorted crops of `folder`."""
+    crops = ImageCrops([folder], crop_size=crop_size, seed=10_000)
+    pairs = []
+    for step in range(batches):
+        rng = crops.generator(step)
+        ref = crops.batch(rng, 16)
+        dist = torch.stack([distort(image, rng) for image in ref])
+        student_map = metric.error_map(dist=encode_image(vae, dist).float(), ref=encode_image(vae, ref).float())
+        scores = (student_map.mean(dim=(1, 2, 3)), teacher.error_map(dist=dist, ref=ref).mean(dim=(1, 2, 3)))
+        pairs.append(torch.stack(scores))
+    ranks = torch.cat(pairs, dim=1).argsort(dim=1).argsort(dim=1).float()
+    return torch.corrcoef(ranks)[0, 1].item()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train and save the metric."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", nargs="+", required=True, help="folders of clean training images")
+    parser.add_argument("--validation", type=Path, required=True, help="folder of clean validation images")
+    parser.add_argument("--vae", type=Path, required=True, help="folder of the autoencoder")
+    parser.add_argument("--teacher", required=True, help="MILO_I weights, such as the official MILO.pth")
+    parser.add_argument("--latent-space", required=True, help="name of the autoencoder, kept in the configuration")
+    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the trained metric")
+    parser.add_argument("--steps", type=int, default=6_000)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--crop-size", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", choices=["no", "bf16", "fp16"], default="bf16")
+    options = parser.parse_args(arguments)
+    torch.manual_seed(options.seed)
+    vae = AutoencoderTiny.from_pretrained(options.vae).eval()
+    metric = MILO(
+        channels=vae.config.latent_channels,
+        latent_space=options.latent_space,
+        scaling_factor=vae.config.scaling_factor,
+    )
+    initialise(metric)
+    teacher = MILO.from_pretrained(options.teacher)
+    for network in (vae, teacher):
+        network.to(memory_format=torch.channels_last)
+    loss = DistillationLoss(metric, teacher=teacher, vae=vae)
+    crops = ImageCrops(options.images, crop_size=options.crop_size, seed=options.seed)
+
+    def draw(step: int, process_index: int) -> tuple[Tensor, Tensor]:
+        rng = crops.generator(step, process_index)
+        ref = crops.batch(rng, options.batch_size)
+        return ref, torch.stack([distort(image, rng) for image in ref])
+
+    config = RunConfig(
+        options.output, options.steps, options.batch_size, options.learning_rate,
+        weight_decay=1e-6, seed=options.seed, precision=options.precision,
+    )  # fmt: skip
+
+    def validate(trained: nn.Module) -> dict[str, float]:
+        return {"srcc": agreement(metric, teacher, vae, options.validation, crop_size=options.crop_size)}
+
+    fit(loss, draw, config, validate=validate)
+    metric.save_pretrained(options.output / "metric")
+    print(f"SRCC with the teacher on {options.validation}: {validate(loss)['srcc']:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Train UNet and IRControlNet together, as a latent diffusion restorer conditioned on the cleaned image."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+
+from milo_latent.codec import VAE, encode_image
+from milo_latent.diffbir.ircontrolnet import IRControlNet
+from milo_latent.diffbir.residual_cleaner import ResidualCleaner
+from milo_latent.training.dataset import ImageCrops
+from milo_latent.training.degradations import degrade
+from milo_latent.training.loop import RunConfig, fit
+
+CHANNELS = (64, 128, 192)
+
+
+def nano_scheduler() -> DDIMScheduler:
+    """Return the noise schedule of the embedded models: v-prediction and zero terminal SNR, as DiffBIR v2.1's.
+
+    It starts from pure noise in training as in sampling, so that one step and twenty both work.
+    """
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+
+
+def nano_unet() -> UNet2DConditionModel:
+    """Return an untrained UNet of the size of the embedded one; it attends to nothing and takes no prompt."""
+    return UNet2DConditionModel(
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=CHANNELS,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 3,
+        mid_block_type="UNetMidBlock2D",
+        up_block_types=("UpBlock2D",) * 3,
+        norm_num_groups=16,
+        attention_head_dim=64,
+        cross_attention_dim=32,
+    )
+
+
+def nano_controlnet() -> IRControlNet:
+    """Return an untrained IRControlNet that fits `nano_unet`."""
+    return IRControlNet(
+        in_channels=4,
+        conditioning_channels=4,
+        block_out_channels=CHANNELS,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 3,
+        mid_block_type="UNetMidBlock2D",
+        norm_num_groups=16,
+        attention_head_dim=64,
+        cross_attention_dim=32,
+    )
+
+
+class RestorerLoss(nn.Module):
+    """Mean squared error of the predicted v.
+
+    Args:
+        unet: trained.
+        controlnet: trained.
+        vae: frozen.
+        cleaner: frozen.
+        scheduler: gives noise levels and targets.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        controlnet: IRControlNet,
+        *,
+        vae: VAE,
+        cleaner: ResidualCleaner,
+        scheduler: DDIMScheduler,
+    ) -> None:
+        super().__init__()
+        self.unet, self.controlnet = unet, controlnet
+        self.vae = vae.requires_grad_(False)
+        self.cleaner = cleaner.requires_grad_(False)
+        self.scheduler = scheduler
+
+    def forward(self, clean: Tensor, degraded: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """Return the loss.
+
+        Args:
+            clean: images, (B, 3, H, W), in [0, 1].
+            degraded: likewise.
+            noise: (B * n, C, h, w): every image is used at n noise levels, since encoding it costs more than a step.
+            timestep: (B * n,), from 0 to 999.
+        """
+        with torch.no_grad():
+            latents = encode_image(self.vae, clean).float()  # (B, C, h, w)
+            condition = encode_image(self.vae, self.cleaner(degraded).clamp(0, 1))  # (B, C, h, w)
+            repeats = noise.shape[0] // clean.shape[0]
+            latents, condition = latents.repeat(repeats, 1, 1, 1), condition.repeat(repeats, 1, 1, 1)
+        noisy = self.scheduler.add_noise(latents, noise, timestep)
+        down_residuals, mid_residual = self.controlnet(
+            noisy, timestep, encoder_hidden_states=None, controlnet_cond=condition, return_dict=False
+        )
+        output = self.unet(
+            noisy,
+            timestep,
+            encoder_hidden_states=None,
+            down_block_additional_residuals=down_residuals,
+            mid_block_additional_residual=mid_residual,
+        ).sample
+        return (output.float() - self.scheduler.get_velocity(latents, noise, timestep)).square().mean()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train and save a folder each of UNet, IRControlNet and scheduler."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", nargs="+", required=True, help="folders of clean training images")
+    parser.add_argument("--vae", type=Path, required=True, help="folder of the trained autoencoder")
+    parser.add_argument("--cleaner", type=Path, required=True, help="folder of the trained cleaner")
+    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the trained models")
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--noise-levels", type=int, default=4, help="noise levels at which each image is used")
+    parser.add_argument("--crop-size", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", choices=["no", "bf16", "fp16"], default="bf16")
+    options = parser.parse_args(arguments)
+    torch.manual_seed(options.seed)
+    unet, controlnet, scheduler = nano_unet(), nano_controlnet(), nano_scheduler()
+    vae = AutoencoderTiny.from_pretrained(options.vae).eval()
+    cleaner = ResidualCleaner.from_pretrained(options.cleaner).eval()
+    for network in (unet, controlnet, vae, cleaner):
+        network.to(memory_format=torch.channels_last)
+    loss = RestorerLoss(unet, controlnet, vae=vae, cleaner=cleaner, scheduler=scheduler)
+    crops = ImageCrops(options.images, crop_size=options.crop_size, seed=options.seed)
+
+    def draw(step: int, process_index: int) -> tuple[Tensor, ...]:
+        rng = crops.generator(step, process_index)
+        clean = crops.batch(rng, options.batch_size)
+        degraded = torch.stack([degrade(image, rng) for image in clean])
+        side = options.crop_size // 8
+        draws = options.batch_size * options.noise_levels
+        noise = torch.from_numpy(rng.standard_normal((draws, 4, side, side), dtype="float32"))
+        timestep = torch.from_numpy(rng.integers(0, scheduler.config.num_train_timesteps, draws))
+        return clean, degraded, noise, timestep
+
+    config = RunConfig(
+        options.output, options.steps, options.batch_size, options.learning_rate,
+        decay=0.4, seed=options.seed, precision=options.precision,
+    )  # fmt: skip
+    fit(loss, draw, config)
+    unet.save_pretrained(options.output / "unet")
+    controlnet.save_pretrained(options.output / "controlnet")
+    scheduler.save_pretrained(options.output / "scheduler")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Training: a resumed run equals an uninterrupted one; every command trains two steps on generated images."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from milo_latent import load_restorer
+from milo_latent.files import read_image
+from milo_latent.restore import restore_image
+from milo_latent.training import assemble, train_autoencoder, train_cleaner, train_metric, train_restorer
+from milo_latent.training.dataset import ImageCrops, list_images
+from milo_latent.training.degradations import add_noise, blur, compress_jpeg, degrade, downscale_and_back
+from milo_latent.training.loop import RunConfig, fit, learning_rate_factor
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for index in range(3):
+        rows, columns = np.mgrid[0:136, 0:140]
+        picture = np.stack([rows, columns, (rows // 8 + columns // 8 + index) % 2 * 200], axis=2) % 256
+        Image.fromarray(picture.astype(np.uint8)).save(folder / f"{index}.png")
+    return folder
+
+
+class Quadratic(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.point = nn.Parameter(torch.ones(3))
+
+    def forward(self, target):
+        return (self.point - target).square().mean()
+
+
+def draw_target(step, process_index):
+    return (torch.from_numpy(np.random.default_rng((7, step, process_index)).standard_normal(3)).float(),)
+
+
+def train(folder, steps, stop_at=None, **options):
+    torch.manual_seed(0)
+    module = Quadratic()
+
+    def draw(step, process_index):
+        if step == stop_at:
+            raise KeyboardInterrupt
+        return draw_target(step, process_index)
+
+    options = {"checkpoint_minutes": 0.0, "precision": "no", "warmup": 2} | options
+    config = RunConfig(folder, steps, learning_rate=0.1, **options)
+    return fit(module, draw, config).point.detach()
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path):
+    whole = train(tmp_path / "whole", 12)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", 12, stop_at=7)
+    assert torch.equal(train(tmp_path / "parts", 12), whole)
+
+
+def test_only_the_last_checkpoint_is_kept_with_the_run_s_record(tmp_path):
+    train(tmp_path / "run", 5)
+    assert [path.name for path in sorted((tmp_path / "run").glob("checkpoint*"))] == ["checkpoint-00000005"]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == 5
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
+    train(tmp_path / "run", 3)
+
+    def draw(step, process_index):
+        return (torch.full((3,), torch.nan),)
+
+    with pytest.raises(FloatingPointError, match="lower learning rate"):
+        fit(Quadratic(), draw, RunConfig(tmp_path / "run", 6, precision="no"))
+    assert (tmp_path / "run" / "checkpoint-00000003").is_dir()
+
+
+def test_the_learning_rate_rises_holds_and_falls(tmp_path):
+    config = RunConfig(tmp_path, 100, warmup=10, decay=0.5)
+    factors = [learning_rate_factor(step, config) for step in (0, 9, 49, 75, 99)]
+    assert factors == pytest.approx([0.1, 1.0, 1.0, 0.5, 0.02])
+
+
+def test_crops_follow_from_seed_and_step_alone(images):
+    crops = ImageCrops([images], crop_size=32, seed=3)
+    first, again, other = (crops.batch(crops.generator(step), 4) for step in (5, 5, 6))
+    assert first.shape == (4, 3, 32, 32)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_folders_without_images_are_refused(tmp_path, images):
+    with pytest.raises(FileNotFoundError, match="no image"):
+        list_images([tmp_path])
+    with pytest.raises(FileNotFoundError, match="not a folder"):
+        list_images([tmp_path / "absent"])
+    with pytest.raises(ValueError, match="at least 500 px"):
+        ImageCrops([images], crop_size=500)
+
+
+def test_degradations_do_what_they_say(images):
+    image = read_image(images / "0.png")[0]
+    rng = np.random.default_rng(0)
+    noisy = add_noise(torch.full((3, 100, 100), 0.5), 25.0, rng)
+    assert (noisy - 0.5).std().item() * 255 == pytest.approx(25.0, rel=0.03)
+    assert torch.allclose(noisy * 255, (noisy * 255).round(), atol=1e-4)
+    noise = torch.randn(3, 200, 200, generator=torch.Generator().manual_seed(0))
+    assert blur(noise, 2.0).std().item() == pytest.approx(1 / (2 * np.pi**0.5 * 2.0), rel=0.05)  # of a Gaussian filter
+    assert downscale_and_back(image, 3.0).shape == image.shape
+    errors = [(compress_jpeg(image, quality) - image).abs().mean() for quality in (90, 50, 10)]
+    assert errors == sorted(errors)
+    degraded = [degrade(image, np.random.default_rng(seed)) for seed in range(30)]
+    assert all(each.shape == image.shape and each.min() >= 0 and each.max() <= 1 for each in degraded)
+    assert torch.equal(degraded[4], degrade(image, np.random.default_rng(4)))
+
+
+def test_the_commands_train_a_pipeline_that_restores(images, tmp_path):
+    """All of `weights/nano`, in small: two steps of each part, joined, loaded, run."""
+    common = ["--images", str(images), "--steps", "2", "--batch-size", "2", "--precision", "no"]
+    validation = ["--validation", str(images)]
+    train_autoencoder.main([*common, *validation, "--output", str(tmp_path / "a"), "--crop-size", "64"])
+    train_cleaner.main([*common, *validation, "--output", str(tmp_path / "c"), "--crop-size", "64"])
+    vae, cleaner = tmp_path / "a" / "vae", tmp_path / "c" / "cleaner"
+    parts = ["--vae", str(vae), "--cleaner", str(cleaner), "--output", str(tmp_path / "r")]
+    train_restorer.main([*common, *parts, "--crop-size", "64"])
+    from milo_latent.testing import tiny_metric
+
+    tiny_metric(channels=3).save_pretrained(tmp_path / "teacher")
+    teacher = ["--teacher", str(tmp_path / "teacher"), "--latent-space", "test"]
+    train_metric.main([*common, *validation, "--vae", str(vae), *teacher, "--output", str(tmp_path / "m")])
+    assemble.assemble(vae, cleaner, tmp_path / "r", tmp_path / "m" / "metric", tmp_path / "model")
+    restorer = load_restorer(tmp_path / "model", device="cpu")
+    image = read_image(images / "0.png")
+    assert restorer.metric.config.scaling_factor == restorer.pipeline.vae.config.scaling_factor != 1.0
+    assert restore_image(image, model=restorer, steps=1).shape == image.shape
