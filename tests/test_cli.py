@@ -1,0 +1,208 @@
+"""The command line: right results for odd inputs, one clear line and a non-zero exit for bad ones."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from milo_latent.cli import main
+from milo_latent.files import read_image, read_latents, read_latents_metadata, write_latents
+from milo_latent.testing import latent_pair, tiny_metric, tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A pipeline folder of tiny random networks, with a metric."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_pipeline().save_pretrained(folder)
+    tiny_metric().save_pretrained(folder / "metric")
+    return str(folder)
+
+
+@pytest.fixture
+def restore(model):
+    def run(*arguments):
+        return main(["restore", *map(str, arguments), "--model", model, "--steps", "2", "--device", "cpu"])
+
+    return run
+
+
+def one_error_line(capsys):
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("milo-latent:")]
+    assert len(lines) == 1
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+def test_restore_writes_a_photo_of_the_same_size_and_says_so(restore, photo, capsys):
+    assert restore(photo) == 0
+    output = photo.with_name("photo_restored.png")
+    assert read_image(output).shape == read_image(photo).shape
+    line = capsys.readouterr().out.strip()
+    assert line.startswith(f"denoise: {photo} -> {output} (61x45 to 61x45")
+    assert "2 steps, MILO guidance" in line
+    assert line.endswith(" s")
+
+
+def test_sr_enlarges_four_times(restore, photo, tmp_path):
+    assert restore(photo, "-o", tmp_path / "large.png", "--task", "sr") == 0
+    assert read_image(tmp_path / "large.png").shape == (1, 3, 180, 244)
+
+
+def test_the_same_seed_gives_the_same_file(restore, photo, tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert restore(photo, "-o", tmp_path / f"{name}.png", "--seed", seed) == 0
+    first, second, other = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert first == second != other
+
+
+def test_guidance_and_curriculum_reach_the_pipeline(restore, photo, tmp_path):
+    settings = {"off": ["--guidance", "0"], "linear": ["--curriculum", "linear"], "full": ["--guidance", "1"]}
+    for name, arguments in settings.items():
+        assert restore(photo, "-o", tmp_path / f"{name}.png", *arguments) == 0
+    assert len({(tmp_path / f"{name}.png").read_bytes() for name in settings}) == 3
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "I;16", "1"])
+def test_every_kind_of_png_is_restored(restore, tmp_path, mode):
+    array = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    if mode == "I;16":
+        Image.fromarray(array[..., 0].astype(np.uint16) * 257).save(tmp_path / "a.png")
+    else:
+        picture = Image.fromarray(array).convert(mode)
+        if mode == "RGBA":
+            picture.putalpha(Image.fromarray(array[..., 0]))
+        picture.save(tmp_path / "a.png")
+    assert restore(tmp_path / "a.png") == 0
+    restored = Image.open(tmp_path / "a_restored.png")
+    assert restored.size == (30, 20)
+    assert restored.mode == ("RGBA" if mode == "RGBA" else "RGB")
+    if mode == "RGBA":
+        assert np.array_equal(np.asarray(restored)[..., 3], array[..., 0])
+
+
+def test_an_image_of_one_pixel_is_restored(restore, tmp_path):
+    Image.new("RGB", (1, 1), (200, 30, 90)).save(tmp_path / "a.png")
+    assert restore(tmp_path / "a.png") == 0
+    assert Image.open(tmp_path / "a_restored.png").size == (1, 1)
+
+
+def make_bad(tmp_path, kind):
+    path = tmp_path / "bad.png"
+    if kind == "text":
+        path.write_text("hello")
+    elif kind == "truncated":
+        path = tmp_path / "bad.jpg"
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)).save(path)
+        path.write_bytes(path.read_bytes()[:2000])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "folder":
+        path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["missing", "text", "truncated", "empty", "folder"])
+def test_bad_files_give_one_line_and_no_output(restore, tmp_path, capsys, kind):
+    path = make_bad(tmp_path, kind)
+    before = set(tmp_path.iterdir())
+    assert restore(path) == 1
+    assert path.name in one_error_line(capsys)
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["-o", "absent/a.png"], "absent, which does not exist"),
+        (["-o", "a.txt"], "image suffix"),
+        (["--guidance", "2"], "`milo_scale` in [0, 1]"),
+        (["--guidance", "nan"], "`milo_scale` in [0, 1]"),
+        (["--steps", "0"], "at least 1"),
+    ],
+)
+def test_bad_arguments_give_one_line(model, photo, capsys, arguments, match):
+    assert main(["restore", str(photo), "--model", model, *arguments]) == 1
+    assert match in one_error_line(capsys)
+    assert not photo.with_name("photo_restored.png").exists()
+
+
+def test_a_model_that_does_not_exist_is_named(photo, capsys):
+    assert main(["restore", str(photo), "--model", "no-such-model"]) == 1
+    assert "'no-such-model'" in one_error_line(capsys)
+
+
+def test_a_failed_write_leaves_the_old_file(restore, photo, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out.png"
+    output.write_bytes(b"old")
+
+    def full(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert restore(photo, "-o", output) == 1
+    assert "No space left" in one_error_line(capsys)
+    assert output.read_bytes() == b"old"
+    assert {path.name for path in tmp_path.iterdir()} == {"photo.png", "out.png"}
+
+
+def test_wrong_options_and_no_command_exit_with_2(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["restore"])
+    assert caught.value.code == 2
+    assert main([]) == 2
+    assert "restore" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [[], ["restore"], ["score"], ["encode"]])
+def test_help_reads(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--help"])
+    assert caught.value.code == 0
+    assert "usage: milo-latent" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    from milo_latent import __version__
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"milo-latent {__version__}"
+
+
+@pytest.mark.parametrize("suffix", ["npy", "safetensors"])
+def test_encode_writes_latents_that_read_again(model, photo, tmp_path, suffix, capsys):
+    output = tmp_path / f"photo.{suffix}"
+    assert main(["encode", str(photo), "-o", str(output), "--model", model]) == 0
+    assert read_latents(output).shape == (1, 4, 6, 8)
+    if suffix == "safetensors":
+        assert read_latents_metadata(output)["source_size"] == "61x45"
+
+
+def test_score_of_latents_is_the_metric_s(model, tmp_path, capsys):
+    ref, dist = latent_pair()
+    write_latents(tmp_path / "ref.npy", ref)
+    write_latents(tmp_path / "dist.npy", dist)
+    files = ["--ref", str(tmp_path / "ref.npy"), "--dist", str(tmp_path / "dist.npy")]
+    assert main(["score", *files, "--weights", model]) == 0
+    expected = tiny_metric()(ref=ref, dist=dist).item()
+    assert f"raw error {expected:.10f}" in capsys.readouterr().out
+
+
+def test_the_official_pairs_score_their_recorded_values(shared, capsys):
+    folder = shared / "milo_official"
+    for kind, weights, suffix, expected in (
+        ("latents", "MILO_latent.pth", "npy", "0.667855"),
+        ("images", "MILO.pth", "png", "0.0082061"),
+    ):
+        files = [f"--{name}={folder / kind / f'{name}.{suffix}'}" for name in ("ref", "dist")]
+        assert main(["score", *files, "--weights", str(folder / weights)]) == 0
+        assert f"raw error {expected}" in capsys.readouterr().out
+
+
+def test_score_asks_for_weights_and_refuses_mixtures(photo, tmp_path, capsys):
+    write_latents(tmp_path / "a.npy", torch.rand(1, 4, 16, 16))
+    assert main(["score", "--ref", str(photo), "--dist", str(photo)]) == 1
+    assert "MILO.pth" in one_error_line(capsys)
+    assert main(["score", "--ref", str(photo), "--dist", str(tmp_path / "a.npy")]) == 1
+    assert "two images or two latent files" in one_error_line(capsys)

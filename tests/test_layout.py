@@ -1,0 +1,93 @@
+"""The layout: data flows one way, inference needs no training code, names are found where they are said to be."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+
+import milo_latent
+
+LEVELS = {
+    "milo_latent.checkpoints": 0,
+    "milo_latent.checks": 0,
+    "milo_latent.files": 0,
+    "milo_latent.resources": 0,
+    "milo_latent.weights": 0,
+    "milo_latent.codec": 1,
+    "milo_latent.metric.network": 1,
+    "milo_latent.metric": 2,
+    "milo_latent.guidance.curriculum": 3,
+    "milo_latent.guidance.step": 3,
+    "milo_latent.guidance": 4,
+    "milo_latent.diffbir": 4,
+    "milo_latent.pipelines": 5,
+    "milo_latent.restore": 6,
+    "milo_latent.training": 6,
+    "milo_latent.testing": 6,
+    "milo_latent.cli": 7,
+}
+
+
+def level(module):
+    while module not in LEVELS:
+        module = module.rpartition(".")[0]
+    return LEVELS[module]
+
+
+def modules(repository):
+    for folder, package in (("milo_latent", "milo_latent"), ("pipelines", "milo_latent.pipelines")):
+        for path in (repository / folder).rglob("*.py"):
+            parts = path.relative_to(repository / folder).with_suffix("").parts
+            yield ".".join([package, *(part for part in parts if part != "__init__")]), path
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("milo_latent."):
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("milo_latent."))
+
+
+def test_no_import_goes_back(repository):
+    checked = 0
+    for module, path in modules(repository):
+        if module == "milo_latent":
+            continue
+        for imported in imports(path):
+            checked += 1
+            same_folder = module.rpartition(".")[0] == imported.rpartition(".")[0] and module.count(".") > 1
+            assert level(imported) < level(module) or same_folder, f"{module} imports {imported}"
+    assert checked > 30
+
+
+def test_inference_never_imports_training(repository):
+    for module, path in modules(repository):
+        if not module.startswith("milo_latent.training"):
+            assert not any(imported.startswith("milo_latent.training") for imported in imports(path)), module
+
+
+def test_files_stay_small(repository):
+    for _, path in modules(repository):
+        limit = 450 if path.name == "diffbir.py" else 300  # a pipeline's docstrings follow diffusers' length
+        assert len(path.read_text().splitlines()) < limit, path
+
+
+def test_importing_the_package_loads_neither_torch_nor_diffusers():
+    code = "import sys, milo_latent; print(sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+
+
+def test_every_public_name_is_there():
+    for name in milo_latent.__all__:
+        assert getattr(milo_latent, name) is not None
+    assert set(milo_latent.__all__) <= set(dir(milo_latent))
+
+
+def test_the_version_is_the_same_everywhere(repository):
+    version = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["version"]
+    assert milo_latent.__version__ == version
+    assert f"version: {version}" in (repository / "CITATION.cff").read_text()
+    assert f"## [{version}]" in (repository / "CHANGELOG.md").read_text()
