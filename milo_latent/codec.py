@@ -46,7 +46,7 @@ def encode_image(vae: VAE, image: Tensor) -> Tensor:
         ValueError: if `image` is not (B, 3, H, W).
     """
     check_batch("image", image, 3)
-    padded = pad_image(image, vae_scale_factor(vae)).to(device=vae.device, dtype=vae.dtype)
+    padded = _to_vae(pad_image(image, vae_scale_factor(vae)), vae)
     encoded = vae.encode(padded * 2 - 1)
     raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
     return scale_latents(vae, raw)
@@ -67,8 +67,14 @@ def decode_latents(vae: VAE, latents: Tensor) -> Tensor:
         ValueError: if `latents` are not (B, C, h, w) with the VAE's C.
     """
     check_batch("latents", latents, vae.config.latent_channels)
-    raw = unscale_latents(vae, latents.to(device=vae.device, dtype=vae.dtype))
+    raw = unscale_latents(vae, _to_vae(latents, vae))
     return (vae.decode(raw).sample.float() / 2 + 0.5).clamp(0, 1)
+
+
+def _to_vae(tensor: Tensor, vae: VAE) -> Tensor:
+    """Move to the VAE, unless on an accelerator already: an offloaded VAE waits on the CPU and follows its input."""
+    device = vae.device if tensor.device.type == "cpu" else tensor.device
+    return tensor.to(device=device, dtype=vae.dtype)
 
 
 def pad_image(image: Tensor, multiple: int, *, smallest: int = 1) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import Tensor
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 LATENT_SUFFIXES = frozenset({".npy", ".safetensors"})
 ALPHA_SUFFIXES = frozenset({".png", ".webp", ".tif", ".tiff"})
-MAX_PIXELS = 128 * 1024 * 1024  # a 16-bit decoder bomb ends here, a 100-megapixel camera does not
+MAX_PIXELS = 128 * 1024 * 1024  # a 100-megapixel camera passes, a decompression bomb does not
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -71,7 +72,8 @@ def _open(path: str | Path) -> Image.Image:
             f"Expected an image file, got {path}, which {'is a folder' if path.is_dir() else 'does not exist'}."
         )
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is the limit below
             if image.width * image.height > MAX_PIXELS:
                 size = f"{image.width}x{image.height}"
                 raise ValueError(f"Expected at most {MAX_PIXELS} pixels, got {size} in {path}. Crop or shrink it.")

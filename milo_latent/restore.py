@@ -75,6 +75,7 @@ def load_restorer(
 
     Raises:
         FileNotFoundError: if there is no such model.
+        ValueError: if there is no such device.
     """
     folder = weights_dir(str(model)) if str(model) in available_weights() else Path(model)
     if not folder.is_dir() and (folder.is_absolute() or str(model).count("/") != 1):
@@ -86,7 +87,18 @@ def load_restorer(
     pipeline = DiffBIRPipeline.from_pretrained(source, dtype=dtype or torch.float32)
     metric_folder = Path(pipeline.name_or_path) / "metric"
     metric = MILO.from_pretrained(metric_folder) if metric_folder.is_dir() else None
-    return Restorer(pipeline.to(device or best_device()), metric)
+    return Restorer(pipeline.to(_check_device(device or best_device())), metric)
+
+
+def _check_device(name: str) -> str:
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first_line = str(error).splitlines()[0]
+        raise ValueError(
+            f"Expected a device that is there, such as {best_device()!r}, got {name!r}: {first_line}"
+        ) from error
+    return name
 
 
 def restore_image(
@@ -116,6 +128,7 @@ def restore_image(
     Raises:
         TypeError: if `image` is not floating point.
         ValueError: for a wrong shape, NaN, an unknown task, or guidance where the model has no metric.
+        MemoryError: if the image is too large for the device.
     """
     check_choice("task", task, TASKS)
     check_batch("image", image, 3)
@@ -131,12 +144,20 @@ def restore_image(
     if restorer.metric is not None:
         guide = MILOGuidance(restorer.metric, milo_scale=scale, schedule=schedule or defaults.schedule)
     generators = [torch.Generator().manual_seed(seed) for _ in range(image.shape[0])]
-    result = restorer.pipeline(
-        image=image,
-        upscale=defaults.upscale,
-        num_inference_steps=defaults.steps if steps is None else steps,
-        generator=generators,
-        output_type="pt",
-        callback_on_step_end=guide,
-    )
+    try:
+        result = restorer.pipeline(
+            image=image,
+            upscale=defaults.upscale,
+            num_inference_steps=defaults.steps if steps is None else steps,
+            generator=generators,
+            output_type="pt",
+            callback_on_step_end=guide,
+        )
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
+            height, width = image.shape[2:]
+            raise MemoryError(
+                f"Not enough memory for {width}x{height} pixels. Restore a smaller part of it."
+            ) from error
+        raise
     return result.images.float().cpu()

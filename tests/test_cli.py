@@ -120,6 +120,7 @@ def test_bad_files_give_one_line_and_no_output(restore, tmp_path, capsys, kind):
         (["--guidance", "2"], "`milo_scale` in [0, 1]"),
         (["--guidance", "nan"], "`milo_scale` in [0, 1]"),
         (["--steps", "0"], "at least 1"),
+        (["--device", "abacus"], "got 'abacus'"),
     ],
 )
 def test_bad_arguments_give_one_line(model, photo, capsys, arguments, match):

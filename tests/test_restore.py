@@ -46,6 +46,15 @@ def test_what_cannot_be_restored_is_refused(restorer, pipeline):
         load_restorer("nowhere")
 
 
+def test_too_large_an_image_says_so(restorer, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(restorer.pipeline.unet, "forward", fail)
+    with pytest.raises(MemoryError, match="memory for 9x8 pixels"):
+        restore_image(torch.rand(1, 3, 8, 9), model=restorer, steps=1)
+
+
 def test_a_model_without_a_metric_restores_without_guidance(pipeline):
     image = torch.rand(1, 3, 30, 30)
     restored = restore_image(image, model=Restorer(pipeline, None), steps=1)
