@@ -55,7 +55,7 @@ def curriculum_weight(mask: Tensor, progress: float, *, schedule: Schedule = "co
 
     Example:
         >>> import torch
-        >>> curriculum_weight(torch.full((2, 1, 8, 8), 1.0), progress=0.25).mean().item()
+        >>> round(curriculum_weight(torch.full((2, 1, 8, 8), 1.0), progress=0.25).mean().item(), 6)
         1.0
     """
     check_batch("mask", mask)

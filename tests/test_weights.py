@@ -1,0 +1,114 @@
+"""The shipped weights: cards that tell the truth, small enough, whole, and good at what they are for."""
+
+import hashlib
+import json
+import re
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from milo_latent import MILO, load_restorer, read_image
+from milo_latent.codec import encode_image
+from milo_latent.resources import available_weights, weights_dir
+from milo_latent.restore import restore_image
+from milo_latent.testing import generator
+
+
+@pytest.fixture(scope="module")
+def nano():
+    restorer = load_restorer("nano", device="cpu")
+    restorer.pipeline.set_progress_bar_config(disable=True)
+    return restorer
+
+
+def psnr(image, clean):
+    return -10 * torch.log10((image - clean).square().mean()).item()
+
+
+def scene():
+    """A made scene, (1, 3, 96, 128): a sky, a hill, a wall, all smooth but for their edges."""
+    rows, columns = torch.meshgrid(torch.linspace(0, 1, 96), torch.linspace(0, 1, 128), indexing="ij")
+    image = torch.stack([0.4 + 0.3 * rows, 0.6 + 0.1 * rows, 0.9 - 0.3 * rows])
+    hill = rows > 0.6 + 0.2 * torch.sin(4 * columns)
+    image[:, hill] = torch.tensor([[0.25], [0.45], [0.2]])
+    image[:, 30:80, 80:110] = torch.tensor([0.75, 0.5, 0.4]).reshape(3, 1, 1)
+    return image[None]
+
+
+def test_every_weight_file_has_its_hash_in_the_card():
+    checked = 0
+    for name in available_weights():
+        card = (weights_dir(name) / "README.md").read_text()
+        recorded = dict(re.findall(r"`([\w/.]+\.safetensors)` \| \S+ MB \| `([0-9a-f]{64})`", card))
+        files = {str(path.relative_to(weights_dir(name))): path for path in weights_dir(name).rglob("*.safetensors")}
+        assert set(recorded) == set(files)
+        for relative, path in files.items():
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == recorded[relative], relative
+            checked += 1
+    assert checked >= 5
+
+
+def test_the_cards_give_commands_data_seeds_and_scores():
+    for name in available_weights():
+        card = (weights_dir(name) / "README.md").read_text()
+        for word in ("python -m milo_latent.training.", "imagenet256", "Seed", "PSNR", "licence"):
+            assert word.lower() in card.lower(), word
+
+
+def test_all_weights_stay_under_40_mb(repository):
+    assert sum(path.stat().st_size for path in (repository / "weights").rglob("*") if path.is_file()) < 40e6
+
+
+def test_no_configuration_holds_a_path(repository):
+    for path in (repository / "weights").rglob("*.json"):
+        assert "_name_or_path" not in json.loads(path.read_text()), path
+
+
+def test_nano_restores_noise_clearly(nano):
+    clean = scene()
+    noisy = (clean + 50 / 255 * torch.randn(clean.shape, generator=generator())).clamp(0, 1)
+    restored = restore_image(noisy, model=nano)
+    assert psnr(restored, clean) > psnr(noisy, clean) + 8.6
+
+
+def test_nano_s_metric_sees_more_in_more_noise_and_nothing_in_none(nano):
+    clean = scene().repeat(1, 1, 2, 2)
+    with torch.no_grad():
+        ref = encode_image(nano.pipeline.vae, clean)
+        scores = []
+        for sigma in (0, 10, 25, 50):
+            noisy = (clean + sigma / 255 * torch.randn(clean.shape, generator=generator())).clamp(0, 1)
+            scores.append(nano.metric(dist=encode_image(nano.pipeline.vae, noisy), ref=ref).item())
+    assert scores[0] == 0
+    assert scores == sorted(scores)
+
+
+def test_nano_s_metric_knows_its_latent_space(nano):
+    assert nano.metric.config.latent_space == "nano"
+    assert nano.metric.config.scaling_factor == nano.pipeline.vae.config.scaling_factor
+    assert torch.equal(MILO.from_pretrained("nano").mask_finder[0].weight, nano.metric.mask_finder[0].weight)
+
+
+def test_nano_s_latents_have_a_spread_of_one(nano, shared):
+    images = [read_image(path) for path in sorted((shared / "data" / "imagenet256_val").iterdir())[:10]]
+    with torch.no_grad():
+        spread = encode_image(nano.pipeline.vae, torch.cat(images)).std().item()
+    assert spread == pytest.approx(1.0, abs=0.15)
+
+
+def test_the_vae_reaches_what_its_card_says(nano, shared):
+    from milo_latent.training.train_autoencoder import reconstruction_psnr
+
+    card = (weights_dir("nano") / "README.md").read_text()
+    said = float(re.search(r"mean PSNR on `imagenet256_val`: (\d+\.\d+) dB", card).group(1))
+    measured = reconstruction_psnr(nano.pipeline.vae, shared / "data" / "imagenet256_val")
+    assert measured == pytest.approx(said, abs=0.02)
+    assert measured >= 23.2
+
+
+def test_nano_loads_without_this_package_s_own_class(nano, repository):
+    pipeline = DiffusionPipeline.from_pretrained(
+        weights_dir("nano"), custom_pipeline=str(repository / "pipelines" / "diffbir.py"), trust_remote_code=True
+    )
+    assert type(pipeline).__name__ == "DiffBIRPipeline"
