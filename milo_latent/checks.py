@@ -39,7 +39,7 @@ def check_pair(ref: Tensor, dist: Tensor, *, channels: int, smallest: int) -> No
     """Raise unless `ref` and `dist` are comparable: same shape, dtype and device, large enough.
 
     Args:
-        ref: reference, (B, C, H, W).
+        ref: reference, (B, C, H, W) or (1, C, H, W).
         dist: distorted, (B, C, H, W).
         channels: what C must be.
         smallest: the least H and W.
@@ -50,7 +50,7 @@ def check_pair(ref: Tensor, dist: Tensor, *, channels: int, smallest: int) -> No
     """
     check_batch("ref", ref, channels)
     check_batch("dist", dist, channels)
-    if ref.shape != dist.shape:
+    if ref.shape[1:] != dist.shape[1:] or ref.shape[0] not in (1, dist.shape[0]):
         raise ValueError(f"Expected `ref` and `dist` of one shape, got {tuple(ref.shape)} and {tuple(dist.shape)}.")
     if ref.dtype != dist.dtype:
         raise TypeError(f"Expected `ref` and `dist` of one dtype, got {ref.dtype} and {dist.dtype}. Convert one.")

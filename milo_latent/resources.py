@@ -1,22 +1,30 @@
-"""Where the shipped weights lie, in a wheel and in a checkout alike."""
+"""Where weights lie: the shipped ones, in a wheel and in a checkout alike, and those pulled before."""
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from pathlib import Path
 
 
-def _root() -> Path:
-    return Path(str(files("milo_latent.weights")))
+def cache_dir() -> Path:
+    """Return the folder of weights that were pulled: `$MILO_LATENT_CACHE`, or `milo_latent` in the user's cache."""
+    chosen = os.environ.get("MILO_LATENT_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "milo_latent"
+
+
+def _sets() -> dict[str, Path]:
+    roots = [root for root in (cache_dir(), Path(str(files("milo_latent.weights")))) if root.is_dir()]
+    return {path.name: path for root in roots for path in sorted(root.iterdir()) if (path / "README.md").is_file()}
 
 
 def available_weights() -> list[str]:
-    """Return the names of the shipped sets of weights."""
-    return sorted(path.name for path in _root().iterdir() if path.is_dir() and (path / "README.md").is_file())
+    """Return the names of the sets of weights at hand: shipped, or pulled before."""
+    return sorted(_sets())
 
 
 def weights_dir(name: str) -> Path:
-    """Return the folder of a shipped set of weights.
+    """Return the folder of a set of weights at hand.
 
     Args:
         name: such as "nano".
@@ -24,7 +32,6 @@ def weights_dir(name: str) -> Path:
     Raises:
         FileNotFoundError: if there is no such set; the message lists those there are.
     """
-    folder = _root() / name
-    if name not in available_weights():
-        raise FileNotFoundError(f"Expected one of the shipped weights, {', '.join(available_weights())}, got {name!r}.")
-    return folder
+    if name not in _sets():
+        raise FileNotFoundError(f"Expected one of the weights at hand, {', '.join(_sets())}, got {name!r}.")
+    return _sets()[name]

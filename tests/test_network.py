@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from milo_latent import MILO, read_image, read_latents
 from milo_latent.testing import latent_pair, tiny_metric
+from milo_latent.training.train_metric import initialise
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +136,49 @@ def test_bfloat16_stays_within_one_percent(metric):
     assert half == pytest.approx(metric(ref=ref, dist=dist).item(), rel=0.01)
 
 
+def test_one_reference_for_many_candidates_scores_as_many_pairs(metric):
+    ref, _ = latent_pair(side=21)
+    _, dist = latent_pair(batch=5, side=21, seed=3)
+    pairs = metric(ref=ref.expand(5, -1, -1, -1).contiguous(), dist=dist)
+    assert torch.allclose(metric(ref=ref, dist=dist), pairs, rtol=1e-5, atol=0)
+    gradients = []
+    for each in (ref, ref.expand(5, -1, -1, -1).contiguous()):
+        leaf = dist.clone().requires_grad_(True)
+        gradients.append(torch.autograd.grad(metric(ref=each, dist=leaf).sum(), leaf)[0])
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-8)
+
+
+def test_a_region_is_all_that_counts(metric):
+    ref, dist = latent_pair(batch=2, side=20)
+    everywhere = torch.ones(1, 1, 20, 20)
+    assert torch.allclose(metric(ref=ref, dist=dist, region=everywhere), metric(ref=ref, dist=dist), rtol=1e-5)
+    left = everywhere.clone()
+    left[..., 10:] = 0
+    result = metric.compare(ref=ref, dist=dist, region=left)
+    error = (result.mask * (ref - dist).abs()).mean(dim=1)
+    assert torch.allclose(result.score, error[..., :10].mean(dim=(1, 2)), rtol=1e-5)
+    assert torch.allclose(result.quality, result.error_map[..., :10].mean(dim=(1, 2, 3)), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"`region` of shape \(2, 1, 20, 20\)"):
+        metric(ref=ref, dist=dist, region=torch.ones(1, 1, 5, 5))
+
+
+def test_similarity_is_one_for_identical_inputs_and_falls_with_noise():
+    metric = tiny_metric()
+    initialise(metric)  # a scaler that rises, as a trained one does
+    similarities = []
+    for noise in (0.0, 0.3, 3.0):
+        ref, dist = latent_pair(noise=noise)
+        similarities.append(metric.compare(ref=ref, dist=dist).similarity.item())
+    assert similarities[0] == 1.0
+    assert 1 >= similarities[0] > similarities[1] > similarities[2] >= 0
+
+
 @pytest.mark.parametrize(
     ("ref", "dist", "error", "match"),
     [
         (torch.rand(1, 4, 16, 16), torch.rand(1, 4, 16, 17), ValueError, "one shape"),
+        (torch.rand(2, 4, 16, 16), torch.rand(3, 4, 16, 16), ValueError, "one shape"),
+        (torch.rand(3, 4, 16, 16), torch.rand(1, 4, 16, 16), ValueError, "one shape"),
         (torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16), ValueError, "4 channels"),
         (torch.rand(4, 16, 16), torch.rand(4, 16, 16), ValueError, "batch axis"),
         (torch.rand(1, 4, 15, 16), torch.rand(1, 4, 15, 16), ValueError, "at least 16"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from milo_latent.checkpoints import CHECKPOINT_SUFFIXES, read_checkpoint, rename_keys
-from milo_latent.checks import check_pair
+from milo_latent.checks import check_batch, check_pair
 from milo_latent.resources import available_weights, weights_dir
 
 __all__ = ["MILO", "MILOOutput", "ModelMixin"]  # ModelMixin: diffusers looks for it beside the classes that it loads
@@ -33,12 +33,14 @@ class MILOOutput:
         quality: quality score Q, (B,), towards 1 = worst; the official command for images prints this.
         mask: visibility mask M, (B, 1, H, W), in (0, levels).
         error_map: V, (B, 1, H, W).
+        similarity: the quality score the other way round for people, (B,): 1 = identical, towards 0 = worst.
     """
 
     score: Tensor
     quality: Tensor
     mask: Tensor
     error_map: Tensor
+    similarity: Tensor
 
 
 class MILO(ModelMixin, ConfigMixin):
@@ -58,6 +60,9 @@ class MILO(ModelMixin, ConfigMixin):
     Source: MILO (ACM TOG 44(6), 2025), section 3; layer widths from the official file `MILO_latent.pth`.
     """
 
+    mask_finder: nn.Sequential
+    scaler: nn.Sequential
+
     @register_to_config
     def __init__(
         self,
@@ -72,7 +77,7 @@ class MILO(ModelMixin, ConfigMixin):
         widths = (2 * channels + 1, *mask_channels)
         layers: list[nn.Module] = []
         for width_in, width_out in itertools.pairwise(widths):
-            layers += [nn.Conv2d(width_in, width_out, 3, padding=1), nn.ReLU()]
+            layers += [nn.Conv2d(width_in, width_out, 3, padding=1), nn.ReLU(inplace=True)]
         self.mask_finder = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1), nn.Sigmoid())
         self.scaler = nn.Sequential(
             nn.Conv2d(1, scaler_channels, 1),
@@ -121,7 +126,7 @@ class MILO(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"Expected every weight in {pretrained_model_name_or_path}, missing: {', '.join(missing)}."
             )
-        return metric.eval().requires_grad_(False)
+        return metric.frozen()
 
     @classmethod
     def from_official(cls, path: str | Path) -> MILO:
@@ -152,14 +157,20 @@ class MILO(ModelMixin, ConfigMixin):
             metric.load_state_dict(state, strict=True)
         except RuntimeError as error:
             raise ValueError(f"Expected an official MILO checkpoint in {path}: {error}") from error
-        return metric.eval().requires_grad_(False)
+        return metric.frozen()
 
-    def forward(self, *, dist: Tensor, ref: Tensor) -> Tensor:
+    def frozen(self) -> MILO:
+        """Return itself in evaluation mode, its parameters without gradients, in the memory layout that is fastest."""
+        self.to(memory_format=torch.channels_last)
+        return self.eval().requires_grad_(False)
+
+    def forward(self, *, dist: Tensor, ref: Tensor, region: Tensor | None = None) -> Tensor:
         """Return the raw error E: 0 for equal inputs, unbounded above, differentiable in both.
 
         Args:
             dist: distorted images in [0, 1] or scaled latents, (B, C, H, W).
-            ref: reference, of the same shape.
+            ref: reference, of the same shape, or (1, C, H, W): one for all of `dist`.
+            region: weights of pixels, (B or 1, 1, H, W), >= 0, such as a face; None weighs all alike.
 
         Returns:
             Raw error, (B,).
@@ -171,14 +182,14 @@ class MILO(ModelMixin, ConfigMixin):
         Source: MILO_runner.py and MILO_runner_latent.py of the official repository print its mean over the batch.
         """
         mask = self.mask(dist=dist, ref=ref)
-        return (mask * (ref - dist).abs()).mean(dim=(1, 2, 3))
+        return _mean((mask * (ref - dist).abs()).mean(dim=1, keepdim=True), region)
 
     def mask(self, *, dist: Tensor, ref: Tensor) -> Tensor:
         """Return the visibility mask M.
 
         Args:
             dist: distorted, (B, C, H, W).
-            ref: reference, of the same shape.
+            ref: reference, of the same shape, or (1, C, H, W): one for all of `dist`, whose share is computed once.
 
         Returns:
             Mask, (B, 1, H, W), in (0, levels).
@@ -191,15 +202,42 @@ class MILO(ModelMixin, ConfigMixin):
         [dist, ref, mask] when called as the official command line does.
         """
         check_pair(ref, dist, channels=self.config.channels, smallest=2**self.config.levels)
-        pyramid = [torch.cat([dist, ref], dim=1)]  # (B, 2C, H, W)
-        for _ in range(self.config.levels - 1):
-            pyramid.append(F.avg_pool2d(pyramid[-1], 2))
+        shared = ref.shape[0] < dist.shape[0]
+        pyramid = self._pyramid(dist if shared else torch.cat([dist, ref], dim=1))
+        ref_features = [self._ref_features(level) for level in self._pyramid(ref)] if shared else [None] * len(pyramid)
         coarsest = pyramid[-1]
         mask = coarsest.new_zeros(coarsest.shape[0], 1, coarsest.shape[2] // 2, coarsest.shape[3] // 2)
-        for level in reversed(pyramid):
+        for level, features in zip(reversed(pyramid), reversed(ref_features), strict=True):
             mask = _upsample_to(mask, level.shape[2], level.shape[3])
-            mask = mask + self.mask_finder(torch.cat([level, mask], dim=1))
+            mask = mask + self._find_mask(torch.cat([level, mask], dim=1), features)
         return mask  # (B, 1, H, W)
+
+    def _pyramid(self, finest: Tensor) -> list[Tensor]:
+        """Return the levels, from fine to coarse; channels last, in which convolutions are fastest (measured)."""
+        pyramid = [finest.contiguous(memory_format=torch.channels_last)]
+        for _ in range(self.config.levels - 1):
+            pyramid.append(F.avg_pool2d(pyramid[-1], 2))
+        return pyramid
+
+    def _ref_features(self, ref: Tensor) -> Tensor:
+        """Return the share of `ref`, (1, C, h, w), in the first layer of the mask finder, (1, 32, h, w)."""
+        channels, first = self.config.channels, self._first_layer
+        return F.conv2d(ref, first.weight[:, channels : 2 * channels], padding=1)
+
+    def _find_mask(self, level: Tensor, ref_features: Tensor | None) -> Tensor:
+        """Run the mask finder on [dist, ref, mask], or on [dist, mask] where the share of `ref` is known."""
+        if ref_features is None:
+            return self.mask_finder(level)
+        channels, first = self.config.channels, self._first_layer
+        weight = torch.cat([first.weight[:, :channels], first.weight[:, 2 * channels :]], dim=1)
+        hidden = F.conv2d(level, weight, first.bias, padding=1) + ref_features  # (B, 32, h, w)
+        return self.mask_finder[1:](hidden)
+
+    @property
+    def _first_layer(self) -> nn.Conv2d:
+        first = self.mask_finder[0]
+        assert isinstance(first, nn.Conv2d)
+        return first
 
     def error_map(self, *, dist: Tensor, ref: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the error map V: per pixel, 0 = identical, towards 1 = worst.
@@ -218,12 +256,13 @@ class MILO(ModelMixin, ConfigMixin):
         error = (mask * (ref - dist).abs()).mean(dim=1, keepdim=True)  # (B, 1, H, W)
         return self.scaler(error) - self.scaler(torch.zeros_like(error[:1, :, :1, :1]))
 
-    def compare(self, *, dist: Tensor, ref: Tensor) -> MILOOutput:
+    def compare(self, *, dist: Tensor, ref: Tensor, region: Tensor | None = None) -> MILOOutput:
         """Compare `dist` with `ref` in every way there is, with one pass of the mask finder.
 
         Args:
             dist: distorted, (B, C, H, W).
-            ref: reference, of the same shape.
+            ref: reference, of the same shape, or (1, C, H, W): one for all of `dist`.
+            region: weights of pixels, (B or 1, 1, H, W), >= 0; None weighs all alike.
 
         Returns:
             Score, quality, mask and error map.
@@ -233,9 +272,30 @@ class MILO(ModelMixin, ConfigMixin):
             ValueError: see `forward`.
         """
         mask = self.mask(dist=dist, ref=ref)
+        error = (mask * (ref - dist).abs()).mean(dim=1, keepdim=True)  # (B, 1, H, W)
         error_map = self.error_map(dist=dist, ref=ref, mask=mask)
-        score = (mask * (ref - dist).abs()).mean(dim=(1, 2, 3))
-        return MILOOutput(score=score, quality=error_map.mean(dim=(1, 2, 3)), mask=mask, error_map=error_map)
+        quality = _mean(error_map, region)
+        worst = 1.0 - self.scaler(error.new_zeros(1, 1, 1, 1)).flatten()
+        return MILOOutput(
+            score=_mean(error, region),
+            quality=quality,
+            mask=mask,
+            error_map=error_map,
+            similarity=1.0 - quality / worst,
+        )
+
+
+def _mean(values: Tensor, region: Tensor | None) -> Tensor:
+    """Return the mean of (B, 1, H, W) over pixels, weighted by `region`, (B,)."""
+    if region is None:
+        return values.mean(dim=(1, 2, 3))
+    check_batch("region", region, 1)
+    if region.shape[2:] != values.shape[2:] or region.shape[0] not in (1, values.shape[0]):
+        raise ValueError(
+            f"Expected `region` of shape {tuple(values.shape)} or (1, 1, H, W), got {tuple(region.shape)}. Resize it."
+        )
+    region = region.to(values)
+    return (values * region).sum(dim=(1, 2, 3)) / region.expand_as(values).sum(dim=(1, 2, 3))
 
 
 def _upsample_to(mask: Tensor, height: int, width: int) -> Tensor:

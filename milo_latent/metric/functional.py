@@ -1,0 +1,80 @@
+"""Losses and reductions of MILO's scores."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+
+from milo_latent.checks import check_choice
+from milo_latent.metric.network import MILO
+
+Reduction = Literal["mean", "sum", "none"]
+Reading = Literal["score", "quality"]
+
+
+def reduce_scores(scores: Tensor, reduction: Reduction) -> Tensor:
+    """Reduce per-item scores, (B,), as torch's losses do.
+
+    Args:
+        scores: (B,).
+        reduction: "mean" and "sum" give a scalar, "none" the scores themselves.
+
+    Raises:
+        ValueError: for another reduction.
+    """
+    check_choice("reduction", reduction, get_args(Reduction))
+    if reduction == "none":
+        return scores
+    return scores.mean() if reduction == "mean" else scores.sum()
+
+
+class MILOLoss(nn.Module):
+    """MILO as a loss: 0 for equal inputs, never negative, lower is better, a finite gradient everywhere.
+
+    Args:
+        metric: for images or latents; its parameters are not trained, and it stays out of `state_dict`.
+        reduction: "mean", "sum" or "none", over the batch.
+        reading: "score", the raw error, unbounded above; or "quality", in [0, 1), on the scale on which people judged.
+
+    Raises:
+        ValueError: for another reduction or reading.
+
+    Example:
+        >>> from milo_latent.testing import latent_pair, tiny_metric
+        >>> target, pred = latent_pair()
+        >>> bool(MILOLoss(tiny_metric())(pred, target) > 0)
+        True
+    """
+
+    def __init__(self, metric: MILO, *, reduction: Reduction = "mean", reading: Reading = "score") -> None:
+        super().__init__()
+        check_choice("reduction", reduction, get_args(Reduction))
+        check_choice("reading", reading, get_args(Reading))
+        self._metric = [metric.requires_grad_(False)]  # in a list, so that checkpoints of a model do not hold it
+        self.reduction, self.reading = reduction, reading
+
+    @property
+    def metric(self) -> MILO:
+        """The metric."""
+        return self._metric[0]
+
+    def forward(self, pred: Tensor, target: Tensor, *, region: Tensor | None = None) -> Tensor:
+        """Return the loss.
+
+        Args:
+            pred: (B, C, H, W).
+            target: (B, C, H, W).
+            region: weights of pixels, (B or 1, 1, H, W), >= 0.
+
+        Returns:
+            A scalar, or (B,) for the reduction "none".
+
+        Raises:
+            TypeError: see `MILO.forward`.
+            ValueError: see `MILO.forward`.
+        """
+        metric = self.metric.to(pred.device)
+        if self.reading == "score":
+            return reduce_scores(metric(dist=pred, ref=target, region=region), self.reduction)
+        return reduce_scores(metric.compare(dist=pred, ref=target, region=region).quality, self.reduction)

@@ -1,0 +1,103 @@
+"""Error maps as pictures; pure functions from tensors to tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from milo_latent.checks import check_batch, check_range
+
+# the path through Oklab (lightness, green-red, blue-yellow) that the colours follow: lightness rises evenly from dark
+# to light, so equal steps of error look like equal steps of colour, also in grey
+OKLAB_PATH = (
+    (0.10, 0.00, -0.03),
+    (0.30, 0.05, -0.14),
+    (0.50, 0.17, -0.02),
+    (0.70, 0.13, 0.13),
+    (0.90, 0.00, 0.16),
+)
+BAR_WIDTH, BAR_GAP = 16, 8  # pixels
+
+
+def colour_ramp(steps: int = 256) -> Tensor:
+    """Return the colours of errors from 0 to the largest, (steps, 3), RGB in [0, 1]; their lightness is even in Oklab.
+
+    Args:
+        steps: the number of colours, at least 2.
+
+    Raises:
+        ValueError: for fewer than 2 steps.
+
+    Source: own path; Oklab to sRGB as published by B. Ottosson, "A perceptual color space for image processing", 2020.
+    """
+    if steps < 2:
+        raise ValueError(f"Expected `steps` of at least 2, got {steps}.")
+    path = torch.tensor(OKLAB_PATH).T[None]  # (1, 3, points)
+    lab = F.interpolate(path, size=steps, mode="linear", align_corners=True)[0].T  # (steps, 3)
+    return oklab_to_rgb(lab)
+
+
+def oklab_to_rgb(lab: Tensor) -> Tensor:
+    """Turn Oklab colours, (N, 3), into sRGB in [0, 1], (N, 3), clipped to the gamut."""
+    to_cones = torch.tensor(
+        [[1.0, 0.3963377774, 0.2158037573], [1.0, -0.1055613458, -0.0638541728], [1.0, -0.0894841775, -1.2914855480]]
+    )
+    to_linear = torch.tensor(
+        [
+            [4.0767416621, -3.3077115913, 0.2309699292],
+            [-1.2684380046, 2.6097574011, -0.3413193965],
+            [-0.0041960863, -0.7034186147, 1.7076147010],
+        ]
+    )
+    linear = ((lab @ to_cones.T) ** 3 @ to_linear.T).clamp(0, 1)
+    return torch.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear.clamp(min=1e-9) ** (1 / 2.4) - 0.055)
+
+
+def colour_error_map(
+    error_map: Tensor,
+    *,
+    size: tuple[int, int] | None = None,
+    largest: float | None = None,
+    image: Tensor | None = None,
+    opacity: float = 0.6,
+    bar: bool = True,
+) -> Tensor:
+    """Paint an error map: dark where nothing is seen, light where the difference is worst.
+
+    Args:
+        error_map: V, (B, 1, h, w), 0 = identical.
+        size: height and width of the picture; None keeps those of `image`, or of the map.
+        largest: the error painted in the lightest colour; None takes 1, the worst there can be.
+        image: painted over this, (B, 3, H, W), in [0, 1]; None gives colours alone.
+        opacity: of the colours over `image`, in [0, 1].
+        bar: whether a colour bar, 0 at the bottom and `largest` at the top, stands at the right.
+
+    Returns:
+        Pictures, (B, 3, H, W), in [0, 1]; wider by the bar where there is one.
+
+    Raises:
+        ValueError: if `error_map` is not (B, 1, h, w), `largest` is not above 0 or `opacity` is outside [0, 1].
+    """
+    check_batch("error_map", error_map, 1)
+    check_range("opacity", opacity, 0.0, 1.0)
+    largest = 1.0 if largest is None else largest
+    if not largest > 0:
+        raise ValueError(f"Expected `largest` above 0, got {largest}.")
+    size = size or (tuple(image.shape[2:]) if image is not None else tuple(error_map.shape[2:]))  # type: ignore[assignment]
+    errors = F.interpolate(error_map.float().cpu(), size=size, mode="bilinear", align_corners=False)
+    colours = _look_up(errors / largest)
+    if image is not None:
+        colours = opacity * colours + (1 - opacity) * image.float().cpu()
+    if not bar:
+        return colours
+    ramp = torch.linspace(1, 0, colours.shape[2]).reshape(1, 1, -1, 1)
+    painted = _look_up(ramp.expand(colours.shape[0], 1, -1, BAR_WIDTH))
+    return torch.cat([colours, torch.ones_like(painted[..., :BAR_GAP]), painted], dim=3)
+
+
+def _look_up(values: Tensor) -> Tensor:
+    """Return the colour, (B, 3, H, W), of each value in [0, 1], (B, 1, H, W)."""
+    ramp = colour_ramp()
+    index = values.clamp(0, 1).mul(len(ramp) - 1).round().long()[:, 0]  # (B, H, W)
+    return ramp[index].permute(0, 3, 1, 2)

@@ -1,0 +1,43 @@
+"""MILO as a loss."""
+
+import pytest
+import torch
+from torch import nn
+
+from milo_latent import MILOLoss
+from milo_latent.testing import latent_pair, tiny_metric
+
+
+@pytest.mark.parametrize("reading", ["score", "quality"])
+def test_reductions_are_those_of_torch(metric, reading):
+    target, pred = latent_pair(batch=3)
+    none = MILOLoss(metric, reduction="none", reading=reading)(pred, target)
+    assert none.shape == (3,)
+    assert torch.allclose(MILOLoss(metric, reading=reading)(pred, target), none.mean())
+    assert torch.allclose(MILOLoss(metric, reduction="sum", reading=reading)(pred, target), none.sum())
+
+
+def test_descending_the_loss_finds_the_target(metric):
+    target, pred = latent_pair(side=16)
+    pred.requires_grad_(True)
+    loss, optimizer = MILOLoss(metric), torch.optim.Adam([pred], lr=0.03)
+    before = loss(pred, target).item()
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss(pred, target).backward()
+        optimizer.step()
+    assert loss(pred, target).item() < 0.2 * before
+
+
+def test_the_metric_is_neither_trained_nor_saved():
+    module = nn.Module()
+    module.loss = MILOLoss(tiny_metric().requires_grad_(True))
+    assert list(module.parameters()) == []
+    assert module.state_dict() == {}
+
+
+def test_unknown_choices_are_refused(metric):
+    with pytest.raises(ValueError, match="`reduction`"):
+        MILOLoss(metric, reduction="median")
+    with pytest.raises(ValueError, match="`reading`"):
+        MILOLoss(metric, reading="stars")

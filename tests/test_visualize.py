@@ -1,0 +1,53 @@
+"""Error maps as pictures."""
+
+import pytest
+import torch
+
+from milo_latent.metric.visualize import BAR_GAP, BAR_WIDTH, colour_error_map, colour_ramp
+
+
+def luma(colours):
+    return colours @ torch.tensor([0.2126, 0.7152, 0.0722])
+
+
+def test_colours_grow_lighter_evenly_and_stay_in_gamut():
+    ramp = colour_ramp()
+    assert ramp.shape == (256, 3)
+    assert ramp.min() >= 0
+    assert ramp.max() <= 1
+    steps = luma(ramp).diff()
+    assert (steps > 0).all()
+    assert steps.max() < 4 * steps.mean()
+
+
+def test_a_larger_error_is_lighter_and_the_bar_stands_at_the_right():
+    error_map = torch.linspace(0, 1, 16).reshape(1, 1, 1, 16).expand(2, 1, 16, 16)
+    picture = colour_error_map(error_map)
+    assert picture.shape == (2, 3, 16, 16 + BAR_GAP + BAR_WIDTH)
+    assert (luma(picture[0, :, 5, :16].T).diff() > 0).all()
+    assert luma(picture[0, :, 0, -1]) > luma(picture[0, :, -1, -1])
+    assert (picture[..., 16 : 16 + BAR_GAP] == 1).all()
+
+
+def test_maps_are_enlarged_and_laid_over_an_image():
+    image = torch.rand(1, 3, 64, 80)
+    error_map = torch.rand(1, 1, 8, 10)
+    over = colour_error_map(error_map, image=image, opacity=0.25, bar=False)
+    alone = colour_error_map(error_map, size=(64, 80), bar=False)
+    assert torch.allclose(over, 0.25 * alone + 0.75 * image, atol=1e-6)
+
+
+def test_the_largest_error_can_be_chosen():
+    error_map = torch.full((1, 1, 4, 4), 0.2)
+    assert torch.equal(colour_error_map(error_map, largest=0.2, bar=False)[0, :, 0, 0], colour_ramp()[-1])
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="1 channels"):
+        colour_error_map(torch.rand(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="`opacity`"):
+        colour_error_map(torch.rand(1, 1, 4, 4), opacity=2.0)
+    with pytest.raises(ValueError, match="`largest`"):
+        colour_error_map(torch.rand(1, 1, 4, 4), largest=0.0)
+    with pytest.raises(ValueError, match="`steps`"):
+        colour_ramp(1)
