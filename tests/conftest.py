@@ -20,6 +20,12 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _no_pulled_weights(tmp_path_factory, monkeypatch):
+    """Tests see the shipped weights only, and write no cache of the user's."""
+    monkeypatch.setenv("MILO_LATENT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def pipeline():
     return tiny_pipeline()

@@ -1,0 +1,66 @@
+"""The command `milo-latent`: parses, calls, prints; computes nothing."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from milo_latent.cli import decode, encode, restore, score, weights
+
+DESCRIPTION = """\
+Restore photos, steered by MILO in the latent space of a diffusion model, and measure what a person would see.
+
+  milo-latent restore photo.jpg                 a restored photo_restored.png beside it
+  milo-latent score --ref a.npy --dist b.npy    how visible the difference of two latents is
+  milo-latent encode photo.jpg -o photo.npy     the latents of a photo, or of a folder of them
+  milo-latent decode photo.npy -o photo.png     and back
+  milo-latent weights list                      the metrics and models at hand
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="milo-latent", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and stop")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
+    for command in (restore, score, encode, decode, weights):
+        command.add(commands)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: without the program's name; None reads those of the process.
+
+    Returns:
+        Exit code: 0, or 1 after one line on standard error that says what was wrong; wrong arguments exit with 2.
+    """
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.version:
+        from milo_latent import __version__
+
+        print(f"milo-latent {__version__}")
+        return 0
+    if options.command is None:
+        parser.print_help()
+        return 2
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        print(options.run(options))
+    except (ValueError, TypeError, OSError, MemoryError) as error:
+        print(f"milo-latent: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("milo-latent: interrupted, nothing written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""`milo-latent encode`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from milo_latent.cli.loading import hide_loading_bar
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the command to the parser."""
+    command = commands.add_parser(
+        "encode",
+        help="encode photos into latents",
+        description="Encode a photo, or a folder of them, into latents. What is in OUT already is left alone.",
+    )
+    command.set_defaults(run=run)
+    command.add_argument("input", type=Path, metavar="IN", help="photo, or folder of photos")
+    command.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT", help=".npy, .safetensors, or folder"
+    )
+    command.add_argument("--model", default="nano", help="shipped weights, or a folder with a VAE (default: nano)")
+    command.add_argument(
+        "--format",
+        choices=["npy", "safetensors"],
+        default="safetensors",
+        help="of a folder's files (default: safetensors)",
+    )
+
+
+def run(options: argparse.Namespace) -> str:
+    """Encode; return the line to print."""
+    from milo_latent.encoding import encode_file, encode_folder, load_vae
+
+    hide_loading_bar()
+    if options.input.is_dir():
+        count, skipped = encode_folder(
+            load_vae(options.model), options.input, options.output, suffix=options.format, vae_name=options.model
+        )
+        return f"encode: {count} photos of {options.input} -> {options.output} ({skipped} were there already)"
+    shape = encode_file(lambda: load_vae(options.model), options.input, options.output, vae_name=options.model)
+    return f"encode: {options.input} -> {options.output} {shape}"

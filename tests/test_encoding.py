@@ -1,0 +1,80 @@
+"""Photos to files of latents and back: sizes kept, folders gone on with, other VAEs refused."""
+
+import pytest
+import torch
+
+from milo_latent.cli import main
+from milo_latent.encoding import decode_file, encode_file, load_vae
+from milo_latent.files import read_image, read_latents, read_latents_metadata, write_image, write_latents
+from milo_latent.testing import tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index, size in enumerate([(20, 30), (33, 17), (24, 24)]):
+        write_image(folder / f"{index}.png", torch.rand(1, 3, *size))
+    return folder
+
+
+def test_a_folder_goes_there_and_back_in_its_sizes(model, photos, tmp_path, capsys):
+    assert main(["encode", str(photos), "-o", str(tmp_path / "latents"), "--model", model]) == 0
+    assert "3 photos" in capsys.readouterr().out
+    assert main(["decode", str(tmp_path / "latents"), "-o", str(tmp_path / "back"), "--model", model]) == 0
+    for path in photos.iterdir():
+        assert read_image(tmp_path / "back" / path.name).shape == read_image(path).shape
+        metadata = read_latents_metadata(tmp_path / "latents" / f"{path.stem}.safetensors")
+        assert metadata["vae"] == model
+        assert metadata["scaling_factor"] == "1.0"
+
+
+def test_an_interrupted_folder_is_gone_on_with(model, photos, tmp_path, capsys):
+    latents = tmp_path / "latents"
+    assert main(["encode", str(photos), "-o", str(latents), "--model", model, "--format", "npy"]) == 0
+    whole = {path.name: path.read_bytes() for path in latents.iterdir()}
+    (latents / "1.npy").unlink()
+    assert main(["encode", str(photos), "-o", str(latents), "--model", model, "--format", "npy"]) == 0
+    assert "1 photos" in (out := capsys.readouterr().out.splitlines()[-1])
+    assert "2 were there already" in out
+    assert {path.name: path.read_bytes() for path in latents.iterdir()} == whole
+
+
+def test_a_damaged_photo_stops_the_folder_and_loses_nothing(model, photos, tmp_path, capsys):
+    (photos / "1.png").write_text("no image")
+    assert main(["encode", str(photos), "-o", str(tmp_path / "latents"), "--model", model]) == 1
+    assert "1.png" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "latents").iterdir()] == ["0.safetensors"]
+
+
+def test_latents_of_another_vae_are_refused(model, photos, tmp_path):
+    vae = load_vae(model)
+    encode_file(lambda: vae, photos / "0.png", tmp_path / "a.safetensors", vae_name="tiny")
+    latents, metadata = read_latents(tmp_path / "a.safetensors"), read_latents_metadata(tmp_path / "a.safetensors")
+    write_latents(tmp_path / "a.safetensors", latents, metadata=metadata | {"scaling_factor": "0.18215"})
+    with pytest.raises(ValueError, match=r"factor 1\.0, .* says 0\.18215"):
+        decode_file(lambda: vae, tmp_path / "a.safetensors", tmp_path / "a.png")
+
+
+def test_a_vae_is_found_in_a_pipeline_and_alone_and_nowhere_else(model, tmp_path):
+    assert type(load_vae(model)).__name__ == type(load_vae(f"{model}/vae")).__name__ == "AutoencoderTiny"
+    with pytest.raises(FileNotFoundError, match="Expected a VAE"):
+        load_vae(tmp_path)
+    with pytest.raises(ValueError, match="got UNet2DConditionModel"):
+        load_vae(f"{model}/unet")
+
+
+def test_folders_that_cannot_be_encoded_are_refused(model, photos, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert main(["encode", str(tmp_path / "empty"), "-o", str(tmp_path / "out"), "--model", model]) == 1
+    assert "found none" in capsys.readouterr().err
+    write_image(photos / "0.jpg", torch.rand(1, 3, 9, 9))
+    assert main(["encode", str(photos), "-o", str(tmp_path / "out"), "--model", model]) == 1
+    assert "each name once" in capsys.readouterr().err

@@ -1,0 +1,127 @@
+"""Scoring many files: pairing, batches, tables that go on where they stopped."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from milo_latent import scoring
+from milo_latent.cli import main
+from milo_latent.files import read_image, write_image, write_latents
+from milo_latent.scoring import ScoreRow, ScoreTable, match_pairs, score_pairs
+from milo_latent.testing import latent_pair, tiny_metric, tiny_pipeline
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two folders of 20 latents, of two sizes, matched by name."""
+    for name in ("ref", "dist"):
+        (tmp_path / name).mkdir()
+    for index in range(20):
+        ref, dist = latent_pair(side=16 if index < 18 else 20, noise=0.1 * index, seed=index)
+        write_latents(tmp_path / "ref" / f"{index:02d}.npy", ref)
+        write_latents(tmp_path / "dist" / f"{index:02d}.safetensors", dist)
+    return tmp_path / "ref", tmp_path / "dist"
+
+
+@pytest.fixture
+def weights(tmp_path):
+    tiny_metric().save_pretrained(tmp_path / "weights")
+    return str(tmp_path / "weights")
+
+
+def test_pairs_are_matched_by_name(folders):
+    ref, dist = folders
+    pairs = match_pairs(ref, dist)
+    assert [pair.name for pair in pairs] == [f"{index:02d}" for index in range(20)]
+    assert {(pair.ref.stem, pair.dist.suffix) for pair in pairs} == {
+        (f"{index:02d}", ".safetensors") for index in range(20)
+    }
+    many = match_pairs(ref / "00.npy", dist)
+    assert {pair.ref.name for pair in many} == {"00.npy"}
+    assert len(many) == 20
+    assert [pair.name for pair in match_pairs(ref / "00.npy", dist / "01.safetensors")] == ["01.safetensors"]
+
+
+def test_what_cannot_be_paired_is_refused(folders, tmp_path):
+    ref, dist = folders
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        match_pairs(ref, tmp_path / "absent")
+    with pytest.raises(ValueError, match="folder for `dist`"):
+        match_pairs(ref, dist / "00.safetensors")
+    (dist / "07.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"1 are in one only: \['07'\]"):
+        match_pairs(ref, dist)
+    (ref / "07.npy").unlink()
+    write_latents(ref / "08.safetensors", torch.rand(1, 4, 16, 16))
+    with pytest.raises(ValueError, match="each name once"):
+        match_pairs(ref, dist)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="images or latents"):
+        match_pairs(ref / "00.npy", tmp_path / "empty")
+
+
+def test_batches_score_as_pairs_alone(folders, metric):
+    rows = list(score_pairs(metric, match_pairs(*folders)))
+    for index, row in enumerate(rows):
+        ref, dist = latent_pair(side=16 if index < 18 else 20, noise=0.1 * index, seed=index)
+        alone = metric.compare(ref=ref, dist=dist)
+        assert row.score == pytest.approx(alone.score.item(), rel=1e-6)
+        assert row.quality == pytest.approx(alone.quality.item(), rel=1e-5, abs=1e-7)
+
+
+def test_an_interrupted_table_ends_as_an_uninterrupted_one(folders, weights, tmp_path, monkeypatch):
+    ref, dist = folders
+    command = ["score", "--ref", str(ref), "--dist", str(dist), "--weights", weights, "--csv"]
+    assert main([*command, str(tmp_path / "whole.csv")]) == 0
+    real, reads = scoring.read_input, []
+
+    def read(path, encode=None):
+        reads.append(path)
+        if len(reads) == 2 * scoring.BATCH_SIZE + 1:
+            raise KeyboardInterrupt
+        return real(path, encode)
+
+    monkeypatch.setattr(scoring, "read_input", read)
+    assert main([*command, str(tmp_path / "parts.csv")]) == 130
+    assert not (tmp_path / "parts.csv").exists()
+    with (tmp_path / "parts.csv.partial").open("a") as file:
+        file.write('"19",0.5')  # as a kill in the middle of a line leaves it
+    reads.clear()
+    monkeypatch.setattr(scoring, "read_input", lambda path, encode=None: reads.append(path) or real(path, encode))
+    assert main([*command, str(tmp_path / "parts.csv")]) == 0
+    assert len(reads) == 2 * (20 - scoring.BATCH_SIZE)
+    assert (tmp_path / "parts.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert not (tmp_path / "parts.csv.partial").exists()
+    assert len(list(csv.DictReader((tmp_path / "whole.csv").open()))) == 20
+
+
+def test_rows_of_other_weights_are_not_gone_on_with(tmp_path):
+    table = ScoreTable(tmp_path / "a.csv", key="one")
+    table.extend([ScoreRow('with "quotes", and comma', 0.1, 0.2)])
+    assert list(ScoreTable(tmp_path / "a.csv", key="one").rows.values()) == [
+        ScoreRow('with "quotes", and comma', 0.1, 0.2)
+    ]
+    assert ScoreTable(tmp_path / "a.csv", key="other").rows == {}
+
+
+def test_json_prints_every_row(folders, weights, capsys):
+    assert main(["score", "--ref", str(folders[0]), "--dist", str(folders[1]), "--weights", weights, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == [f"{index:02d}" for index in range(20)]
+    assert rows[0]["score"] == 0
+
+
+def test_images_are_scored_as_latents_and_mapped(photo, tmp_path, capsys):
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    tiny_metric().save_pretrained(tmp_path / "model" / "metric")
+    large = torch.nn.functional.interpolate(read_image(photo), size=(136, 144))
+    write_image(tmp_path / "a.png", large)
+    write_image(tmp_path / "b.png", large * 0.7)
+    files = ["--ref", str(tmp_path / "a.png"), "--dist", str(tmp_path / "b.png"), "--vae", str(tmp_path / "model")]
+    assert main(["score", *files, "--map", str(tmp_path / "map.png"), "--overlay", str(tmp_path / "a.png")]) == 0
+    assert "MILO_L" in capsys.readouterr().out
+    picture = read_image(tmp_path / "map.png")
+    assert picture.shape[2] == 136
+    assert picture.shape[3] > 144
