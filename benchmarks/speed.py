@@ -1,0 +1,157 @@
+"""Speed of MILO against the official network: score and gradient with respect to `dist`, paired in one run.
+
+    git clone https://github.com/ugurcogalan06/MILO milo_official
+    python benchmarks/speed.py --official milo_official
+
+Medians over alternating runs; the ratio is the official time over ours, so above 1 is faster. One row of CSV a case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import importlib.util
+import os
+import statistics
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from milo_latent import MILO
+
+CASES = {  # name: shape of `ref` and `dist`, whether they are latents
+    "latents 1x4x64x64": ((1, 4, 64, 64), True),
+    "latents 8x4x64x64": ((8, 4, 64, 64), True),
+    "latents 1x4x256x256": ((1, 4, 256, 256), True),
+    "image 1x3x512x512": ((1, 3, 512, 512), False),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@contextlib.contextmanager
+def cpu_only(folder: Path) -> Iterator[None]:
+    """Let the official files import and load on a machine without CUDA and torchvision, from their own folder."""
+    stub = types.ModuleType("torchvision")
+    stub.transforms = types.ModuleType("torchvision.transforms")  # type: ignore[attr-defined]
+    modules = {name: sys.modules.get(name) for name in ("torchvision", "torchvision.transforms")}
+    to_cuda, here = nn.Module.cuda, Path.cwd()
+    sys.modules |= {"torchvision": stub, "torchvision.transforms": stub.transforms}  # type: ignore[attr-defined]
+    nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(here)
+        nn.Module.cuda = to_cuda  # type: ignore[method-assign]
+        for name, module in modules.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
+
+
+def load_official(folder: Path, *, latent: bool) -> nn.Module:
+    """Return the official network with its weights, from a checkout of its repository."""
+    path = folder / ("MILO_runner_latent.py" if latent else "MILO_runner.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with cpu_only(folder):
+        spec.loader.exec_module(module)
+        return module.MILO()
+
+
+def official_step(network: nn.Module, ref: Tensor, dist: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Return a call that computes the official score and its gradient with respect to `dist`."""
+
+    def step() -> tuple[Tensor, Tensor]:
+        leaf = dist.clone().requires_grad_(True)
+        score = network(leaf, ref)
+        score.backward()
+        return score, leaf.grad
+
+    return step
+
+
+def our_step(metric: Any, ref: Tensor, dist: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Return a call that computes our score and its gradient with respect to `dist`."""
+
+    def step() -> tuple[Tensor, Tensor]:
+        leaf = dist.clone().requires_grad_(True)
+        score = metric(dist=leaf, ref=ref).mean()
+        (gradient,) = torch.autograd.grad(score, leaf)
+        return score, gradient
+
+    return step
+
+
+def paired_times(steps: list[Callable], repeats: int) -> list[list[float]]:
+    """Return the seconds of each call in each of `repeats` rounds, in which the calls take turns."""
+    times: list[list[float]] = [[] for _ in steps]
+    for step in steps:
+        step()
+    for _ in range(repeats):
+        for step, taken in zip(steps, times, strict=True):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - began)
+    return times
+
+
+def main() -> None:
+    """Print a table and, with --csv, add rows to a file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--official", type=Path, required=True, help="checkout of the official repository")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--csv", type=Path)
+    options = parser.parse_args()
+    if not (options.official / "MILO_runner.py").is_file():
+        sys.exit(f"The official code is absent: {options.official} has no MILO_runner.py. See this file's first lines.")
+    torch.set_num_threads(options.threads)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    rows = []
+    print(f"torch {torch.__version__}, {options.threads} threads, medians of {options.repeats} alternating runs")
+    print("| case | dtype | official, ms | ours, ms | ratio | relative difference of the score |")
+    print("| --- | --- | ---: | ---: | ---: | ---: |")
+    for name, (shape, latent) in CASES.items():
+        official = load_official(options.official.resolve(), latent=latent)
+        weights = options.official / "weights" / ("MILO_latent.pth" if latent else "MILO.pth")
+        generator = torch.Generator().manual_seed(0)
+        ref = torch.randn(shape, generator=generator) if latent else torch.rand(shape, generator=generator)
+        dist = ref + 0.1 * torch.randn(shape, generator=generator)
+        for dtype_name, dtype in DTYPES.items():
+            metric = MILO.from_pretrained(weights).to(dtype)
+            steps = [official_step(official, ref, dist), our_step(metric, ref.to(dtype), dist.to(dtype))]
+            theirs, ours = (statistics.median(times) * 1e3 for times in paired_times(steps, options.repeats))
+            expected, got = (step()[0].item() for step in steps)
+            row = {
+                "case": name, "device": "cpu", "dtype": dtype_name, "threads": options.threads, "official_ms": theirs,
+                "ours_ms": ours, "ratio": theirs / ours, "difference": abs(got / expected - 1),
+                "torch": torch.__version__, "commit": commit,
+            }  # fmt: skip
+            rows.append(row)
+            figures = f"{theirs:.1f} | {ours:.1f} | {row['ratio']:.2f} | {row['difference']:.1e}"
+            print(f"| {name} | {dtype_name} | {figures} |", flush=True)
+    if options.csv:
+        with options.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
