@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import shutil
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from accelerate import Accelerator
@@ -51,6 +52,40 @@ class RunConfig:
     seed: int = 0
     precision: Precision = "bf16"
     checkpoint_minutes: float = 4.0
+
+
+def add_run_options(
+    parser: argparse.ArgumentParser, *, steps: int = 10_000, crop_size: int = 96, learning_rate: float = 1e-3
+) -> None:
+    """Add the options that every training command has.
+
+    Args:
+        parser: of the command.
+        steps: default.
+        crop_size: default, in pixels.
+        learning_rate: default.
+    """
+    parser.add_argument("--images", nargs="+", required=True, help="folders of clean training images")
+    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the trained model")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--crop-size", type=int, default=crop_size)
+    parser.add_argument("--learning-rate", type=float, default=learning_rate)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", choices=get_args(Precision), default="bf16")
+
+
+def run_config(options: argparse.Namespace, **recipe: Any) -> RunConfig:
+    """Return the run that `add_run_options` was told, with the rest of the command's recipe."""
+    return RunConfig(
+        output=options.output,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+        precision=options.precision,
+        **recipe,
+    )
 
 
 def learning_rate_factor(step: int, config: RunConfig) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from milo_latent.codec import decode_latents, encode_image, latents_spread
 from milo_latent.files import read_image
 from milo_latent.training.dataset import ImageCrops, list_images
-from milo_latent.training.loop import RunConfig, fit
+from milo_latent.training.loop import add_run_options, fit, run_config
 
 NUM_BLOCKS = (0, 0, 2, 4)  # of the encoder, from full size to 1/8; the decoder mirrors it
 LATENT_NOISE = 0.05  # of latents with a spread of about 1: keeps nearby latents decoding to nearby images
@@ -107,23 +107,13 @@ def draw_batches(crops: ImageCrops, batch_size: int) -> Callable[[int, int], tup
 def main(arguments: list[str] | None = None) -> None:
     """Train, validate, save a diffusers folder."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", nargs="+", required=True, help="folders of training images")
+    add_run_options(parser)
     parser.add_argument("--validation", type=Path, required=True, help="folder of validation images")
-    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the trained model")
-    parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--crop-size", type=int, default=96)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", choices=["no", "bf16", "fp16"], default="bf16")
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
     vae = nano_autoencoder().to(memory_format=torch.channels_last)
     crops = ImageCrops(options.images, crop_size=options.crop_size, seed=options.seed)
-    config = RunConfig(
-        options.output, options.steps, options.batch_size, options.learning_rate,
-        decay=0.7, seed=options.seed, precision=options.precision, max_grad_norm=5.0,
-    )  # fmt: skip
+    config = run_config(options, decay=0.7, max_grad_norm=5.0)
     fit(
         AutoencoderLoss(vae),
         draw_batches(crops, options.batch_size),

@@ -13,7 +13,7 @@ from milo_latent.diffbir.residual_cleaner import ResidualCleaner
 from milo_latent.files import read_image
 from milo_latent.training.dataset import ImageCrops, list_images
 from milo_latent.training.degradations import add_noise, draw_degraded
-from milo_latent.training.loop import RunConfig, fit
+from milo_latent.training.loop import add_run_options, fit, run_config
 
 
 class CleanerLoss(nn.Module):
@@ -56,23 +56,13 @@ def denoising_psnr(cleaner: ResidualCleaner, folder: Path, *, sigma: float = 50.
 def main(arguments: list[str] | None = None) -> None:
     """Train, validate, save a diffusers folder."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", nargs="+", required=True, help="folders of clean training images")
+    add_run_options(parser)
     parser.add_argument("--validation", type=Path, required=True, help="folder of clean validation images")
-    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the trained model")
-    parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--crop-size", type=int, default=96)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", choices=["no", "bf16", "fp16"], default="bf16")
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
     cleaner = ResidualCleaner().to(memory_format=torch.channels_last)
     crops = ImageCrops(options.images, crop_size=options.crop_size, seed=options.seed)
-    config = RunConfig(
-        options.output, options.steps, options.batch_size, options.learning_rate,
-        seed=options.seed, precision=options.precision,
-    )  # fmt: skip
+    config = run_config(options)
 
     def validate(_: nn.Module) -> dict[str, float]:
         return {"psnr_sigma_50": denoising_psnr(cleaner, options.validation, every=5)}

@@ -16,7 +16,7 @@ from milo_latent.codec import VAE, encode_image
 from milo_latent.metric.network import MILO
 from milo_latent.training.dataset import ImageCrops
 from milo_latent.training.degradations import add_noise, blur, compress_jpeg, downscale_and_back
-from milo_latent.training.loop import RunConfig, fit
+from milo_latent.training.loop import add_run_options, fit, run_config
 
 SCALER_SLOPE = 4.0  # of the untrained scaler's logit, per unit of raw error
 MAP_WEIGHT = 1.0  # of the error map's loss beside that of the score
@@ -98,18 +98,11 @@ def agreement(metric: MILO, teacher: MILO, vae: VAE, folder: Path, *, crop_size:
 def main(arguments: list[str] | None = None) -> None:
     """Train and save the metric."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", nargs="+", required=True, help="folders of clean training images")
+    add_run_options(parser, steps=6_000, crop_size=128, learning_rate=5e-4)
     parser.add_argument("--validation", type=Path, required=True, help="folder of clean validation images")
     parser.add_argument("--vae", type=Path, required=True, help="folder of the autoencoder")
     parser.add_argument("--teacher", required=True, help="MILO_I weights, such as the official MILO.pth")
     parser.add_argument("--latent-space", required=True, help="name of the autoencoder, kept in the configuration")
-    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the trained metric")
-    parser.add_argument("--steps", type=int, default=6_000)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--crop-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", choices=["no", "bf16", "fp16"], default="bf16")
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
     vae = AutoencoderTiny.from_pretrained(options.vae).eval()
@@ -130,10 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
         ref = crops.batch(rng, options.batch_size)
         return ref, torch.stack([distort(image, rng) for image in ref])
 
-    config = RunConfig(
-        options.output, options.steps, options.batch_size, options.learning_rate,
-        weight_decay=1e-6, seed=options.seed, precision=options.precision,
-    )  # fmt: skip
+    config = run_config(options, weight_decay=1e-6)
 
     def validate(trained: nn.Module) -> dict[str, float]:
         return {"srcc": agreement(metric, teacher, vae, options.validation, crop_size=options.crop_size)}

@@ -14,7 +14,7 @@ from milo_latent.diffbir.ircontrolnet import IRControlNet
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner
 from milo_latent.training.dataset import ImageCrops
 from milo_latent.training.degradations import degrade
-from milo_latent.training.loop import RunConfig, fit
+from milo_latent.training.loop import add_run_options, fit, run_config
 
 CHANNELS = (64, 128, 192)
 
@@ -124,17 +124,10 @@ class RestorerLoss(nn.Module):
 def main(arguments: list[str] | None = None) -> None:
     """Train and save a folder each of UNet, IRControlNet and scheduler."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", nargs="+", required=True, help="folders of clean training images")
+    add_run_options(parser, crop_size=128, learning_rate=5e-4)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained autoencoder")
     parser.add_argument("--cleaner", type=Path, required=True, help="folder of the trained cleaner")
-    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the trained models")
-    parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--noise-levels", type=int, default=4, help="noise levels at which each image is used")
-    parser.add_argument("--crop-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", choices=["no", "bf16", "fp16"], default="bf16")
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
     unet, controlnet, scheduler = nano_unet(), nano_controlnet(), nano_scheduler()
@@ -155,10 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
         timestep = torch.from_numpy(rng.integers(0, scheduler.config.num_train_timesteps, draws))
         return clean, degraded, noise, timestep
 
-    config = RunConfig(
-        options.output, options.steps, options.batch_size, options.learning_rate,
-        decay=0.4, seed=options.seed, precision=options.precision,
-    )  # fmt: skip
+    config = run_config(options, decay=0.4)
     fit(loss, draw, config)
     unet.save_pretrained(options.output / "unet")
     controlnet.save_pretrained(options.output / "controlnet")
