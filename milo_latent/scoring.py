@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from milo_latent.checks import check_finite
-from milo_latent.files import IMAGE_SUFFIXES, LATENT_SUFFIXES, read_image, read_latents, write_text
+from milo_latent.files import (
+    IMAGE_SUFFIXES,
+    LATENT_SUFFIXES,
+    read_image,
+    read_latents,
+    read_latents_metadata,
+    write_text,
+)
 from milo_latent.metric.network import MILO
 
 BATCH_SIZE = 16
@@ -117,6 +124,24 @@ def read_input(path: Path, encode: Callable[[Tensor], Tensor] | None = None) -> 
     return tensor
 
 
+def check_latent_space(metric: MILO, path: Path) -> None:
+    """Raise ValueError if a `.safetensors` file says that its latents are of another VAE than the metric's.
+
+    Args:
+        metric: that is to score the file.
+        path: any file; only `.safetensors` tells where its latents come from.
+    """
+    if path.suffix.lower() != ".safetensors" or metric.config.scaling_factor is None:
+        return
+    metadata = read_latents_metadata(path)
+    told = metadata.get("scaling_factor")
+    if told is not None and float(told) != metric.config.scaling_factor:
+        raise ValueError(
+            f"Expected latents of {metric.config.latent_space} (scaling factor {metric.config.scaling_factor:g}), got "
+            f"those of {metadata.get('vae', 'another VAE')} ({told}) in {path}. Use that VAE's metric."
+        )
+
+
 @torch.inference_mode()
 def score_pairs(
     metric: MILO, pairs: Iterable[Pair], *, encode: Callable[[Tensor], Tensor] | None = None
@@ -136,6 +161,9 @@ def score_pairs(
     """
     remaining = iter(pairs)
     while batch := list(islice(remaining, BATCH_SIZE)):
+        for pair in batch:
+            check_latent_space(metric, pair.ref)
+            check_latent_space(metric, pair.dist)
         tensors = [(read_input(pair.ref, encode), read_input(pair.dist, encode)) for pair in batch]
         shapes = {tensor.shape for each in tensors for tensor in each}
         if len(shapes) == 1 and next(iter(shapes))[0] == 1:

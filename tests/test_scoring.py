@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from milo_latent import scoring
+from milo_latent import MILO, scoring
 from milo_latent.cli import main
 from milo_latent.files import read_image, write_image, write_latents
 from milo_latent.scoring import ScoreRow, ScoreTable, match_pairs, score_pairs
@@ -125,3 +125,15 @@ def test_images_are_scored_as_latents_and_mapped(photo, tmp_path, capsys):
     picture = read_image(tmp_path / "map.png")
     assert picture.shape[2] == 136
     assert picture.shape[3] > 144
+
+
+def test_latents_of_another_vae_are_refused(tmp_path):
+    ref, dist = latent_pair()
+    for name, latents, factor in (("ref", ref, "0.5"), ("dist", dist, "0.18215")):
+        write_latents(tmp_path / f"{name}.safetensors", latents, metadata={"vae": "sd", "scaling_factor": factor})
+    metric = MILO(latent_space="other", scaling_factor=0.5)
+    pairs = match_pairs(tmp_path / "ref.safetensors", tmp_path / "dist.safetensors")
+    with pytest.raises(ValueError, match=r"latents of other .*those of sd \(0\.18215\)"):
+        list(score_pairs(metric, pairs))
+    unnamed = MILO()
+    assert len(list(score_pairs(unnamed, pairs))) == 1
