@@ -154,7 +154,7 @@ def restore_image(
             callback_on_step_end=guide,
         )
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             height, width = image.shape[2:]
             raise MemoryError(
                 f"Not enough memory for {width}x{height} pixels. Restore a smaller part of it."

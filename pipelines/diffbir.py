@@ -137,6 +137,7 @@ class DiffBIRPipeline(DiffusionPipeline):
         color_fix: str,
         upscale: float,
         num_inference_steps: int,
+        guidance_scale: float,
         callback_on_step_end_tensor_inputs: list[str] | None,
     ) -> None:
         """Refuse arguments that cannot work.
@@ -147,11 +148,17 @@ class DiffBIRPipeline(DiffusionPipeline):
             color_fix: as in `__call__`.
             upscale: as in `__call__`.
             num_inference_steps: as in `__call__`.
+            guidance_scale: as in `__call__`.
             callback_on_step_end_tensor_inputs: as in `__call__`.
 
         Raises:
             ValueError: naming the argument, what was expected and what came.
         """
+        if guidance_scale > 1 and self.text_encoder_dim is None:
+            raise ValueError(
+                f"Expected `guidance_scale` of 1, since this model takes no prompt, got {guidance_scale}. "
+                "MILO guidance is `callback_on_step_end=MILOGuidance(...)`."
+            )
         if image is None:
             raise ValueError(
                 "Expected `image`, got None. DiffBIR restores an image; it does not make one from a prompt."
@@ -174,21 +181,26 @@ class DiffBIRPipeline(DiffusionPipeline):
         prompt: str | list[str] | None,
         negative_prompt: str | list[str] | None = None,
         *,
-        batch_size: int = 1,
+        num_images: int = 1,
+        num_images_per_prompt: int = 1,
+        guided: bool = True,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Encode prompts once for all steps.
 
         Args:
-            prompt: one for all images, or a list of `batch_size`; None means the empty prompt.
+            prompt: one for all images, or a list, one for each; None means the empty prompt.
             negative_prompt: likewise.
-            batch_size: the number of images.
-            prompt_embeds: (B or 1, tokens, width), instead of `prompt`.
+            num_images: the number of images.
+            num_images_per_prompt: the number of results for each of them.
+            guided: whether classifier-free guidance is on; without it the negative prompt is not encoded.
+            prompt_embeds: (num_images or 1, tokens, width), instead of `prompt`.
             negative_prompt_embeds: likewise.
 
         Returns:
-            Embeddings of prompt and negative prompt, (batch_size, tokens, width); None where the UNet takes none.
+            Embeddings of prompt and negative prompt, (num_images * num_images_per_prompt, tokens, width) each; None for
+            what is not needed.
 
         Raises:
             ValueError: for a prompt where the model takes none, or a list of the wrong length.
@@ -197,21 +209,21 @@ class DiffBIRPipeline(DiffusionPipeline):
             if prompt or negative_prompt or prompt_embeds is not None:
                 raise ValueError("Expected no prompt, since this model takes none, got one. Leave it out.")
             return None, None
-        if prompt_embeds is None:
-            prompt_embeds = self._encode_text(prompt, batch_size)
-        if negative_prompt_embeds is None:
-            negative_prompt_embeds = self._encode_text(negative_prompt, batch_size)
-        return tuple(  # type: ignore[return-value]
-            embeds.expand(batch_size, -1, -1) if embeds.shape[0] == 1 else embeds
-            for embeds in (prompt_embeds, negative_prompt_embeds)
-        )
 
-    def _encode_text(self, text: str | list[str] | None, batch_size: int) -> Tensor:
+        def repeated(text: str | list[str] | None, embeds: Tensor | None) -> Tensor:
+            embeds = self._encode_text(text) if embeds is None else embeds
+            if embeds.shape[0] not in (1, num_images):
+                raise ValueError(f"Expected 1 or {num_images} prompts, one for each image, got {embeds.shape[0]}.")
+            each = embeds if embeds.shape[0] == num_images else embeds.expand(num_images, -1, -1)
+            return each.repeat_interleave(num_images_per_prompt, dim=0)
+
+        negative = repeated(negative_prompt, negative_prompt_embeds) if guided else None
+        return repeated(prompt, prompt_embeds), negative
+
+    def _encode_text(self, text: str | list[str] | None) -> Tensor:
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("This pipeline has no text encoder. Pass `prompt_embeds` and `negative_prompt_embeds`.")
         texts = [text or ""] if not isinstance(text, list) else text
-        if len(texts) not in (1, batch_size):
-            raise ValueError(f"Expected 1 or {batch_size} prompts, one for each image, got {len(texts)}.")
         tokens = self.tokenizer(
             texts,
             padding="max_length",
@@ -320,7 +332,7 @@ class DiffBIRPipeline(DiffusionPipeline):
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
-        self.check_inputs(image, output_type, color_fix, upscale, num_inference_steps, tensor_inputs)
+        self.check_inputs(image, output_type, color_fix, upscale, num_inference_steps, guidance_scale, tensor_inputs)
         self._guidance_scale, self._interrupt = guidance_scale, False
         device = self._execution_device
 
@@ -336,7 +348,9 @@ class DiffBIRPipeline(DiffusionPipeline):
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             prompt,
             negative_prompt,
-            batch_size=batch_size,
+            num_images=cleaned.shape[0],
+            num_images_per_prompt=num_images_per_prompt,
+            guided=self.do_classifier_free_guidance,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
         )

@@ -10,11 +10,12 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
+    UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
 from PIL import Image
 
-from milo_latent import DiffBIRPipeline
+from milo_latent import DiffBIRPipeline, IRControlNet
 from milo_latent.testing import generator
 
 
@@ -169,6 +170,7 @@ def test_given_noise_replaces_drawn_noise(pipeline):
         ({"upscale": 0.0}, "`upscale`"),
         ({"num_inference_steps": 0}, "at least 1"),
         ({"prompt": "a dog"}, "takes none"),
+        ({"guidance_scale": 3.0}, "`guidance_scale` of 1"),
         ({"callback_on_step_end_tensor_inputs": ["secret"]}, "secret"),
     ],
 )
@@ -180,6 +182,57 @@ def test_arguments_that_cannot_work_are_refused(pipeline, options, match):
 def test_an_image_is_needed(pipeline):
     with pytest.raises(ValueError, match="restores an image"):
         pipeline(prompt="a dog")
+
+
+@pytest.fixture
+def prompted(pipeline):
+    """The tiny pipeline with a UNet and a ControlNet that attend to prompts, given as embeddings."""
+    torch.manual_seed(0)
+    shape = {
+        "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 8,
+        "attention_head_dim": 4, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    }  # fmt: skip
+    pipeline.unet = UNet2DConditionModel(**shape, up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+    pipeline.controlnet = IRControlNet(**shape, conditioning_channels=4)
+    return pipeline
+
+
+def embeddings(count=1, seed=0):
+    return torch.randn(count, 5, 8, generator=generator(seed))
+
+
+def test_classifier_free_guidance_extrapolates_from_the_negative_prompt(prompted):
+    outputs = []
+    original = prompted.scheduler.step
+
+    def step(model_output, *args, **kwargs):
+        outputs.append(model_output)
+        return original(model_output, *args, **kwargs)
+
+    prompted.scheduler.step = step
+    with_prompt, without = {"prompt_embeds": embeddings()}, {"prompt_embeds": embeddings(seed=1)}
+    guided = with_prompt | {"negative_prompt_embeds": embeddings(seed=1), "guidance_scale": 3.0}
+    for options in (with_prompt, without, guided):
+        run(prompted, num_inference_steps=1, output_type="latent", **options)
+    assert not torch.allclose(outputs[0], outputs[1])
+    assert torch.allclose(outputs[2], outputs[1] + 3.0 * (outputs[0] - outputs[1]), atol=1e-4)
+
+
+def test_without_classifier_free_guidance_no_negative_prompt_is_needed(prompted):
+    assert run(prompted, prompt_embeds=embeddings()).shape == (1, 3, 50, 70)
+    with pytest.raises(ValueError, match="no text encoder"):
+        run(prompted, prompt_embeds=embeddings(), guidance_scale=2.0)
+
+
+def test_each_image_keeps_its_prompt_in_all_its_results(prompted):
+    images, prompts = torch.rand(2, 3, 30, 30, generator=generator(8)), embeddings(2)
+    generators = [generator(index) for index in range(4)]
+    options = {"num_inference_steps": 1, "output_type": "latent"}
+    batch = run(prompted, images, prompt_embeds=prompts, num_images_per_prompt=2, generator=generators, **options)
+    alone = run(prompted, images[1:], prompt_embeds=prompts[1:], generator=generator(3), **options)
+    assert torch.allclose(batch[3:], alone, atol=1e-4)
+    with pytest.raises(ValueError, match="1 or 2 prompts, one for each image, got 3"):
+        run(prompted, images, prompt_embeds=embeddings(3), **options)
 
 
 def test_a_model_that_is_nowhere_is_named():

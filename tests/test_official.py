@@ -42,6 +42,11 @@ def test_convert_changes_no_value(checkpoint, tmp_path, capsys):
     assert "Apache-2.0" in card
 
 
+def test_options_that_mean_nothing_for_an_official_file_are_refused(checkpoint):
+    with pytest.raises(ValueError, match=r"no options .*got \['dtype'\]"):
+        MILO.from_pretrained(checkpoint, dtype=torch.float16)
+
+
 def test_pulled_weights_are_at_hand_by_their_name(address, capsys):
     assert main(["weights", "list"]) == 0
     assert "official-latent  not here" in capsys.readouterr().out

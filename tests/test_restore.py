@@ -55,6 +55,15 @@ def test_too_large_an_image_says_so(restorer, monkeypatch):
         restore_image(torch.rand(1, 3, 8, 9), model=restorer, steps=1)
 
 
+def test_other_errors_are_not_taken_for_a_lack_of_memory(restorer, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("unsupported memory format option")
+
+    monkeypatch.setattr(restorer.pipeline.unet, "forward", fail)
+    with pytest.raises(RuntimeError, match="memory format"):
+        restore_image(torch.rand(1, 3, 8, 9), model=restorer, steps=1)
+
+
 def test_a_model_without_a_metric_restores_without_guidance(pipeline):
     image = torch.rand(1, 3, 30, 30)
     restored = restore_image(image, model=Restorer(pipeline, None), steps=1)

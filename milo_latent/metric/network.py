@@ -102,10 +102,14 @@ class MILO(ModelMixin, ConfigMixin):
 
         Raises:
             FileNotFoundError: if nothing is there, naming where it was looked for.
-            ValueError: if what is there is not MILO, or not all of it.
+            ValueError: if what is there is not MILO, or not all of it, or for options with an official file.
         """
         source = Path(pretrained_model_name_or_path)
         if source.suffix.lower() in CHECKPOINT_SUFFIXES:
+            if kwargs:
+                raise ValueError(
+                    f"Expected no options for the official file {source}, got {sorted(kwargs)}. Convert it."
+                )
             return cls.from_official(source)
         if str(source) in available_weights():
             source = weights_dir(str(source))

@@ -16,7 +16,16 @@ from milo_latent.training.dataset import ImageCrops
 from milo_latent.training.degradations import degrade
 from milo_latent.training.loop import add_run_options, fit, run_config
 
-CHANNELS = (64, 128, 192)
+SHAPE = {  # of UNet and IRControlNet alike, whose features are added; they attend to nothing and take no prompt
+    "in_channels": 4,
+    "block_out_channels": (64, 128, 192),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D",) * 3,
+    "mid_block_type": "UNetMidBlock2D",
+    "norm_num_groups": 16,
+    "attention_head_dim": 64,
+    "cross_attention_dim": 32,
+}
 
 
 def nano_scheduler() -> DDIMScheduler:
@@ -37,34 +46,13 @@ def nano_scheduler() -> DDIMScheduler:
 
 
 def nano_unet() -> UNet2DConditionModel:
-    """Return an untrained UNet of the size of the embedded one; it attends to nothing and takes no prompt."""
-    return UNet2DConditionModel(
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=CHANNELS,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D",) * 3,
-        mid_block_type="UNetMidBlock2D",
-        up_block_types=("UpBlock2D",) * 3,
-        norm_num_groups=16,
-        attention_head_dim=64,
-        cross_attention_dim=32,
-    )
+    """Return an untrained UNet of the size of the embedded one."""
+    return UNet2DConditionModel(**SHAPE, out_channels=4, up_block_types=("UpBlock2D",) * 3)
 
 
 def nano_controlnet() -> IRControlNet:
     """Return an untrained IRControlNet that fits `nano_unet`."""
-    return IRControlNet(
-        in_channels=4,
-        conditioning_channels=4,
-        block_out_channels=CHANNELS,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D",) * 3,
-        mid_block_type="UNetMidBlock2D",
-        norm_num_groups=16,
-        attention_head_dim=64,
-        cross_attention_dim=32,
-    )
+    return IRControlNet(**SHAPE, conditioning_channels=4)
 
 
 class RestorerLoss(nn.Module):
