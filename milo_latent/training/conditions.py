@@ -1,7 +1,7 @@
-"""The benchmark that needs no rated images: predicted quality of 125 conditions against what people said of them on average.
+"""The benchmark that needs no rated images: predicted quality of 125 conditions against people's mean opinions.
 
-A condition is a kind of distortion at a level. People rated each for 81 photos of KADID-10k; here the same conditions are
-made from any photos, a metric scores them, and the means over photos are compared.
+A condition is a kind of distortion at a level. People rated each for 81 photos of KADID-10k; here the same conditions
+are made from any photos, a metric scores them, and the means over photos are compared.
 """
 
 from __future__ import annotations

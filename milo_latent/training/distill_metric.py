@@ -1,7 +1,7 @@
 """Distil MILO from a teacher: MILO_L over synthetic latents where the autoencoder is not at hand, MILO_I over photos.
 
-The student starts from its own random weights and learns from what the teacher puts out (masks of all levels, raw error,
-scaler); neither the teacher's weights nor its hidden layers are read.
+The student starts from its own random weights and learns from what the teacher puts out (masks of all levels, raw
+error, scaler); neither the teacher's weights nor its hidden layers are read.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from milo_latent.training.latent_distortions import draw_latent_pairs
 from milo_latent.training.loop import add_run_options, fit, run_config
 from milo_latent.training.perturbations import perturb_pair
 
-LARGEST_ERROR = (
-    6.0  # raw error per pixel up to which the scaler is learned; latents differ by 3 at most, the mask is < 4
-)
+# raw error per pixel up to which the scaler is learned: latents differ by 3 at most, the mask is < 4
+LARGEST_ERROR = 6.0
+LEAST_VARIANCE = 0.003  # of a mask, under which flat masks would weigh too much
 
 
 def masks_of_levels(metric: MILO, *, ref: Tensor, dist: Tensor) -> list[Tensor]:
-    """Return what the mask finder adds at each level, coarse to fine, and last the mask itself, (B, 1, h_l, w_l) each."""
+    """Return what the mask finder adds at each level, coarse to fine, and last the mask, (B, 1, h_l, w_l) each."""
     found: list[Tensor] = []
     handle = metric.mask_finder.register_forward_hook(lambda module, inputs, output: found.append(output))
     try:
@@ -58,14 +58,14 @@ class MatchingLoss(nn.Module):
         loss = torch.zeros((), device=ref.device)
         for mask, target in zip(masks, targets, strict=True):
             gap = mask - target
-            loss = loss + gap.square().mean() + 0.05 * gap.abs().mean()
+            loss = loss + gap.square().mean() / (target.var() + LEAST_VARIANCE) + 0.05 * gap.abs().mean()
         error, target_error = ((mask * difference).mean(dim=(1, 2, 3)) for mask in (masks[-1], targets[-1]))
         loss = loss + ((error - target_error) / target_error.clamp_min(1e-3)).square().clamp_max(1.0).mean()
         return loss + self._scaler_loss(targets[-1] * difference)
 
     def _scaler_loss(self, error: Tensor) -> Tensor:
         """Compare the scalers at the errors met, and evenly over their range, also relative to what they say of 0."""
-        grid = torch.linspace(0, 1, 256, device=error.device).square() * LARGEST_ERROR
+        grid = torch.linspace(0, 1, 256, device=error.device).pow(4) * LARGEST_ERROR
         values = torch.cat([grid, error.flatten()[:1024]]).view(1, 1, 1, -1)
         with torch.no_grad():
             target = self.teacher.scaler(values) - self.teacher.scaler(torch.zeros_like(values))

@@ -49,8 +49,8 @@ def agreement(
     Args:
         damage: scores of which higher means worse, (n,).
         quality: opinions of which higher means better, (n,).
-        groups: what is drawn together in the bootstrap, such as the reference of each rating, since ratings of one photo
-            are not independent; None draws each for itself.
+        groups: what is drawn together in the bootstrap, such as the reference of each rating, since ratings of one
+            photo are not independent; None draws each for itself.
         resamples: of the bootstrap; 0 leaves the intervals empty.
         seed: of the bootstrap.
 

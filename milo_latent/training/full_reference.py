@@ -73,7 +73,10 @@ def structural(name: str) -> FullReference:
         if name == "ms-ssim":
             options = {"data_range": 1.0, "reduction": "none", "normalize": "relu"}
             return functional.multiscale_structural_similarity_index_measure(dist, ref, **options).reshape(-1)
-        each = [functional.visual_information_fidelity(d * 255, r * 255) for d, r in zip(dist[:, None], ref[:, None])]
+        each = [
+            functional.visual_information_fidelity(d * 255, r * 255)
+            for d, r in zip(dist[:, None], ref[:, None], strict=True)
+        ]
         return torch.stack(each)
 
     return FullReference(name, score, higher_is_better=True)
@@ -151,7 +154,9 @@ def load_vae(source: str | Path) -> VAE:
     if not (folder / "config.json").is_file():
         folder = folder / "vae"
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"Expected an autoencoder in {source}, found no config.json there or in its folder vae.")
+        raise FileNotFoundError(
+            f"Expected an autoencoder in {source}, found no config.json there or in its folder vae."
+        )
     text = (folder / "config.json").read_text()
     from diffusers import AutoencoderKL
 

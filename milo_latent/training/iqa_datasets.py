@@ -28,7 +28,9 @@ class Rating:
 
 def _rows(path: Path, delimiter: str = ",") -> list[list[str]]:
     if not path.is_file():
-        raise FileNotFoundError(f"Expected the opinion scores in {path}, which does not exist. Is this the right folder?")
+        raise FileNotFoundError(
+            f"Expected the opinion scores in {path}, which does not exist. Is this the right folder?"
+        )
     with path.open(newline="", encoding="utf-8-sig") as file:
         return [row for row in csv.reader(file, delimiter=delimiter, skipinitialspace=True) if row]
 
@@ -85,9 +87,10 @@ CSIQ_FOLDERS = {  # tag in the table -> folder under dst_imgs and part of the fi
 
 
 def load_csiq(folder: Path) -> list[Rating]:
-    """Read CSIQ: `csiq.DMOS.csv` (the sheet all_by_image: image, dst_idx, dst_type, dst_lev, dmos_std, dmos), `src_imgs/`, `dst_imgs/`.
+    """Read CSIQ: `csiq.DMOS.csv`, `src_imgs/`, `dst_imgs/`.
 
-    Its DMOS is 0 for the best, so 1 - DMOS is the quality here.
+    The table is the published sheet all_by_image, saved as CSV: image, dst_idx, dst_type, dst_lev,
+    dmos_std, dmos. Its DMOS is 0 for the best, so 1 - DMOS is the quality here.
     """
     path = folder / "csiq.DMOS.csv"
     ratings = []
@@ -99,7 +102,7 @@ def load_csiq(folder: Path) -> list[Rating]:
 
 
 def load_pipal(folder: Path) -> list[Rating]:
-    """Read PIPAL's training part: `Train_Label/*.txt` (name,score), `Train_Ref/`, and distorted images under `Train_Dist*/`."""
+    """Read PIPAL's training part: `Train_Label/*.txt` (name,score), `Train_Ref/`, and `Train_Dist*/`."""
     labels = sorted((folder / "Train_Label").glob("*.txt"))
     if not labels:
         raise FileNotFoundError(f"Expected PIPAL's labels in {folder / 'Train_Label'}, found no .txt there.")

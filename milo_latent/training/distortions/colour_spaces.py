@@ -54,7 +54,7 @@ def luminance(image: Tensor) -> Tensor:
 def scale_hsv_saturation(image: Tensor, factor: float) -> Tensor:
     """Multiply the saturation of HSV by `factor`; below zero, colours turn into their complements.
 
-    Hue and value stay, so a channel c moves on the line between it and the value v = max(r, g, b): c' = v - factor (v - c).
+    Hue and value stay, so a channel c moves on the line to the value v = max(r, g, b): c' = v - factor (v - c).
     """
     value = image.amax(dim=1, keepdim=True)
     return (value - factor * (value - image)).clamp(0, 1)

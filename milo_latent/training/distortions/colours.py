@@ -51,7 +51,7 @@ def colour_quantisation(image: Tensor, amount: float, generator: torch.Generator
     """Keep the `amount` best colours of each image, with error diffusion."""
     quantised = []
     for picture in to_pillow(image):
-        palette = picture.quantize(int(amount), method=Image.Quantize.MEDIANCUT, kmeans=1)
+        palette = picture.quantize(int(amount), method=Image.Quantize.MEDIANCUT)
         quantised.append(picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).convert("RGB"))
     return from_pillow(quantised)
 

@@ -44,8 +44,8 @@ def multiplicative_noise(image: Tensor, amount: float, generator: torch.Generato
 def denoise(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:
     """Add white noise of variance `amount` and remove it again, which takes detail with it.
 
-    KADID-10k denoises each channel by a DnCNN; **own**: by thresholding overlapping cosine transforms, so that no trained
-    network is part of the distortions.
+    KADID-10k denoises each channel by a DnCNN; **own**: by thresholding overlapping cosine transforms, so that
+    no trained network is part of the distortions.
     """
     noisy = (image + _normal(image, amount, generator)).clamp(0, 1)
     return threshold_cosines(noisy, math.sqrt(amount))
