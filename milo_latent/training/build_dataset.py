@@ -29,6 +29,7 @@ from milo_latent.training.full_reference import load_vae
 from milo_latent.training.pseudo_mos import Ensemble, build_ensemble, format_agreement, member_agreement
 
 CONFIG_FILE, SUMMARY_FILE = "config.json", "dataset.json"
+RECORD = "record"  # metadata of a shard
 SPARE = 1.2  # times the estimated size must be free
 
 
@@ -44,6 +45,8 @@ class DatasetConfig:
         keep_images: keep the images too, as MILO_I needs them.
         map_teacher: MILO_I weights whose error map is kept at the latents' size, as a second label; None keeps none.
         side: pixels of the squares.
+        resize: shrink or enlarge the largest square to `side`, as the paper does; False cuts the centre out instead,
+            which keeps the sharpness of small images.
         per_image: conditions drawn for each image; 125 takes all.
         images_per_shard: images of one file.
         seed: of the draw of conditions.
@@ -56,6 +59,7 @@ class DatasetConfig:
     keep_images: bool = False
     map_teacher: str | None = None
     side: int = 256
+    resize: bool = True
     per_image: int = len(CONDITIONS)
     images_per_shard: int = 8
     seed: int = 0
@@ -84,15 +88,15 @@ class Worker:
         names, skipped = [], []
         for path in self.paths[first : first + self.config.images_per_shard]:
             try:
-                image = square(read_image(path), self.config.side)
+                image = square(read_image(path), self.config.side, resize=self.config.resize)
             except (OSError, ValueError) as error:
                 skipped.append(f"{path.name}: {error}")
                 continue
             rows.append(self._pairs(image, path.stem))
             names.append(path.name)
         tensors = join_rows(rows)
-        metadata = {"images": json.dumps(names), "skipped": json.dumps(skipped)}
-        content = save(tensors, metadata=metadata)
+        record = json.dumps({"images": names, "skipped": skipped})  # one entry: the order of several is not fixed
+        content = save(tensors, metadata={RECORD: record})
         target = shard_path(self.output, index)
         write_atomically(target, lambda partial: partial.write_bytes(content))
         return target
@@ -115,9 +119,11 @@ class Worker:
         return kept
 
 
-def square(image: Tensor, side: int) -> Tensor:
-    """Return the largest centred square of (1, 3, H, W), resized to `side` (supplement, section 1)."""
+def square(image: Tensor, side: int, *, resize: bool = True) -> Tensor:
+    """Return the largest centred square of (1, 3, H, W), resized to `side` (supplement, section 1), or cut to it."""
     crop = min(image.shape[2:])
+    if not resize and crop > side:
+        crop = side
     top, left = (image.shape[2] - crop) // 2, (image.shape[3] - crop) // 2
     image = image[..., top : top + crop, left : left + crop]
     if crop != side:
@@ -229,8 +235,9 @@ def _summarise(config: DatasetConfig, output: Path, count: int) -> dict[str, Any
     labels, skipped, images = [], [], 0
     for index in range(count):
         tensors, metadata = read_shard(shard_path(output, index), keys={"labels"})
-        skipped += json.loads(metadata["skipped"])
-        images += len(json.loads(metadata["images"]))
+        record = json.loads(metadata[RECORD])
+        skipped += record["skipped"]
+        images += len(record["images"])
         labels += [tensors["labels"]] if "labels" in tensors else []
     if not labels:
         raise ValueError(f"Expected images that can be read, got none of {len(config.images)}; first: {skipped[:1]}")
@@ -259,6 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--keep-images", action="store_true", help="keep the images too, for MILO_I")
     parser.add_argument("--map-teacher", help="MILO_I weights whose error maps are kept as a second label")
     parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--cut", dest="resize", action="store_false", help="cut the centre out in place of resizing")
     parser.add_argument("--per-image", type=int, default=len(CONDITIONS), help="conditions drawn per image, of 125")
     parser.add_argument("--images-per-shard", type=int, default=8)
     parser.add_argument("--workers", type=int, default=1)
