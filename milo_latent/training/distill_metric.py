@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from milo_latent.files import read_latents
 from milo_latent.metric.network import MILO
@@ -23,18 +24,19 @@ from milo_latent.training.perturbations import perturb_pair
 
 # raw error per pixel up to which the scaler is learned: latents differ by 3 at most, the mask is < 4
 LARGEST_ERROR = 6.0
+DIVERGENCE_WEIGHT = 4.0  # beside the mask's error in units of its spread
 LEAST_VARIANCE = 0.003  # of a mask, under which flat masks would weigh too much
 
 
-def masks_of_levels(metric: MILO, *, ref: Tensor, dist: Tensor) -> list[Tensor]:
-    """Return what the mask finder adds at each level, coarse to fine, and last the mask, (B, 1, h_l, w_l) each."""
+def levels_and_mask(metric: MILO, *, ref: Tensor, dist: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return the mask finder's logits at each level, coarse to fine, (B, 1, h_l, w_l) each, and the mask."""
     found: list[Tensor] = []
-    handle = metric.mask_finder.register_forward_hook(lambda module, inputs, output: found.append(output))
+    handle = metric.mask_finder[-2].register_forward_hook(lambda module, inputs, output: found.append(output.float()))
     try:
-        mask = metric.mask(dist=dist, ref=ref)
+        mask = metric.mask(dist=dist, ref=ref).float()
     finally:
         handle.remove()
-    return [*found, mask]
+    return found, mask
 
 
 class MatchingLoss(nn.Module):
@@ -50,18 +52,18 @@ class MatchingLoss(nn.Module):
         self.student, self.teacher = student, teacher.requires_grad_(False)
 
     def forward(self, ref: Tensor, dist: Tensor) -> Tensor:
-        """Return the loss for latents (B, C, h, w)."""
+        """Return the loss for latents or images (B, C, h, w)."""
         with torch.no_grad(), torch.autocast(ref.device.type, enabled=False):
-            targets = masks_of_levels(self.teacher, dist=dist, ref=ref)
-        masks = [mask.float() for mask in masks_of_levels(self.student, dist=dist, ref=ref)]
+            targets, target_mask = levels_and_mask(self.teacher, dist=dist, ref=ref)
+        levels, mask = levels_and_mask(self.student, dist=dist, ref=ref)
+        loss = sum(
+            (_divergence(*each) for each in zip(levels, targets, strict=True)), torch.zeros((), device=ref.device)
+        )
+        loss = loss + (mask - target_mask).square().mean() / (target_mask.var() + LEAST_VARIANCE)
         difference = (ref - dist).abs().mean(dim=1, keepdim=True)  # (B, 1, h, w)
-        loss = torch.zeros((), device=ref.device)
-        for mask, target in zip(masks, targets, strict=True):
-            gap = mask - target
-            loss = loss + gap.square().mean() / (target.var() + LEAST_VARIANCE) + 0.05 * gap.abs().mean()
-        error, target_error = ((mask * difference).mean(dim=(1, 2, 3)) for mask in (masks[-1], targets[-1]))
+        error, target_error = ((each * difference).mean(dim=(1, 2, 3)) for each in (mask, target_mask))
         loss = loss + ((error - target_error) / target_error.clamp_min(1e-3)).square().clamp_max(1.0).mean()
-        return loss + self._scaler_loss(targets[-1] * difference)
+        return loss + self._scaler_loss(target_mask * difference)
 
     def _scaler_loss(self, error: Tensor) -> Tensor:
         """Compare the scalers at the errors met, and evenly over their range, also relative to what they say of 0."""
@@ -71,6 +73,13 @@ class MatchingLoss(nn.Module):
             target = self.teacher.scaler(values) - self.teacher.scaler(torch.zeros_like(values))
         gap = self.student.scaler(values).float() - self.student.scaler(torch.zeros_like(values)).float() - target
         return 10 * gap.square().mean() + (gap / target.clamp_min(0.01)).abs().clamp_max(1.0).mean() * 0.05
+
+
+def _divergence(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean divergence of two sigmoids given before them; unlike a squared error it pulls from saturation."""
+    share = targets.sigmoid()
+    at_best = F.binary_cross_entropy_with_logits(targets, share)
+    return DIVERGENCE_WEIGHT * (F.binary_cross_entropy_with_logits(logits, share) - at_best)
 
 
 @torch.no_grad()

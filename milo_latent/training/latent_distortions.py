@@ -11,9 +11,11 @@ from torch.nn import functional as F
 from milo_latent.training.dataset import ImageCrops
 from milo_latent.training.latent_fields import (
     LatentStatistics,
+    bend,
     coloured_noise,
     encode_randomly,
     encoder_kernels,
+    local_contrast,
     log_uniform,
     piecewise_constant,
     uniform,
@@ -160,18 +162,24 @@ def draw_pairs(generator: torch.Generator, images: Tensor, *, side: int, channel
     """
     batch = images.shape[0]
     stride = images.shape[2] // side
-    kernels = encoder_kernels(generator, batch)
+    kernels = encoder_kernels(generator, batch, stride=stride)
     photos = encode_randomly(images, kernels, stride=stride)  # (B, FEATURES, side, side)
     shape = (batch, photos.shape[1], side, side)
     noise = coloured_noise(generator, shape, uniform(generator, 0.0, 2.0, batch))
     flat = piecewise_constant(generator, shape)
     photos_spread = photos.std(dim=(1, 2, 3), keepdim=True).clamp_min(1e-3)
     kind = torch.rand(batch, 1, 1, 1, generator=generator)
-    grain = uniform(generator, 0.0, 0.4, batch, 1, 1, 1) * photos_spread
-    base = torch.where(kind < 0.65, photos + grain * noise, torch.where(kind < 0.85, noise, flat + 0.2 * noise))
+    grain = uniform(generator, 0.0, 0.5, batch, 1, 1, 1) * photos_spread
+    grain = torch.where(torch.rand(batch, 1, 1, 1, generator=generator) < 0.5, grain, grain * local_contrast(photos))
+    textured = bend(photos + grain * noise, uniform(generator, 0.6, 1.5, batch, 1, 1, 1))
+    base = torch.where(kind < 0.75, textured, torch.where(kind < 0.9, noise, flat + 0.2 * noise))
     statistics = LatentStatistics(generator, base, channels=channels)
     ref = statistics(base)
-    if torch.rand((), generator=generator) < 0.3:  # distorted before it is encoded
+    choice = torch.rand((), generator=generator).item()
+    if choice < 0.1:  # by another encoder
+        other = encode_randomly(images, encoder_kernels(generator, batch, stride=stride), stride=stride)
+        return ref, ref + uniform(generator, 0.1, 1.0, batch, 1, 1, 1) * (statistics(other) - ref).clamp(-3, 3)
+    if choice < 0.35:  # distorted before it is encoded
         distorted = encode_randomly(distort_images(generator, images), kernels, stride=stride)
         return ref, ref + (statistics(distorted) - statistics(photos)).clamp(-LARGEST, LARGEST)
     return ref, distort_latents(generator, ref)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-KERNEL = 12  # pixels a random encoder sees around each latent cell
+OVERLAPS = (1.0, 1.5, 2.0, 3.0)  # pixels that a random encoder sees around each latent cell, in cells
 FEATURES = 8  # of a random encoder before its last mix, half of them rectified
 SPREAD = (0.4, 1.3)  # standard deviation of a channel: scaled latents of Stable Diffusion have about 0.8 in all
 MEAN = 0.6  # highest mean of a channel
@@ -67,24 +67,26 @@ def piecewise_constant(generator: torch.Generator, shape: tuple[int, int, int, i
     return chosen.transpose(1, 2).reshape(shape)
 
 
-def encoder_kernels(generator: torch.Generator, batch: int) -> Tensor:
+def encoder_kernels(generator: torch.Generator, batch: int, *, stride: int) -> Tensor:
     """Draw random encoders: smooth colour averages first, texture features with falling weight.
 
     Args:
         generator: of every draw.
         batch: how many encoders.
+        stride: pixels per latent cell; the kernels see 1 to 3 cells.
 
     Returns:
-        Kernels, (batch * FEATURES, 3, KERNEL, KERNEL).
+        Kernels, (batch * FEATURES, 3, n, n).
     """
-    grid = (torch.arange(KERNEL) + 0.5) / KERNEL
+    size = int(stride * OVERLAPS[int(torch.randint(len(OVERLAPS), (), generator=generator))])
+    grid = (torch.arange(size) + 0.5) / size
     orders = torch.arange(4)
-    cosines = torch.cos(math.pi * orders[:, None] * grid[None])  # (4, KERNEL)
+    cosines = torch.cos(math.pi * orders[:, None] * grid[None])  # (4, n)
     falloff = 1.0 / (1.0 + orders[:, None] + orders[None, :]) ** uniform(generator, 0.0, 2.0, batch, 1, 1, 1, 1)
     weights = torch.randn(batch, FEATURES, 3, 4, 4, generator=generator) * falloff
-    window = torch.hann_window(KERNEL + 2, periodic=False)[1:-1]
+    window = torch.hann_window(size + 2, periodic=False)[1:-1].sqrt()
     kernels = torch.einsum("bfcuv,ux,vy->bfcxy", weights, cosines * window, cosines * window)
-    return kernels.reshape(batch * FEATURES, 3, KERNEL, KERNEL)
+    return kernels.reshape(batch * FEATURES, 3, size, size)
 
 
 def encode_randomly(images: Tensor, kernels: Tensor, *, stride: int) -> Tensor:
@@ -99,12 +101,26 @@ def encode_randomly(images: Tensor, kernels: Tensor, *, stride: int) -> Tensor:
         Features, (B, FEATURES, H / stride, W / stride).
     """
     batch = images.shape[0]
-    margin = (KERNEL - stride) // 2
-    padded = F.pad(images - 0.5, (margin, KERNEL - stride - margin) * 2, mode="replicate")
+    excess = kernels.shape[2] - stride
+    margin = excess // 2
+    padded = F.pad(images - 0.5, (margin, excess - margin) * 2, mode="replicate")
     features = F.conv2d(padded.reshape(1, -1, *padded.shape[2:]), kernels, stride=stride, groups=batch)
     features = features.view(batch, FEATURES, *features.shape[2:])
     smooth, rectified = features.chunk(2, dim=1)
     return torch.cat([smooth, rectified.abs() - rectified.abs().mean(dim=(2, 3), keepdim=True)], dim=1)
+
+
+def bend(fields: Tensor, power: Tensor) -> Tensor:
+    """Raise magnitudes, in units of each channel's spread, to `power`, (B, 1, 1, 1): heavier or lighter tails."""
+    scale = fields.std(dim=(2, 3), keepdim=True).clamp_min(1e-3)
+    return fields.sign() * (fields.abs() / scale) ** power * scale
+
+
+def local_contrast(fields: Tensor) -> Tensor:
+    """Return how much each cell differs from its 3x3 neighbours' mean, smoothed, (B, 1, h, w), mean 1."""
+    contrast = (fields - F.avg_pool2d(fields, 3, stride=1, padding=1)).abs().mean(dim=1, keepdim=True)
+    contrast = F.avg_pool2d(contrast, 3, stride=1, padding=1)
+    return contrast / contrast.mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
 
 
 class LatentStatistics:
