@@ -25,6 +25,7 @@ LEVELS = {
     "milo_latent.diffbir": 4,
     "milo_latent.pipelines": 5,
     "milo_latent.restore": 6,
+    "milo_latent.training.distortions": 5,
     "milo_latent.training": 6,
     "milo_latent.testing": 6,
     "milo_latent.cli": 7,
