@@ -37,7 +37,7 @@ def add_white_noise(generator: torch.Generator, ref: Tensor) -> Tensor:
 def add_coloured_noise(generator: torch.Generator, ref: Tensor) -> Tensor:
     """Add noise that is correlated over space."""
     exponent = uniform(generator, 0.2, 2.0, ref.shape[0])
-    return ref + _per_item(generator, ref, 0.02, 1.0) * coloured_noise(generator, tuple(ref.shape), exponent)
+    return ref + _per_item(generator, ref, 0.02, 1.0) * coloured_noise(generator, ref.shape, exponent)
 
 
 def blur_latents(generator: torch.Generator, ref: Tensor) -> Tensor:

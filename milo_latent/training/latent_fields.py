@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def log_uniform(generator: torch.Generator, low: float, high: float, *shape: int
     return uniform(generator, math.log(low), math.log(high), *shape).exp()
 
 
-def coloured_noise(generator: torch.Generator, shape: tuple[int, int, int, int], exponent: Tensor) -> Tensor:
+def coloured_noise(generator: torch.Generator, shape: Sequence[int], exponent: Tensor) -> Tensor:
     """Draw noise fields whose amplitude falls with frequency f as f^-exponent; mean 0, spread 1 per field.
 
     Args:
