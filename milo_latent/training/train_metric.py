@@ -137,13 +137,19 @@ class OpinionLoss(nn.Module):
             ref: (B, C, H, W).
             dist: (B, C, H, W).
             mos: labels, (B,), 0 = identical.
-            target_map: (B, 1, H, W).
+            target_map: where the damage is, (B, 1, H, W); how much is for `mos` to say.
         """
         predicted = self.metric.error_map(ref=ref, dist=dist).float()
         loss = (predicted.mean(dim=(1, 2, 3)) - mos).square().mean()
         if target_map is not None and self.map_weight:
-            loss = loss + self.map_weight * (predicted - target_map).square().mean()
+            loss = loss + self.map_weight * (predicted - scale_map(target_map, mos)).square().mean()
         return loss
+
+
+def scale_map(target_map: Tensor, mos: Tensor) -> Tensor:
+    """Scale maps, (B, 1, H, W), so that their means are the labels, (B,), by a factor of at most 5; all under 1."""
+    factor = (mos / target_map.mean(dim=(1, 2, 3)).clamp_min(1e-4)).clamp_max(5.0)
+    return (target_map * factor.view(-1, 1, 1, 1)).clamp_max(0.95)
 
 
 @torch.no_grad()
