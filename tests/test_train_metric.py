@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from milo_latent import MILO
 from milo_latent.training import train_metric
 from milo_latent.training.run_logs import RunLogs, read_log
-from milo_latent.training.train_metric import OpinionLoss, Recipe, new_metric, read_recipe
+from milo_latent.training.train_metric import OpinionLoss, Recipe, mirrored, new_metric, read_recipe, scale_map
 
 PAIRS = 24
 
@@ -163,6 +163,15 @@ def test_the_map_adds_to_the_loss(dataset):
     assert plain.item() == pytest.approx(
         metric.error_map(ref=ref, dist=dist).mean(dim=(1, 2, 3)).square().mean().item()
     )
+
+
+def test_maps_are_scaled_to_the_label_and_mirrors_are_eight():
+    maps = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.1
+    scaled = scale_map(maps, torch.tensor([0.1, 0.02]))
+    assert torch.allclose(scaled.mean(dim=(1, 2, 3)), torch.tensor([0.1, 0.02]), atol=1e-6)
+    assert scale_map(maps, torch.tensor([0.9, 0.9])).max() <= 0.95
+    seen = {mirrored(maps[:1], choice).numpy().tobytes() for choice in range(8)}
+    assert len(seen) == 8
 
 
 def test_logs_forget_what_came_after_the_checkpoint(tmp_path):

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +49,7 @@ class Recipe:
         warmup: iterations in which the learning rate rises; **own**.
         max_grad_norm: gradients are clipped to this norm; **own**.
         map_weight: weight of the loss of the error map, where the training set has maps; 0 as in the paper.
+        mirror: flip and transpose pairs at random, which few images need; **own**, off as in the paper.
         validate_every: iterations between validations, each with a checkpoint; the paper: 100,000.
         precision: "no", "bf16" or "fp16".
         seed: of the initial weights and the order of the pairs.
@@ -65,6 +67,7 @@ class Recipe:
     warmup: int = 100
     max_grad_norm: float = 1.0
     map_weight: float = 0.0
+    mirror: bool = False
     validate_every: int = 1000
     precision: Precision = "no"
     seed: int = 0
@@ -193,15 +196,26 @@ def new_metric(dataset: Path, *, space: str, latent_space: str | None) -> MILO:
     return metric.to(memory_format=torch.channels_last)
 
 
+def mirrored(batch: Tensor, choice: int) -> Tensor:
+    """Return one of the eight orientations of squares, (B, C, n, n)."""
+    for bit, axis in ((1, 2), (2, 3)):
+        batch = batch.flip(axis) if choice & bit else batch
+    return batch.transpose(2, 3) if choice & 4 else batch
+
+
 def draw_from(
-    pairs: PairSet, *, batch_size: int, seed: int, processes: int, maps: bool
+    pairs: PairSet, *, batch_size: int, seed: int, processes: int, maps: bool, mirror: bool = False
 ) -> Callable[[int, int], tuple[Tensor, ...]]:
     """Return the function from (step, process) to a batch for `OpinionLoss`."""
 
     def draw(step: int, process_index: int) -> tuple[Tensor, ...]:
         indices = pairs.draw(batch_size, seed=seed, step=step, process_index=process_index, processes=processes)
-        batch = pairs.pairs(indices)
-        return (*batch, pairs.maps[indices]) if maps and pairs.maps is not None else batch
+        ref, dist, mos = pairs.pairs(indices)
+        spatial = [ref, dist, pairs.maps[indices]] if maps and pairs.maps is not None else [ref, dist]
+        if mirror:
+            choice = int(np.random.default_rng((seed, step, process_index)).integers(8))
+            spatial = [mirrored(each, choice) for each in spatial]
+        return (*spatial[:2], mos, *spatial[2:])
 
     return draw
 
@@ -239,7 +253,12 @@ def train(
     metric.requires_grad_(True)
     pairs, unseen = PairSet(dataset, space=space), PairSet(validation, space=space)
     draw = draw_from(
-        pairs, batch_size=config.batch_size, seed=recipe.seed, processes=processes, maps=recipe.map_weight > 0
+        pairs,
+        batch_size=config.batch_size,
+        seed=recipe.seed,
+        processes=processes,
+        maps=recipe.map_weight > 0,
+        mirror=recipe.mirror,
     )
 
     def validate(_: nn.Module) -> dict[str, float]:
