@@ -201,8 +201,8 @@ def test_calibrated_labels_are_zero_for_equal_images_and_grow():
     opinions = torch.linspace(4.6, 1.2, 20)
     calibration = calibrate(metric, torch.linspace(-45, -15, 20), opinions)
     labels = calibration(torch.tensor([-60.0, -35.0, -15.0]))
-    assert labels[0].item() == pytest.approx(0, abs=1e-3)
-    assert labels[0] < labels[1] < labels[2] < 1
+    assert labels[0].item() == pytest.approx(0, abs=1e-3)  # psnr of equal images is 60 but for rounding
+    assert labels[0] < labels[1] < labels[2] <= 1
     with pytest.raises(ValueError, match="missing"):
         Ensemble([metric], {})
 

@@ -17,6 +17,7 @@ from milo_latent.training.latent_fields import (
     encoder_kernels,
     local_contrast,
     log_uniform,
+    mix_channels,
     piecewise_constant,
     uniform,
 )
@@ -95,7 +96,37 @@ def move_latents(generator: torch.Generator, ref: Tensor) -> Tensor:
     return ref.roll((rows, columns), dims=(2, 3))
 
 
+def add_mixed_noise(generator: torch.Generator, ref: Tensor) -> Tensor:
+    """Add noise whose channels correlate and whose strength changes over space, and fade the reference, as encoders do.
+
+    An encoder turns noise of an image into noise that is correlated between channels, and loses contrast over it.
+    """
+    batch = ref.shape[0]
+    noise = coloured_noise(generator, ref.shape, uniform(generator, -0.5, 1.5, batch))
+    noise = mix_channels(generator, noise, ref.shape[1]) / ref.shape[1] ** 0.5
+    place = coloured_noise(generator, (batch, 1, *ref.shape[2:]), torch.full((batch,), 1.5))
+    strength = (uniform(generator, 0.0, 1.0, batch, 1, 1, 1) * place).exp()
+    faded = ref * uniform(generator, 0.5, 1.05, batch, 1, 1, 1)
+    return faded + _per_item(generator, ref, 0.03, 1.0) * strength.clamp_max(4.0) * noise
+
+
+def replace_texture(generator: torch.Generator, ref: Tensor) -> Tensor:
+    """Put other fine structure in place of the own, as restorers do: of another item, or correlated noise."""
+    blurred = blur_latents(generator, ref)
+    fine = (ref - blurred).roll(1, dims=0)
+    batch = ref.shape[0]
+    noise = mix_channels(
+        generator, coloured_noise(generator, ref.shape, uniform(generator, -0.5, 0.5, batch)), ref.shape[1]
+    )
+    noise = noise / ref.shape[1] ** 0.5 * (ref - blurred).std(dim=(1, 2, 3), keepdim=True)
+    share = torch.rand(batch, 1, 1, 1, generator=generator)
+    return blurred + uniform(generator, 0.2, 1.5, batch, 1, 1, 1) * (share * fine + (1 - share) * noise)
+
+
 DISTORTIONS: tuple[Distortion, ...] = (
+    add_mixed_noise,
+    add_mixed_noise,  # twice as often
+    replace_texture,
     add_white_noise,
     add_coloured_noise,
     blur_latents,

@@ -37,7 +37,7 @@ class Calibration:
     def __call__(self, damage: Tensor) -> Tensor:
         """Return labels, 0 = identical, towards 1 = worst."""
         identical = self.curve(torch.tensor(self.best, dtype=torch.float64))
-        return ((identical - self.curve(damage)) / OPINION_RANGE).clamp_min(0.0)
+        return ((identical - self.curve(damage)) / OPINION_RANGE).clamp(0.0, 1.0)
 
 
 def calibrate(metric: FullReference, damage: Tensor, opinions: Tensor) -> Calibration:
