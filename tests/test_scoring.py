@@ -231,11 +231,11 @@ def test_a_table_of_other_folders_is_not_gone_on_with(folders, weights, tmp_path
     assert (tmp_path / "t.csv").read_text() == other
 
 
-def test_maps_are_enlarged_to_pixels_and_say_their_scale(weights, tmp_path, capsys):
+def test_maps_are_enlarged_to_pixels_and_say_their_scale(tmp_path, capsys):
     ref, dist = latent_pair(side=20)
     write_latents(tmp_path / "a.npy", ref)
     write_latents(tmp_path / "b.npy", dist)
-    files = ["--ref", str(tmp_path / "a.npy"), "--dist", str(tmp_path / "b.npy"), "--weights", weights]
+    files = ["--ref", str(tmp_path / "a.npy"), "--dist", str(tmp_path / "b.npy")]
     assert main(["score", *files, "--map", str(tmp_path / "auto.png")]) == 0
     assert "auto.png, from 0 (dark) to " in capsys.readouterr().out
     assert main(["score", *files, "--map", str(tmp_path / "fixed.png"), "--map-scale", "4"]) == 0
