@@ -67,6 +67,29 @@ def check_pair(ref: Tensor, dist: Tensor, *, channels: int, smallest: int) -> No
         )
 
 
+def check_model_input(name: str, tensor: Tensor, parameter: Tensor, *, model: str) -> None:
+    """Raise unless `tensor` is in the dtype and on the device of a model's `parameter`.
+
+    Args:
+        name: of the tensor.
+        tensor: the input.
+        parameter: any of the model's.
+        model: what the model is called in the message.
+
+    Raises:
+        TypeError: for another dtype, unless autocast is on, which converts.
+        ValueError: for another device.
+    """
+    if tensor.device != parameter.device:
+        raise ValueError(
+            f"Expected `{name}` on the {model}'s device {parameter.device}, got {tensor.device}. Move one with `.to`."
+        )
+    if tensor.dtype != parameter.dtype and not torch.is_autocast_enabled(tensor.device.type):
+        raise TypeError(
+            f"Expected `{name}` in the {model}'s dtype {parameter.dtype}, got {tensor.dtype}. Convert one with `.to`."
+        )
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise ValueError if `tensor` holds NaN or infinity. Reads values, so only where data enters."""
     if not torch.isfinite(tensor).all():
