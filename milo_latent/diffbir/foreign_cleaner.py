@@ -71,7 +71,7 @@ def load_upscaler(path: str | Path) -> ForeignCleaner:
     try:
         model = spandrel.ModelLoader(device="cpu").load_from_file(path)
     except (spandrel.UnsupportedModelError, ValueError, RuntimeError, OSError) as error:
-        raise ValueError(f"Expected a model that spandrel knows, got {path}: {error}") from error
+        raise ValueError(f"Expected a model that spandrel knows, got {path}: {type(error).__name__} {error}") from error
     name = model.architecture.name
     if not isinstance(model, spandrel.ImageModelDescriptor):
         raise ValueError(f"Expected a model from image to image, got {path}, {name}, which needs more than an image.")
