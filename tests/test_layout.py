@@ -23,6 +23,8 @@ LEVELS = {
     "milo_latent.encoding": 3,
     "milo_latent.official": 2,
     "milo_latent.scoring": 3,
+    "milo_latent.faces": 2,
+    "milo_latent.face_detector": 3,
     "milo_latent.guidance.curriculum": 3,
     "milo_latent.guidance.step": 3,
     "milo_latent.guidance": 4,
