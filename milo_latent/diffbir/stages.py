@@ -1,0 +1,164 @@
+"""The stages of DiffBIR that see whole images, each in tiles where that is asked for; pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from milo_latent.codec import VAE, decode_latents, encode_image, pad_image, vae_scale_factor
+from milo_latent.diffbir.colour import ColorFix, fix_colour
+from milo_latent.diffbir.official_tiles import official_tiled
+from milo_latent.tiling import tiled
+
+Stage = Literal["cleaner", "encoder", "diffusion", "decoder"]
+STAGES: tuple[str, ...] = get_args(Stage)
+BLUR_REACH = 31  # pixels that the wavelet fix's low frequencies reach: 1 + 2 + 4 + 8 + 16
+OFFICIAL_MULTIPLE = 64  # to which the official code pads images
+SMALLEST_TILE = 64  # pixels
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tiles of a stage.
+
+    Args:
+        size: of a side, in pixels.
+        overlap: the least that neighbours share, in pixels.
+    """
+
+    size: int
+    overlap: int
+
+    def __post_init__(self) -> None:
+        if self.size < SMALLEST_TILE or not 0 <= self.overlap < self.size:
+            raise ValueError(
+                f"Expected a tile of at least {SMALLEST_TILE} pixels and 0 <= overlap < tile, got tile {self.size} and "
+                f"overlap {self.overlap}."
+            )
+
+    def cells(self, pixels: int) -> dict[str, int]:
+        """Return the arguments of `tiled` for cells of so many pixels."""
+        return {"tile": max(self.size // pixels, 1), "overlap": self.overlap // pixels}
+
+
+Tiles = Mapping[str, Tile]
+
+
+def pad(image: Tensor, multiple: int, *, smallest: int = 1, official: bool = False) -> Tensor:
+    """Pad images at the bottom and right to multiples: by repeating the border, or in black as the official code does.
+
+    Args:
+        image: (B, 3, H, W).
+        multiple: of which H and W become multiples.
+        smallest: the least sides of the result.
+        official: black instead.
+
+    Returns:
+        Padded images.
+    """
+    if not official:
+        return pad_image(image, multiple, smallest=smallest)
+    height, width = image.shape[2:]
+    return F.pad(image, (0, -width % multiple, 0, -height % multiple))
+
+
+def encode(vae: VAE, image: Tensor, tile: Tile | None = None) -> Tensor:
+    """Encode images into scaled latents, the posterior's mode.
+
+    Args:
+        vae: encoder.
+        image: (B, 3, H, W), in [0, 1].
+        tile: where not whole.
+
+    Returns:
+        Latents, (B, C, h, w).
+    """
+    if tile is None:
+        return encode_image(vae, image)
+    factor = vae_scale_factor(vae)
+    padded = pad_image(image, factor)
+    return tiled(lambda each: encode_image(vae, each), padded, **_aligned(tile, factor), scale=Fraction(1, factor))
+
+
+def decode(vae: VAE, latents: Tensor, tile: Tile | None = None) -> Tensor:
+    """Decode scaled latents into images.
+
+    Args:
+        vae: decoder.
+        latents: (B, C, h, w).
+        tile: where not whole.
+
+    Returns:
+        Images, (B, 3, H, W) float32, in [0, 1].
+    """
+    if tile is None:
+        return decode_latents(vae, latents)
+    factor = vae_scale_factor(vae)
+    return tiled(lambda each: decode_latents(vae, each), latents, **tile.cells(factor), scale=factor)
+
+
+def predict(
+    function: Callable[[Tensor, Tensor], Tensor],
+    latents: Tensor,
+    condition: Tensor,
+    *,
+    pixels: int,
+    tile: Tile | None = None,
+    multiple: int = 1,
+    official: bool = False,
+) -> Tensor:
+    """Apply the networks of a denoising step, to all latents or to tiles whose outputs are blended.
+
+    Args:
+        function: from latents and condition, (B, C, h, w) each, to the model output.
+        latents: (B, C, h, w).
+        condition: of the same shape.
+        pixels: width of a latent cell.
+        tile: where not whole.
+        multiple: latent cells of which a tile's side must be a multiple.
+        official: whether to place and weigh tiles as the official code does, `tile.overlap` being size - stride.
+
+    Returns:
+        Model output, (B, C, h, w).
+    """
+    if tile is None:
+        return function(latents, condition)
+    channels = latents.shape[1]
+    both = torch.cat([latents, condition.to(latents.dtype)], dim=1)
+
+    def run(each: Tensor) -> Tensor:
+        return function(each[:, :channels], each[:, channels:])
+
+    if official:
+        size = tile.size // pixels
+        if min(latents.shape[2:]) < size:
+            return function(latents, condition)
+        return official_tiled(run, both, tile=size, stride=size - tile.overlap // pixels)
+    return tiled(run, both, **_aligned(tile, pixels * multiple, pixels))
+
+
+def put_colour(image: Tensor, colour: Tensor, *, method: ColorFix, tile: Tile | None = None) -> Tensor:
+    """Give `image` the colours of `colour`, (B, 3, H, W) each; exactly the same in tiles."""
+    if tile is None or method != "wavelet":
+        return fix_colour(image, colour, method=method)
+    both = torch.cat([image, colour], dim=1)  # (B, 6, H, W)
+    size, overlap = max(tile.size, 4 * BLUR_REACH), max(tile.overlap, 2 * BLUR_REACH)
+    return tiled(
+        lambda each: fix_colour(each[:, :3], each[:, 3:], method=method),
+        both,
+        tile=max(size, 2 * overlap),
+        overlap=overlap,
+        margin=BLUR_REACH,
+    )
+
+
+def _aligned(tile: Tile, unit: int, cell: int = 1) -> dict[str, int]:
+    """Round tile and overlap down to `unit` pixels, in cells of `cell` pixels; tiles start at multiples of it."""
+    size, overlap = max(tile.size // unit, 1) * unit, tile.overlap // unit * unit
+    return {"tile": size // cell, "overlap": overlap // cell, "multiple": unit // cell}
