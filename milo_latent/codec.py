@@ -52,15 +52,16 @@ def encode_image(vae: VAE, image: Tensor) -> Tensor:
     return scale_latents(vae, raw)
 
 
-def decode_latents(vae: VAE, latents: Tensor) -> Tensor:
+def decode_latents(vae: VAE, latents: Tensor, *, clip: bool = True) -> Tensor:
     """Decode scaled latents into images.
 
     Args:
         vae: the VAE they come from.
         latents: (B, C, h, w).
+        clip: to [0, 1]; a VAE may leave it a little.
 
     Returns:
-        Images, (B, 3, H, W) float32, clipped to [0, 1].
+        Images, (B, 3, H, W) float32, in [0, 1] if clipped.
 
     Raises:
         TypeError: if `latents` are not floating point.
@@ -68,7 +69,8 @@ def decode_latents(vae: VAE, latents: Tensor) -> Tensor:
     """
     check_batch("latents", latents, vae.config.latent_channels)
     raw = unscale_latents(vae, _to_vae(latents, vae))
-    return (vae.decode(raw).sample.float() / 2 + 0.5).clamp(0, 1)
+    image = vae.decode(raw).sample.float() / 2 + 0.5
+    return image.clamp(0, 1) if clip else image
 
 
 def _to_vae(tensor: Tensor, vae: VAE) -> Tensor:

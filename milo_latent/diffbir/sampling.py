@@ -1,4 +1,4 @@
-"""The arithmetic around DiffBIR's denoising loop: start, timesteps, guidance scale; pure functions."""
+"""What DiffBIR's denoising loop is made of: start, timesteps, the networks, guidance scale; pure functions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 StartPoint = Literal["noise", "cond"]
 START_POINTS: tuple[str, ...] = get_args(StartPoint)
 Compatibility = Literal["official"]
-COMPATIBILITIES: tuple[str | None, ...] = (None, *get_args(Compatibility))
+COMPATIBILITIES: tuple[str, ...] = get_args(Compatibility)
 
 
 def set_timesteps(scheduler: SchedulerMixin, steps: int, device: torch.device) -> Tensor:
@@ -85,6 +85,63 @@ def guide(without: Tensor, with_prompt: Tensor, *, scale: float, rescale: float 
         return guided
     spread, wanted = (each.std(dim=(1, 2, 3), keepdim=True) for each in (guided, with_prompt))
     return guided * (1.0 + rescale * (wanted / spread - 1.0))
+
+
+def controlled_output(
+    unet: Any,
+    controlnet: Any,
+    sample: Tensor,
+    condition: Tensor,
+    *,
+    timestep: Tensor,
+    prompt_embeds: Tensor | None,
+    negative_prompt_embeds: Tensor | None,
+    conditioning_scale: float,
+    scale: float,
+    rescale: float,
+) -> Tensor:
+    """Run ControlNet and UNet once, on a batch of both prompts where there is a negative one.
+
+    Args:
+        unet: denoiser.
+        controlnet: IRControlNet.
+        sample: as the scheduler scaled it, (B, C, h, w).
+        condition: latents of the cleaned image, (B, C, h, w).
+        timestep: of the step.
+        prompt_embeds: (B, tokens, width); None for models without prompts.
+        negative_prompt_embeds: likewise; None without classifier-free guidance.
+        conditioning_scale: factor of the ControlNet's residuals.
+        scale: of classifier-free guidance.
+        rescale: see `guide`.
+
+    Returns:
+        Model output, (B, C, h, w) float32.
+    """
+    dtype, embeds = unet.dtype, prompt_embeds
+    sample, condition = sample.to(dtype), condition.to(dtype)
+    if negative_prompt_embeds is not None:
+        sample, condition = torch.cat([sample, sample]), torch.cat([condition, condition])
+        embeds = torch.cat([negative_prompt_embeds, prompt_embeds])  # type: ignore[list-item]
+    embeds = embeds if embeds is None else embeds.to(dtype)
+    down_residuals, mid_residual = controlnet(
+        sample,
+        timestep,
+        encoder_hidden_states=embeds,
+        controlnet_cond=condition,
+        conditioning_scale=conditioning_scale,
+        return_dict=False,
+    )
+    output = unet(
+        sample,
+        timestep,
+        encoder_hidden_states=embeds,
+        down_block_additional_residuals=down_residuals,
+        mid_block_additional_residual=mid_residual,
+        return_dict=False,
+    )[0].float()
+    if negative_prompt_embeds is None:
+        return output
+    return guide(*output.chunk(2), scale=scale, rescale=rescale)
 
 
 def add_noise(latents: Tensor, noise: Tensor, scheduler: SchedulerMixin, timestep: int) -> Tensor:

@@ -1,12 +1,4 @@
-"""DiffBIR's samplers as diffusers schedulers: stock ones where those give the official result, else the two in here.
-
-| official name | here |
-| --- | --- |
-| `spaced` | `SpacedScheduler`: diffusers' DDPM at the official timesteps |
-| `ddim` | `DDIMScheduler`, leading, offset 1, last step to timestep 0 |
-| `dpm++_m2` | `SolverScheduler(solver="dpm++_2m", grid="continuous")` |
-| `edm_euler`, `edm_euler_a`, `edm_dpm++_2m`, `edm_dpm++_2m_sde`, `edm_dpm++_3m_sde` | `SolverScheduler`, grid "trailing" |
-"""
+"""DiffBIR's samplers as diffusers schedulers: stock ones where those give the official result, else the two in here."""
 
 from __future__ import annotations
 
@@ -165,7 +157,7 @@ class SolverScheduler(EulerDiscreteScheduler):
         """What unit noise is multiplied by to start from."""
         return math.sqrt(1.0 + float(self.sigmas[0]) ** 2)
 
-    def set_timesteps(  # type: ignore[override]
+    def set_timesteps(
         self, num_inference_steps: int, device: str | torch.device | None = None
     ) -> None:
         """Choose timesteps and noise levels.
@@ -209,7 +201,7 @@ class SolverScheduler(EulerDiscreteScheduler):
         sigmas = np.sqrt(np.expm1(-2.0 * interpolated))
         return ((times - 1.0 / count) * self.config.num_train_timesteps)[:-1], sigmas
 
-    def step(  # type: ignore[override]
+    def step(
         self,
         model_output: Tensor,
         timestep: Tensor | float,

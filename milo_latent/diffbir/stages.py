@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, get_args
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from milo_latent.checks import check_choice
 from milo_latent.codec import VAE, decode_latents, encode_image, pad_image, vae_scale_factor
-from milo_latent.diffbir.colour import ColorFix, fix_colour
+from milo_latent.diffbir.colour import ColorFix, fix_colour, low_frequencies
 from milo_latent.diffbir.official_tiles import official_tiled
 from milo_latent.tiling import tiled
 
@@ -36,6 +37,7 @@ class Tile:
     overlap: int
 
     def __post_init__(self) -> None:
+        """Refuse sizes that do not fit each other."""
         if self.size < SMALLEST_TILE or not 0 <= self.overlap < self.size:
             raise ValueError(
                 f"Expected a tile of at least {SMALLEST_TILE} pixels and 0 <= overlap < tile, got tile {self.size} and "
@@ -47,7 +49,40 @@ class Tile:
         return {"tile": max(self.size // pixels, 1), "overlap": self.overlap // pixels}
 
 
-Tiles = Mapping[str, Tile]
+class TilingMixin:
+    """What switches a pipeline's tiles on and off."""
+
+    _tiles: dict[str, Tile]
+
+    def enable_tiling(self, tile: int = 512, overlap: int | None = None, *, stages: Sequence[str] = STAGES) -> None:
+        """Run stages in tiles that overlap and blend, so that memory does not grow with the image.
+
+        Call it again for stages of another tile size. Images that fit in one tile are processed whole.
+
+        Args:
+            tile: side in pixels, at least 64.
+            overlap: the least that neighbours share, in pixels; None means a quarter of the tile.
+            stages: of "cleaner", "encoder", "diffusion", "decoder" (which takes the colour fix along).
+
+        Raises:
+            ValueError: for unknown stages or sizes that do not fit each other.
+        """
+        for stage in stages:
+            check_choice("stages", stage, STAGES)
+        self._tiles |= dict.fromkeys(stages, Tile(tile, tile // 4 if overlap is None else overlap))
+
+    def disable_tiling(self) -> None:
+        """Process whole images again."""
+        self._tiles.clear()
+
+    def enable_vae_tiling(self, tile: int = 512, overlap: int | None = None) -> None:
+        """Encode and decode in tiles; see `enable_tiling`."""
+        self.enable_tiling(tile, overlap, stages=("encoder", "decoder"))
+
+    def disable_vae_tiling(self) -> None:
+        """Encode and decode whole images again."""
+        for stage in ("encoder", "decoder"):
+            self._tiles.pop(stage, None)
 
 
 def pad(image: Tensor, multiple: int, *, smallest: int = 1, official: bool = False) -> Tensor:
@@ -86,21 +121,22 @@ def encode(vae: VAE, image: Tensor, tile: Tile | None = None) -> Tensor:
     return tiled(lambda each: encode_image(vae, each), padded, **_aligned(tile, factor), scale=Fraction(1, factor))
 
 
-def decode(vae: VAE, latents: Tensor, tile: Tile | None = None) -> Tensor:
+def decode(vae: VAE, latents: Tensor, tile: Tile | None = None, *, clip: bool = True) -> Tensor:
     """Decode scaled latents into images.
 
     Args:
         vae: decoder.
         latents: (B, C, h, w).
         tile: where not whole.
+        clip: to [0, 1].
 
     Returns:
-        Images, (B, 3, H, W) float32, in [0, 1].
+        Images, (B, 3, H, W) float32, about [0, 1].
     """
     if tile is None:
-        return decode_latents(vae, latents)
+        return decode_latents(vae, latents, clip=clip)
     factor = vae_scale_factor(vae)
-    return tiled(lambda each: decode_latents(vae, each), latents, **tile.cells(factor), scale=factor)
+    return tiled(lambda each: decode_latents(vae, each, clip=clip), latents, **tile.cells(factor), scale=factor)
 
 
 def predict(
@@ -144,21 +180,17 @@ def predict(
 
 
 def put_colour(image: Tensor, colour: Tensor, *, method: ColorFix, tile: Tile | None = None) -> Tensor:
-    """Give `image` the colours of `colour`, (B, 3, H, W) each; exactly the same in tiles."""
+    """Give `image` the colours of `colour`, (B, 3, H, W) each; in tiles the same, since they see as far as the blur."""
     if tile is None or method != "wavelet":
         return fix_colour(image, colour, method=method)
-    both = torch.cat([image, colour], dim=1)  # (B, 6, H, W)
-    size, overlap = max(tile.size, 4 * BLUR_REACH), max(tile.overlap, 2 * BLUR_REACH)
-    return tiled(
-        lambda each: fix_colour(each[:, :3], each[:, 3:], method=method),
-        both,
-        tile=max(size, 2 * overlap),
-        overlap=overlap,
-        margin=BLUR_REACH,
-    )
+    overlap = max(tile.overlap, 2 * BLUR_REACH)
+    size = max(tile.size, 2 * overlap)
+    # blurring is linear: image - blurred(image) + blurred(colour), with one tensor less
+    return image + tiled(low_frequencies, colour - image, tile=size, overlap=overlap, margin=BLUR_REACH)
 
 
 def _aligned(tile: Tile, unit: int, cell: int = 1) -> dict[str, int]:
-    """Round tile and overlap down to `unit` pixels, in cells of `cell` pixels; tiles start at multiples of it."""
-    size, overlap = max(tile.size // unit, 1) * unit, tile.overlap // unit * unit
+    """Round the tile down and the overlap up to `unit` pixels, in cells of `cell`; tiles start at multiples of it."""
+    size = max(tile.size // unit, 1) * unit
+    overlap = min(-(-tile.overlap // unit) * unit, size - unit)
     return {"tile": size // cell, "overlap": overlap // cell, "multiple": unit // cell}
