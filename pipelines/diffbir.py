@@ -17,7 +17,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from milo_latent.codec import vae_scale_factor
+from milo_latent.codec import decode_latents, encode_image, vae_scale_factor
 from milo_latent.diffbir import sampling
 from milo_latent.diffbir.colour import ColorFix
 from milo_latent.diffbir.inputs import check_call, enlarge, explained_memory, images_to_tensor, truncate
@@ -25,7 +25,7 @@ from milo_latent.diffbir.ircontrolnet import IRControlNet
 from milo_latent.diffbir.loading import pipeline_folder
 from milo_latent.diffbir.prompts import PromptCache, repeat_prompts
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner  # noqa: F401 (saved pipelines name its module)
-from milo_latent.diffbir.stages import TilingMixin, decode, encode, pad, predict, put_colour
+from milo_latent.diffbir.stages import TilingMixin, pad, predict, put_colour
 from milo_latent.guidance.callback import find_guidance
 
 SMALLEST_LATENTS = 16  # cells a side: the metric's four levels need them
@@ -324,7 +324,7 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
         degraded = enlarge(images_to_tensor(image).to(device), upscale)
         cleaned = self.clean(degraded)  # (B, 3, H, W)
         padded = self._pad(cleaned, official=official)
-        condition = encode(self.vae, padded, self._tiles.get("encoder")).float()
+        condition = encode_image(self.vae, padded, tile=self._tile_size("encoder")).float()
         condition = condition.repeat_interleave(num_images_per_prompt, dim=0)  # (B, C, h, w)
 
         # 2. Prompts, timesteps, noise
@@ -426,7 +426,8 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
             self.unet.to("cpu")
             self.controlnet.to("cpu")
         tile = self._tiles.get("decoder")
-        decoded = decode(self.vae, latents, tile, clip=not official)[..., : cleaned.shape[2], : cleaned.shape[3]]
+        decoded = decode_latents(self.vae, latents, tile=self._tile_size("decoder"), clip=not official)
+        decoded = decoded[..., : cleaned.shape[2], : cleaned.shape[3]]
         colour = cleaned.repeat_interleave(repeats, dim=0)
         images = put_colour(decoded, colour, method=color_fix, tile=tile).clamp(0, 1)
         return truncate(images) if official else images

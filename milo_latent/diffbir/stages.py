@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Literal, get_args
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from milo_latent.checks import check_choice
-from milo_latent.codec import VAE, decode_latents, encode_image, pad_image, vae_scale_factor
+from milo_latent.codec import pad_image
 from milo_latent.diffbir.colour import ColorFix, fix_colour, low_frequencies
 from milo_latent.diffbir.official_tiles import official_tiled
 from milo_latent.tiling import tiled
@@ -101,42 +100,6 @@ def pad(image: Tensor, multiple: int, *, smallest: int = 1, official: bool = Fal
         return pad_image(image, multiple, smallest=smallest)
     height, width = image.shape[2:]
     return F.pad(image, (0, -width % multiple, 0, -height % multiple))
-
-
-def encode(vae: VAE, image: Tensor, tile: Tile | None = None) -> Tensor:
-    """Encode images into scaled latents, the posterior's mode.
-
-    Args:
-        vae: encoder.
-        image: (B, 3, H, W), in [0, 1].
-        tile: where not whole.
-
-    Returns:
-        Latents, (B, C, h, w).
-    """
-    if tile is None:
-        return encode_image(vae, image)
-    factor = vae_scale_factor(vae)
-    padded = pad_image(image, factor)
-    return tiled(lambda each: encode_image(vae, each), padded, **_aligned(tile, factor), scale=Fraction(1, factor))
-
-
-def decode(vae: VAE, latents: Tensor, tile: Tile | None = None, *, clip: bool = True) -> Tensor:
-    """Decode scaled latents into images.
-
-    Args:
-        vae: decoder.
-        latents: (B, C, h, w).
-        tile: where not whole.
-        clip: to [0, 1].
-
-    Returns:
-        Images, (B, 3, H, W) float32, about [0, 1].
-    """
-    if tile is None:
-        return decode_latents(vae, latents, clip=clip)
-    factor = vae_scale_factor(vae)
-    return tiled(lambda each: decode_latents(vae, each, clip=clip), latents, **tile.cells(factor), scale=factor)
 
 
 def predict(
