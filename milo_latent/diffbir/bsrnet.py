@@ -13,7 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from milo_latent.diffbir.cleaner import Cleaner
+from milo_latent.diffbir.cleaner import Cleaner, channels_last
 
 __all__ = ["BSRNet", "ModelMixin"]  # ModelMixin: diffusers looks for it beside the class
 RESIDUAL_SCALE = 0.2
@@ -96,7 +96,7 @@ class BSRNet(Cleaner):
         Returns:
             Cleaned image, (B, 3, 4 * H, 4 * W), about [0, 1], not clipped.
         """
-        shallow = self.conv_first(image)
+        shallow = self.conv_first(channels_last(image))
         hidden = shallow + self.trunk_conv(self.RRDB_trunk(shallow))
         for convolution in (self.upconv1, self.upconv2):
             larger = F.interpolate(hidden, scale_factor=2.0, mode="nearest")

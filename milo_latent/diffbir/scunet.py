@@ -12,7 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from milo_latent.codec import pad_image
-from milo_latent.diffbir.cleaner import Cleaner
+from milo_latent.diffbir.cleaner import Cleaner, channels_last
 from milo_latent.diffbir.windows import join_windows, position_bias, split_windows, window_attention
 
 __all__ = ["ModelMixin", "SCUNet"]  # ModelMixin: diffusers looks for it beside the class
@@ -134,7 +134,7 @@ class SCUNet(Cleaner):
             Cleaned image, (B, 3, H, W), about [0, 1], not clipped.
         """
         height, width = image.shape[2:]
-        hidden = self.m_head(pad_image(image, MULTIPLE))  # (B, dim, H, W)
+        hidden = self.m_head(channels_last(pad_image(image, MULTIPLE)))  # (B, dim, H, W)
         skips = [hidden]
         for level in (1, 2, 3):
             skips.append(self.get_submodule(f"m_down{level}")(skips[-1]))  # (B, dim * 2**level, H / 2**level, ...)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from milo_latent.codec import pad_image
-from milo_latent.diffbir.cleaner import Cleaner
+from milo_latent.diffbir.cleaner import Cleaner, channels_last
 from milo_latent.diffbir.windows import join_windows, position_bias, split_windows, window_attention
 
 __all__ = ["ModelMixin", "SwinIR"]  # ModelMixin: diffusers looks for it beside the class
@@ -186,7 +186,7 @@ class SwinIR(Cleaner):
             Cleaned image, (B, 3, scale * H, scale * W), about [0, 1], not clipped.
         """
         height, width = image.shape[2:]
-        padded = pad_image(image, self.config.downscale * self.config.window_size)
+        padded = channels_last(pad_image(image, self.config.downscale * self.config.window_size))
         mean = padded.new_tensor(IMAGE_MEAN)[:, None, None]
         shallow = self.conv_first(padded - mean)  # (B, C, h, w)
         deep = _convolve(self.conv_after_body, self._body(shallow.permute(0, 2, 3, 1)))
