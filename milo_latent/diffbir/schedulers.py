@@ -157,9 +157,7 @@ class SolverScheduler(EulerDiscreteScheduler):
         """What unit noise is multiplied by to start from."""
         return math.sqrt(1.0 + float(self.sigmas[0]) ** 2)
 
-    def set_timesteps(
-        self, num_inference_steps: int, device: str | torch.device | None = None
-    ) -> None:
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Choose timesteps and noise levels.
 
         Args:

@@ -70,6 +70,10 @@ class TilingMixin:
             check_choice("stages", stage, STAGES)
         self._tiles |= dict.fromkeys(stages, Tile(tile, tile // 4 if overlap is None else overlap))
 
+    def _tile_size(self, stage: str, multiple: int = 8) -> int | None:
+        tile = self._tiles.get(stage)
+        return None if tile is None else tile.size // multiple * multiple
+
     def disable_tiling(self) -> None:
         """Process whole images again."""
         self._tiles.clear()
