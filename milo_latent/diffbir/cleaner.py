@@ -26,6 +26,11 @@ class Cleaner(ModelMixin, ConfigMixin):
         """How many times larger the result is than the image."""
         return 1
 
+    @property
+    def multiple(self) -> int:
+        """Pixels: sides are padded to multiples inside; tiles that start at multiples see the same windows."""
+        return 1
+
     @classmethod
     def official_state(cls, state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
         """Turn an official state dict into that of this class, strictly.

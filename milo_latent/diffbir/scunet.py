@@ -124,6 +124,11 @@ class SCUNet(Cleaner):
         self.m_body = nn.Sequential(*_blocks(8 * dim, blocks[3]))
         self.m_tail = nn.Sequential(nn.Conv2d(dim, 3, 3, padding=1, bias=False))
 
+    @property
+    def multiple(self) -> int:
+        """Pixels of a window on the coarsest level."""
+        return MULTIPLE
+
     def forward(self, image: Tensor) -> Tensor:
         """Clean an image.
 
@@ -134,7 +139,7 @@ class SCUNet(Cleaner):
             Cleaned image, (B, 3, H, W), about [0, 1], not clipped.
         """
         height, width = image.shape[2:]
-        hidden = self.m_head(channels_last(pad_image(image, MULTIPLE)))  # (B, dim, H, W)
+        hidden = self.m_head(channels_last(pad_image(image, self.multiple)))  # (B, dim, H, W)
         skips = [hidden]
         for level in (1, 2, 3):
             skips.append(self.get_submodule(f"m_down{level}")(skips[-1]))  # (B, dim * 2**level, H / 2**level, ...)

@@ -176,6 +176,11 @@ class SwinIR(Cleaner):
         """How many times larger the result is than the image: 1 in DiffBIR."""
         return self.config.upscale // self.config.downscale
 
+    @property
+    def multiple(self) -> int:
+        """Pixels of a window: 64 in DiffBIR."""
+        return self.config.downscale * self.config.window_size
+
     def forward(self, image: Tensor) -> Tensor:
         """Clean an image.
 
@@ -186,7 +191,7 @@ class SwinIR(Cleaner):
             Cleaned image, (B, 3, scale * H, scale * W), about [0, 1], not clipped.
         """
         height, width = image.shape[2:]
-        padded = channels_last(pad_image(image, self.config.downscale * self.config.window_size))
+        padded = channels_last(pad_image(image, self.multiple))
         mean = padded.new_tensor(IMAGE_MEAN)[:, None, None]
         shallow = self.conv_first(padded - mean)  # (B, C, h, w)
         deep = _convolve(self.conv_after_body, self._body(shallow.permute(0, 2, 3, 1)))
