@@ -19,8 +19,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from milo_latent.codec import decode_latents, encode_image, vae_scale_factor
 from milo_latent.diffbir import sampling
+from milo_latent.diffbir.cleaning import clean_image, resize
 from milo_latent.diffbir.colour import ColorFix
-from milo_latent.diffbir.inputs import check_call, enlarge, explained_memory, images_to_tensor, truncate
+from milo_latent.diffbir.inputs import check_call, explained_memory, images_to_tensor, scaled_size, truncate
 from milo_latent.diffbir.ircontrolnet import IRControlNet
 from milo_latent.diffbir.loading import pipeline_folder
 from milo_latent.diffbir.prompts import PromptCache, repeat_prompts
@@ -42,8 +43,6 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
         controlnet: tells the UNet the latents of the cleaned image.
         scheduler: any of diffusers', or those of `milo_latent.diffbir.schedulers`.
         cleaner: stage 1, any model from images (B, 3, H, W) in [0, 1] to images; None where inputs are clean already.
-        smallest_side: pixels to which the short side of smaller images is enlarged before stage 2, and shrunk back
-            after: 512 for the official models, 0 for models that work at any size.
 
     Source: DiffBIR (Lin et al., ECCV 2024) and its official code, diffbir/pipeline.py.
     """
@@ -62,7 +61,6 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
         text_encoder: CLIPTextModel | None = None,
         tokenizer: CLIPTokenizer | None = None,
         cleaner: ModelMixin | None = None,
-        smallest_side: int = 0,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -74,10 +72,11 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
             tokenizer=tokenizer,
             cleaner=cleaner,
         )
-        self.register_to_config(smallest_side=smallest_side)
         self.vae_scale_factor = vae_scale_factor(vae) if vae is not None else 8
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
         self.prompt_cache = PromptCache()
+        if text_encoder is not None:  # a model that came with one needs it
+            self._optional_components = ["cleaner"]
         self._tiles = {}
         self._guidance_scale = 1.0
 
@@ -175,18 +174,18 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
         Raises:
             ValueError: for a prompt where the model takes none, or a list of the wrong length.
         """
-        if not self.takes_prompts:
-            if prompt or negative_prompt or prompt_embeds is not None:
-                raise ValueError("Expected no prompt, since this model takes none, got one. Leave it out.")
-            return None, None
-        prompt_embeds = self._encode_text(prompt) if prompt_embeds is None else prompt_embeds
-        count = num_images or prompt_embeds.shape[0]
-        prompt_embeds = repeat_prompts(prompt_embeds, count, num_images_per_prompt)
-        if guided:
-            if negative_prompt_embeds is None:
-                negative_prompt_embeds = self._encode_text(negative_prompt)
-            negative_prompt_embeds = repeat_prompts(negative_prompt_embeds, count, num_images_per_prompt)
-        return prompt_embeds, negative_prompt_embeds
+        count, repeats = num_images, num_images_per_prompt
+        if self.takes_prompts:
+            prompt_embeds = self._encode_text(prompt) if prompt_embeds is None else prompt_embeds
+            count = count or prompt_embeds.shape[0]
+            prompt_embeds = repeat_prompts(prompt_embeds, count, repeats)
+            if guided:
+                if negative_prompt_embeds is None:
+                    negative_prompt_embeds = self._encode_text(negative_prompt)
+                negative_prompt_embeds = repeat_prompts(negative_prompt_embeds, count, repeats)
+        elif prompt or negative_prompt or prompt_embeds is not None:
+            raise ValueError("Expected no prompt, since this model takes none, got one. Leave it out.")
+        return prompt_embeds, negative_prompt_embeds  # the only return: diffusers' tests read the names off it
 
     def _encode_text(self, text: str | list[str] | None) -> Tensor:
         if self.text_encoder is None or self.tokenizer is None:
@@ -195,18 +194,26 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
         return self.prompt_cache.encode(texts, self.text_encoder, self.tokenizer, self._execution_device)
 
     @torch.no_grad()
-    def clean(self, image: Tensor) -> Tensor:
+    def clean(
+        self, image: Tensor, output_size: tuple[int, int] | None = None, *, compatibility: str | None = None
+    ) -> Tensor:
         """Run stage 1, the cleaner, alone.
 
         Args:
             image: (B, 3, H, W), in [0, 1].
+            output_size: height and width of the restored image; None means the cleaner's own.
+            compatibility: as in `__call__`.
 
         Returns:
-            Cleaned image, (B, 3, H, W) float32, clipped to [0, 1]; the image itself without a cleaner.
+            Cleaned image, (B, 3, H', W') float32: what stage 2 works on, at least 512 pixels a side for the official
+            cleaners; the resized image itself without a cleaner.
         """
+        official = compatibility == "official"
         if self.cleaner is None:
-            return image
-        return self.cleaner(image.to(self.cleaner.dtype)).float().clamp(0, 1)
+            return image if output_size is None else resize(image, output_size).clamp(0, 1)
+        tile = self._tiles.get("cleaner")
+        tiles = None if tile is None else tile.tiles(getattr(self.cleaner, "multiple", 1))
+        return clean_image(self.cleaner, image, output_size=output_size, tiles=tiles, official=official)
 
     def prepare_latents(
         self,
@@ -321,8 +328,9 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
         device = self._execution_device
 
         # 1. Stage 1: clean the image, then encode it: the latents that condition the UNet, and that guidance pulls to
-        degraded = enlarge(images_to_tensor(image).to(device), upscale)
-        cleaned = self.clean(degraded)  # (B, 3, H, W)
+        degraded = images_to_tensor(image).to(device)
+        size = scaled_size(degraded, upscale)
+        cleaned = self.clean(degraded, size, compatibility=compatibility)  # (B, 3, H, W)
         padded = self._pad(cleaned, official=official)
         condition = encode_image(self.vae, padded, tile=self._tile_size("encoder")).float()
         condition = condition.repeat_interleave(num_images_per_prompt, dim=0)  # (B, C, h, w)
@@ -347,6 +355,7 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
             drawn = sampling.draw_noise(tuple(condition.shape), generator=generator, device=device)
             control = sampling.add_noise(condition, drawn, self.scheduler, noise_aug)
         step_arguments = sampling.step_arguments(self.scheduler, generator, eta)
+        cells = {"pixels": self.vae_scale_factor, "multiple": self._size_multiple(), "official": official}
 
         # 3. Stage 2: denoise
         with ExitStack() as stack, self.progress_bar(total=self._num_timesteps) as progress_bar:
@@ -372,7 +381,7 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
                     rescale=guidance_rescale,
                 )
                 sample = self.scheduler.scale_model_input(latents, timestep)
-                model_output = self._in_tiles(networks, sample, control, official=official)
+                model_output = predict(networks, sample, control, tile=self._tiles.get("diffusion"), **cells)
                 for guide in guides:
                     model_output = guide.guided_model_output(self.scheduler, model_output, timestep, latents)
                 latents = self.scheduler.step(model_output, timestep, latents, **step_arguments, return_dict=False)[0]
@@ -394,24 +403,12 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
             raise ValueError(f"The latents are not finite in {self.unet.dtype}. Use torch.bfloat16 or torch.float32.")
         images = latents
         if output_type != "latent":
-            images = self._to_images(latents, cleaned, num_images_per_prompt, color_fix, official=official)
+            images = self._to_images(latents, cleaned, size, num_images_per_prompt, color_fix, official=official)
             images = self.image_processor.postprocess(
                 images, output_type=output_type, do_denormalize=[False] * images.shape[0]
             )
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _in_tiles(self, networks: Callable[..., Tensor], sample: Tensor, control: Tensor, *, official: bool) -> Tensor:
-        cells = self._size_multiple() // self.vae_scale_factor
-        return predict(
-            networks,
-            sample,
-            control,
-            pixels=self.vae_scale_factor,
-            tile=self._tiles.get("diffusion"),
-            multiple=cells,
-            official=official,
-        )
 
     def _pad(self, image: Tensor, *, official: bool) -> Tensor:
         if official:
@@ -420,16 +417,23 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
         return pad(image, self._size_multiple(), smallest=SMALLEST_LATENTS * self.vae_scale_factor)
 
     def _to_images(
-        self, latents: Tensor, cleaned: Tensor, repeats: int, color_fix: ColorFix, *, official: bool
+        self,
+        latents: Tensor,
+        cleaned: Tensor,
+        size: tuple[int, int],
+        repeats: int,
+        color_fix: ColorFix,
+        *,
+        official: bool,
     ) -> Tensor:
         if getattr(self, "final_offload_hook", None) is not None:  # make room for the decoder
             self.unet.to("cpu")
             self.controlnet.to("cpu")
-        tile = self._tiles.get("decoder")
         decoded = decode_latents(self.vae, latents, tile=self._tile_size("decoder"), clip=not official)
         decoded = decoded[..., : cleaned.shape[2], : cleaned.shape[3]]
         colour = cleaned.repeat_interleave(repeats, dim=0)
-        images = put_colour(decoded, colour, method=color_fix, tile=tile).clamp(0, 1)
+        images = put_colour(decoded, colour, method=color_fix, tile=self._tiles.get("decoder"))
+        images = resize(images, size).clamp(0, 1)
         return truncate(images) if official else images
 
     def _size_multiple(self) -> int:

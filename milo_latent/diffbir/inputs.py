@@ -11,7 +11,6 @@ import PIL.Image
 import torch
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from torch import Tensor
-from torch.nn import functional as F
 
 from milo_latent.checks import check_choice, check_range
 from milo_latent.diffbir.colour import COLOR_FIXES
@@ -49,19 +48,10 @@ def images_to_tensor(image: PipelineImageInput) -> Tensor:
     return tensor.clamp(0, 1)
 
 
-def enlarge(image: Tensor, factor: float) -> Tensor:
-    """Resize (B, 3, H, W), in [0, 1], by `factor`: bicubic, antialiased where it shrinks."""
-    if factor == 1.0:
-        return image
-    size = [max(1, round(side * factor)) for side in image.shape[2:]]
-    return F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-
-
-def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize (B, 3, H, W) to `size`, (H, W): bicubic, antialiased where it shrinks; not clipped."""
-    if tuple(image.shape[2:]) == tuple(size):
-        return image
-    return F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False)
+def scaled_size(image: Tensor, factor: float) -> tuple[int, int]:
+    """Return height and width of (B, C, H, W) times `factor`, at least 1."""
+    height, width = (max(1, round(side * factor)) for side in image.shape[2:])
+    return height, width
 
 
 def truncate(image: Tensor) -> Tensor:

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from milo_latent.checks import check_choice
 
-__all__ = ["OFFICIAL_SAMPLERS", "SchedulerMixin", "SolverScheduler", "SpacedScheduler", "official_scheduler"]
-
 Solver = Literal["euler", "euler_a", "dpm++_2m", "dpm++_2m_sde", "dpm++_3m_sde"]
 SOLVERS: tuple[str, ...] = get_args(Solver)
 Grid = Literal["trailing", "continuous"]
@@ -47,10 +45,8 @@ def official_scheduler(
     """
     check_choice("sampler", sampler, OFFICIAL_SAMPLERS)
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    common: dict[str, Any] = betas | {
-        "prediction_type": prediction_type,
-        "rescale_betas_zero_snr": rescale_betas_zero_snr,
-    }
+    model = {"prediction_type": prediction_type, "rescale_betas_zero_snr": rescale_betas_zero_snr}
+    common: dict[str, Any] = betas | model
     if sampler == "spaced":
         return SpacedScheduler(**common, clip_sample=False)
     if sampler == "ddim":
@@ -64,9 +60,8 @@ def official_scheduler(
 class SpacedScheduler(DDPMScheduler):
     """DDPM at evenly spaced timesteps, as DiffBIR's spaced sampler places them.
 
-    They are those of `timestep_spacing="linspace"`, but for 278 numbers of steps (21, 23, 31, ...) whose stride the
-    official code sums up in floating point, and for a single step: that starts at the last timestep, where the noise
-    is, and not at the first. Takes what `DDPMScheduler` takes.
+    They are those of "linspace" spacing, but for 278 numbers of steps (21, 23, 31, ...), whose stride the official
+    code sums up in floating point, and for one step, which starts at the last timestep.
 
     Source: `space_timesteps` in DiffBIR's diffbir/sampler/spaced_sampler.py.
     """

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -43,9 +44,15 @@ class Tile:
                 f"overlap {self.overlap}."
             )
 
-    def cells(self, pixels: int) -> dict[str, int]:
-        """Return the arguments of `tiled` for cells of so many pixels."""
-        return {"tile": max(self.size // pixels, 1), "overlap": self.overlap // pixels}
+    def aligned(self, unit: int, cell: int = 1) -> dict[str, Any]:
+        """Return arguments of `tiled` for tiles that start at multiples of `unit` pixels, in cells of `cell` pixels."""
+        size = max(self.size // unit, 1) * unit
+        overlap = min(-(-self.overlap // unit) * unit, size - unit)
+        return {"tile": size // cell, "overlap": overlap // cell, "multiple": unit // cell}
+
+    def tiles(self, multiple: int) -> Callable[..., Tensor]:
+        """Return `tiled` with these sizes, rounded to multiples."""
+        return partial(tiled, **self.aligned(multiple))
 
 
 class TilingMixin:
@@ -124,7 +131,7 @@ def predict(
         condition: of the same shape.
         pixels: width of a latent cell.
         tile: where not whole.
-        multiple: latent cells of which a tile's side must be a multiple.
+        multiple: pixels of which a tile's side and place are multiples.
         official: whether to place and weigh tiles as the official code does, `tile.overlap` being size - stride.
 
     Returns:
@@ -143,7 +150,7 @@ def predict(
         if min(latents.shape[2:]) < size:
             return function(latents, condition)
         return official_tiled(run, both, tile=size, stride=size - tile.overlap // pixels)
-    return tiled(run, both, **_aligned(tile, pixels * multiple, pixels))
+    return tiled(run, both, **tile.aligned(max(multiple, pixels), pixels))
 
 
 def put_colour(image: Tensor, colour: Tensor, *, method: ColorFix, tile: Tile | None = None) -> Tensor:
@@ -154,10 +161,3 @@ def put_colour(image: Tensor, colour: Tensor, *, method: ColorFix, tile: Tile | 
     size = max(tile.size, 2 * overlap)
     # blurring is linear: image - blurred(image) + blurred(colour), with one tensor less
     return image + tiled(low_frequencies, colour - image, tile=size, overlap=overlap, margin=BLUR_REACH)
-
-
-def _aligned(tile: Tile, unit: int, cell: int = 1) -> dict[str, int]:
-    """Round the tile down and the overlap up to `unit` pixels, in cells of `cell`; tiles start at multiples of it."""
-    size = max(tile.size // unit, 1) * unit
-    overlap = min(-(-tile.overlap // unit) * unit, size - unit)
-    return {"tile": size // cell, "overlap": overlap // cell, "multiple": unit // cell}
