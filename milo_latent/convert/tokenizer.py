@@ -1,0 +1,87 @@
+"""CLIP's tokenizer: from a folder, the hub, or the vocabulary file that every CLIP code carries."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTokenizer
+
+HUB_TOKENIZER = "stabilityai/stable-diffusion-2-1-base"
+VOCABULARY_SIZE = 49408
+START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"  # "!" is token 0, which DiffBIR pads with
+WAY_OUT = (
+    "Pass a folder with a CLIP tokenizer, a hub id, or bpe_simple_vocab_16e6.txt.gz (it lies in DiffBIR's code, in "
+    "diffbir/model/open_clip, and in those of CLIP and OpenCLIP); or 'none' for a pipeline that takes `prompt_embeds`."
+)
+
+
+def open_tokenizer(source: str | Path, *, length: int = 77) -> CLIPTokenizer:
+    """Open CLIP's tokenizer, padding with token 0 as DiffBIR does.
+
+    Args:
+        source: a folder (the tokenizer's, or a pipeline's with `tokenizer` in it), a hub id, or a vocabulary file
+            (`bpe_simple_vocab_16e6.txt.gz`).
+        length: tokens of a prompt.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or file, and it cannot be fetched.
+        ValueError: if it is no tokenizer of CLIP's.
+    """
+    path = Path(source)
+    if path.is_file():
+        tokenizer = tokenizer_of_vocabulary(path)
+    else:
+        if path.is_dir():
+            inside = path / "tokenizer"
+            arguments: tuple[Any, dict[str, str]] = (inside if inside.is_dir() else path, {})
+        else:
+            arguments = (str(source), {"subfolder": "tokenizer"} if str(source) == HUB_TOKENIZER else {})
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(arguments[0], **arguments[1])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            first_line = next(iter(str(error).splitlines()), type(error).__name__)
+            raise FileNotFoundError(
+                f"Expected a tokenizer, got {str(source)!r}, which could not be opened: {first_line} {WAY_OUT}"
+            ) from error
+    tokenizer.pad_token = PAD
+    tokenizer.model_max_length = length
+    if len(tokenizer("a b").input_ids) != 4 or tokenizer.pad_token_id != 0:
+        raise ValueError(f"Expected CLIP's tokenizer, got another one in {str(source)!r}. {WAY_OUT}")
+    return tokenizer
+
+
+def tokenizer_of_vocabulary(path: str | Path) -> CLIPTokenizer:
+    """Make the tokenizer from the list of merges of byte pairs.
+
+    The tokens are, in this order: the 256 bytes, as printable characters; the same at the end of a word; one for each
+    merge; start and end.
+
+    Args:
+        path: `bpe_simple_vocab_16e6.txt.gz`, or the same text unpacked.
+
+    Raises:
+        ValueError: if it is no such file.
+
+    Source: CLIP (Radford et al., 2021), section 2.4; the file's own order.
+    """
+    path = Path(path)
+    try:
+        packed = path.read_bytes()
+        text = (gzip.decompress(packed) if packed[:2] == b"\x1f\x8b" else packed).decode("utf-8")
+    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"Expected a vocabulary of byte pairs, got {path}: {error}. {WAY_OUT}") from error
+    characters = sorted(ByteLevel.alphabet())  # printable bytes are their own characters, the others come behind
+    singles = [*characters, *(character + "</w>" for character in characters)]
+    count = VOCABULARY_SIZE - len(singles) - 2
+    merges = [tuple(line.split()) for line in text.splitlines()[1 : 1 + count]]
+    if len(merges) < count or any(len(merge) != 2 for merge in merges):
+        raise ValueError(f"Expected {count} merges of two in {path}, got {len(merges)} lines, or others. {WAY_OUT}")
+    tokens = [*singles, *("".join(merge) for merge in merges), START, END]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=PAD)
