@@ -9,7 +9,6 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from milo_latent import IRControlNet
 from milo_latent.convert.layouts import controlnet_layout, text_layout, unet_layout, vae_layout
-from milo_latent.convert.mapping import select
 from milo_latent.diffbir.swinir import SwinIR
 
 WIDTHS = (64, 128)

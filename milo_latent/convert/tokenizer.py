@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
-from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
@@ -33,26 +32,28 @@ def open_tokenizer(source: str | Path, *, length: int = 77) -> CLIPTokenizer:
         FileNotFoundError: if there is no such folder or file, and it cannot be fetched.
         ValueError: if it is no tokenizer of CLIP's.
     """
-    path = Path(source)
-    if path.is_file():
-        tokenizer = tokenizer_of_vocabulary(path)
-    else:
-        if path.is_dir():
-            inside = path / "tokenizer"
-            arguments: tuple[Any, dict[str, str]] = (inside if inside.is_dir() else path, {})
-        else:
-            arguments = (str(source), {"subfolder": "tokenizer"} if str(source) == HUB_TOKENIZER else {})
+    path, reason = Path(source), "it is another one"
+    candidates = [""] if path.is_file() else ["", "tokenizer"]
+    for subfolder in candidates:
         try:
-            tokenizer = CLIPTokenizer.from_pretrained(arguments[0], **arguments[1])
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            first_line = next(iter(str(error).splitlines()), type(error).__name__)
-            raise FileNotFoundError(
-                f"Expected a tokenizer, got {str(source)!r}, which could not be opened: {first_line} {WAY_OUT}"
-            ) from error
+            tokenizer = (
+                tokenizer_of_vocabulary(path)
+                if path.is_file()
+                else CLIPTokenizer.from_pretrained(str(source), subfolder=subfolder)
+            )
+        except (OSError, TypeError, KeyError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            continue
+        if len(tokenizer) >= VOCABULARY_SIZE:  # transformers makes an empty one of a folder without any
+            return _padded_with_zero(tokenizer, length)
+    raise FileNotFoundError(f"Expected CLIP's tokenizer, got {str(source)!r}: {reason} {WAY_OUT}")
+
+
+def _padded_with_zero(tokenizer: CLIPTokenizer, length: int) -> CLIPTokenizer:
     tokenizer.pad_token = PAD
     tokenizer.model_max_length = length
-    if len(tokenizer("a b").input_ids) != 4 or tokenizer.pad_token_id != 0:
-        raise ValueError(f"Expected CLIP's tokenizer, got another one in {str(source)!r}. {WAY_OUT}")
+    if tokenizer.pad_token_id != 0:
+        raise ValueError(f"Expected {PAD!r} as token 0 of CLIP's tokenizer, got {tokenizer.pad_token_id}. {WAY_OUT}")
     return tokenizer
 
 
