@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import json
+import tempfile
 from pathlib import Path
 
 from tokenizers.pre_tokenizers import ByteLevel
@@ -19,6 +21,9 @@ WAY_OUT = (
 
 def open_tokenizer(source: str | Path, *, length: int = 77) -> CLIPTokenizer:
     """Open CLIP's tokenizer, padding with token 0 as DiffBIR does.
+
+    As in diffusers' own Stable Diffusion 2.1 folders, the padding is the token "!": once saved and opened again, an
+    exclamation mark in a prompt is read as padding (0), where the official code reads it as a word (256).
 
     Args:
         source: a folder (the tokenizer's, or a pipeline's with `tokenizer` in it), a hub id, or a vocabulary file
@@ -85,4 +90,10 @@ def tokenizer_of_vocabulary(path: str | Path) -> CLIPTokenizer:
         raise ValueError(f"Expected {count} merges of two in {path}, got {len(merges)} lines, or others. {WAY_OUT}")
     tokens = [*singles, *("".join(merge) for merge in merges), START, END]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=PAD)
+    with tempfile.TemporaryDirectory() as folder:  # the form that every release of transformers reads
+        (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+        lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+        (Path(folder) / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+    tokenizer.init_kwargs.pop("name_or_path", None)
+    return tokenizer
