@@ -18,14 +18,15 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from milo_latent.codec import decode_latents, encode_image, vae_scale_factor
-from milo_latent.diffbir import sampling
+from milo_latent.diffbir import sampling, schedulers  # noqa: F401 (saved pipelines name their modules)
 from milo_latent.diffbir.cleaning import clean_image, resize
 from milo_latent.diffbir.colour import ColorFix
 from milo_latent.diffbir.inputs import check_call, explained_memory, images_to_tensor, scaled_size, truncate
 from milo_latent.diffbir.ircontrolnet import IRControlNet
 from milo_latent.diffbir.loading import pipeline_folder
-from milo_latent.diffbir.prompts import PromptCache, repeat_prompts
-from milo_latent.diffbir.residual_cleaner import ResidualCleaner  # noqa: F401 (saved pipelines name its module)
+from milo_latent.diffbir.prompt_cache import PromptCache, repeat_prompts
+from milo_latent.diffbir.prompts import read_prompt_embeds
+from milo_latent.diffbir.residual_cleaner import ResidualCleaner  # noqa: F401 (likewise)
 from milo_latent.diffbir.stages import TilingMixin, pad, predict, put_colour
 from milo_latent.guidance.callback import find_guidance
 
@@ -96,7 +97,10 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
         Raises:
             FileNotFoundError: if there is no such folder, nor such a repository on the hub or in its cache.
         """
-        return super().from_pretrained(pipeline_folder(pretrained_model_name_or_path, kwargs), **kwargs)
+        folder = pipeline_folder(pretrained_model_name_or_path, kwargs)
+        pipeline = super().from_pretrained(folder, **kwargs)
+        pipeline.prompt_cache.stored = read_prompt_embeds(folder)
+        return pipeline
 
     @property
     def guidance_scale(self) -> float:
@@ -188,8 +192,6 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
         return prompt_embeds, negative_prompt_embeds  # the only return: diffusers' tests read the names off it
 
     def _encode_text(self, text: str | list[str] | None) -> Tensor:
-        if self.text_encoder is None or self.tokenizer is None:
-            raise ValueError("This pipeline has no text encoder. Pass `prompt_embeds` and `negative_prompt_embeds`.")
         texts = text if isinstance(text, list) else [text or ""]
         return self.prompt_cache.encode(texts, self.text_encoder, self.tokenizer, self._execution_device)
 

@@ -15,6 +15,8 @@ LEVELS = {
     "milo_latent.weights": 0,
     "milo_latent.tiling": 1,
     "milo_latent.codec": 2,
+    "milo_latent.metric.card": 1,
+    "milo_latent.metric.mask_finder": 1,
     "milo_latent.metric.network": 1,
     "milo_latent.metric": 2,
     "milo_latent.encoding": 3,

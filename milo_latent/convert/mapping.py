@@ -126,3 +126,15 @@ def numbered(keys: Iterable[str], pattern: str) -> Iterator[int]:
 def convert_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Return a floating-point tensor in `dtype`, others as they are."""
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def check_rest(state: Mapping[str, Tensor], prefixes: tuple[str, ...], ignorable: Iterable[str], *, what: str) -> None:
+    """Raise ValueError if a key lies below none of `prefixes` and no pattern of `ignorable` matches it."""
+    patterns = [re.compile(pattern) for pattern in ignorable]
+    rest = [key for key in state if not key.startswith(prefixes)]
+    unknown = [key for key in rest if not any(pattern.fullmatch(key) for pattern in patterns)]
+    if unknown:
+        raise ValueError(
+            f"Expected {what}, got one with keys beside those of its networks: {_report({'unknown': unknown})}. "
+            "If nothing needs them, name them by a pattern: `ignore`, or --ignore."
+        )

@@ -15,8 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from milo_latent.convert.layouts import controlnet_layout, text_layout, unet_layout, vae_layout
 from milo_latent.convert.mapping import convert_dtype, map_strictly, numbered
-from milo_latent.diffbir.ircontrolnet import IRControlNet
 from milo_latent.convert.writing import write_safetensors
+from milo_latent.diffbir.ircontrolnet import IRControlNet
 
 SCALING_FACTOR = 0.18215  # of Stable Diffusion's latents
 TEXT_PREFIX = "text_model."  # the hub's spelling, which every release of transformers reads
@@ -60,14 +60,16 @@ class Network:
             self.model.save_config(folder)
             write_safetensors(folder / "diffusion_pytorch_model.safetensors", self.tensors, dtype=dtype)
             return
-        self.model.config.architectures = [type(self.model).__name__]
-        self.model.config.dtype = dtype or torch.float32
-        self.model.config.save_pretrained(folder)
+        config: Any = self.model.config
+        config.architectures = [type(self.model).__name__]
+        config.dtype = dtype or next(iter(self.tensors.values())).dtype
+        config.save_pretrained(folder)
         named = {TEXT_PREFIX + key.removeprefix(TEXT_PREFIX): tensor for key, tensor in self.tensors.items()}
         write_safetensors(folder / "model.safetensors", named, dtype=dtype)
 
 
-def _empty(make: Any, config: Config) -> Any:
+def empty(make: Any, config: Config) -> Any:
+    """Return `make(**config)` with parameters on the meta device, which takes no memory."""
     with init_empty_weights(include_buffers=False):  # buffers are computed, and real
         return make(**config)
 
@@ -137,7 +139,7 @@ def find_unet(state: State, config: Config | None = None, *, what: str = "the of
     up = tuple("CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(_attends(sizes)))
     sizes |= {"up_block_types": up} | dict(config or {})
     _require_heads(sizes, what)
-    model = _empty(UNet2DConditionModel, sizes)
+    model = empty(UNet2DConditionModel, sizes)
     layout = unet_layout(len(sizes["block_out_channels"]), sizes["layers_per_block"], attends=_attends(sizes))
     return Network(model, map_strictly(model, state, layout, what=what))
 
@@ -162,7 +164,7 @@ def find_controlnet(state: State, config: Config | None = None, *, what: str = "
     sizes = _levels(state, what) | {"in_channels": channels // 2, "conditioning_channels": channels // 2}
     sizes |= dict(config or {})
     _require_heads(sizes, what)
-    model = _empty(IRControlNet, sizes)
+    model = empty(IRControlNet, sizes)
     layout = controlnet_layout(len(sizes["block_out_channels"]), sizes["layers_per_block"])
     return Network(model, map_strictly(model, state, layout, what=what))
 
@@ -195,7 +197,7 @@ def find_vae(state: State, config: Config | None = None, *, what: str = "the off
         "scaling_factor": SCALING_FACTOR,
         "sample_size": 512,
     } | dict(config or {})
-    model = _empty(AutoencoderKL, sizes)
+    model = empty(AutoencoderKL, sizes)
     return Network(model, map_strictly(model, state, vae_layout(levels, layers), what=what))
 
 
@@ -232,6 +234,6 @@ def find_text_encoder(
         "bos_token_id": vocabulary - 2,
         "eos_token_id": vocabulary - 1,
     } | dict(config or {})
-    model = _empty(CLIPTextModel, {"config": CLIPTextConfig(**sizes)})
+    model = empty(CLIPTextModel, {"config": CLIPTextConfig(**sizes)})
     prefix = TEXT_PREFIX if any(key.startswith(TEXT_PREFIX) for key in model.state_dict()) else ""
     return Network(model, map_strictly(model, state, text_layout(layers, prefix=prefix), what=what))

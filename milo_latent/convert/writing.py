@@ -55,6 +55,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], *, dtype: torch
             file.write(len(encoded).to_bytes(8, "little") + encoded)
             for tensor in tensors.values():
                 values = convert_dtype(tensor.detach(), dtype).contiguous()
-                file.write(memoryview(values.reshape(-1).view(torch.uint8).numpy()))
+                values.reshape(-1).view(torch.uint8).numpy().tofile(file)
 
     write_atomically(path, write)
