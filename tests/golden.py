@@ -7,6 +7,11 @@ from milo_latent.convert.networks import find_controlnet, find_unet, find_vae
 from milo_latent.diffbir.schedulers import official_scheduler
 
 HEADS = {"attention_head_dim": (4, 8, 4, 4)}
+CLEANERS = {
+    "swinir": {"embed_dim": 24, "depths": (2, 2), "num_heads": (3, 3)},
+    "scunet": {"dim": 32, "blocks": (0, 2, 1, 0, 1, 2, 0)},
+    "bsrnet": {"channels": 16, "blocks": 2, "growth": 8},
+}
 PREDICTION = {"eps": "epsilon", "v_zsnr": "v_prediction"}
 
 
@@ -48,3 +53,12 @@ def golden_pipeline(networks, parameterization, sampler="spaced", cleaner=None):
     pipeline = DiffBIRPipeline(**networks, scheduler=scheduler_for(parameterization, sampler), cleaner=cleaner)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def tiny_cleaner(shared, cleaner):
+    """An official tiny cleaner, by its class."""
+    name = cleaner.__name__.lower()
+    weights = part(golden(shared, f"cleaner_{name}"), "weights.")
+    network = cleaner(**CLEANERS[name]).eval().requires_grad_(False)
+    network.load_state_dict({k: v.float() for k, v in cleaner.official_state(weights, CLEANERS[name]).items()})
+    return network

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from golden import golden, golden_pipeline, numbered, part, relative, scheduler_for, tiny_networks
+from golden import golden, golden_pipeline, numbered, part, relative, scheduler_for, tiny_cleaner, tiny_networks
 from torch.nn import functional as F
 
+from milo_latent.diffbir.bsrnet import BSRNet
 from milo_latent.diffbir.colour import fix_colour
 from milo_latent.diffbir.official_tiles import gaussian_weights, official_tiled, tile_starts
 from milo_latent.diffbir.sampling import add_noise, controlled_output, guidance_scale_at, step_arguments
+from milo_latent.diffbir.scunet import SCUNet
 from milo_latent.diffbir.stages import Tile, predict
+from milo_latent.diffbir.swinir import SwinIR
 from milo_latent.testing import replayed_noise
 
 RUN = 1e-4
@@ -173,6 +176,33 @@ def test_the_pipeline_gives_the_official_pictures(shared, networks, name):
     official = (expected["out"] / 2 + 0.5).clamp(0, 1)
     assert (result - official).abs().max() < 1 / 255 + 1e-4  # cut to 8 bit
     assert (result - official).mean() < 0  # cut, not rounded
+
+
+@pytest.mark.parametrize(
+    ("name", "cleaner", "parameterization", "upscale"),
+    [
+        ("swinir_v_zsnr", SwinIR, "v_zsnr", 1.0),
+        ("bsrnet_eps_up4", BSRNet, "eps", 4.0),
+        ("scunet_eps", SCUNet, "eps", 1.0),
+    ],
+)
+def test_the_whole_pipeline_gives_the_official_8_bit_picture(
+    shared, networks, name, cleaner, parameterization, upscale
+):
+    tensors = golden(shared, "pipeline_tiny")
+    expected = part(tensors, f"run.{name}.")
+    pipeline = golden_pipeline(networks, parameterization, cleaner=tiny_cleaner(shared, cleaner))
+    image = expected["lq"].permute(0, 3, 1, 2).float() / 255
+    with replayed_noise(numbered(expected, "draw_")):
+        result = pipeline(
+            image=image, upscale=upscale, num_inference_steps=2, guidance_scale=4.0, output_type="np",
+            prompt_embeds=tensors["prompts.good"], negative_prompt_embeds=tensors["prompts.bad"],
+            compatibility="official",
+        ).images  # fmt: skip
+    picture = torch.from_numpy(result).mul(255).round()
+    assert picture.shape == expected["result"].shape
+    assert (picture - expected["result"]).abs().max() <= 1
+    assert (picture != expected["result"]).float().mean() < 0.01
 
 
 def test_the_colour_fix_gives_the_official_picture(shared):
