@@ -89,16 +89,17 @@ def _tile_sizes(vae: VAE, tile: int) -> tuple[int, int, int]:
     return cells, cells // 4, cells // 16  # a wide blend: what differs between tiles is their overall tone
 
 
-def decode_latents(vae: VAE, latents: Tensor, *, tile: int | None = None) -> Tensor:
+def decode_latents(vae: VAE, latents: Tensor, *, tile: int | None = None, clip: bool = True) -> Tensor:
     """Decode scaled latents into images.
 
     Args:
         vae: the VAE they come from.
         latents: (B, C, h, w).
         tile: side of the tiles that larger images are decoded in, in pixels, as of `encode_image`; its tolerances hold.
+        clip: to [0, 1]; a VAE may leave it a little.
 
     Returns:
-        Images, (B, 3, H, W) float32, clipped to [0, 1].
+        Images, (B, 3, H, W) float32, in [0, 1] if clipped.
 
     Raises:
         TypeError: if `latents` are not floating point.
@@ -106,10 +107,10 @@ def decode_latents(vae: VAE, latents: Tensor, *, tile: int | None = None) -> Ten
     """
     check_batch("latents", latents, vae.config.latent_channels)
     if tile is None:
-        return _decode(vae, latents)
+        return _decode(vae, latents, clip)
     cells, overlap, margin = _tile_sizes(vae, tile)
     return tiled(
-        lambda each: _decode(vae, each),
+        lambda each: _decode(vae, each, clip),
         latents,
         tile=cells,
         overlap=overlap,
@@ -118,9 +119,10 @@ def decode_latents(vae: VAE, latents: Tensor, *, tile: int | None = None) -> Ten
     )
 
 
-def _decode(vae: VAE, latents: Tensor) -> Tensor:
+def _decode(vae: VAE, latents: Tensor, clip: bool) -> Tensor:
     raw = unscale_latents(vae, _to_vae(latents, vae))
-    return (vae.decode(raw).sample.float() / 2 + 0.5).clamp(0, 1)
+    image = vae.decode(raw).sample.float() / 2 + 0.5
+    return image.clamp(0, 1) if clip else image
 
 
 def _to_vae(tensor: Tensor, vae: VAE) -> Tensor:

@@ -30,6 +30,7 @@ LEVELS = {
     "milo_latent.guidance": 4,
     "milo_latent.diffbir": 4,
     "milo_latent.pipelines": 5,
+    "milo_latent.convert": 6,
     "milo_latent.restore": 6,
     "milo_latent.training": 6,
     "milo_latent.testing": 6,

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 
-from milo_latent.cli import decode, encode, restore, score, weights
+from milo_latent.cli import convert, decode, encode, restore, score, weights
 
 DESCRIPTION = """\
 Restore photos, steered by MILO in the latent space of a diffusion model, and measure what a person would see.
@@ -17,6 +17,7 @@ Restore photos, steered by MILO in the latent space of a diffusion model, and me
   milo-latent encode photo.jpg -o photo.npy     the latents of a photo, or of a folder of them
   milo-latent decode photo.npy -o photo.png     and back
   milo-latent weights list                      the metrics and models at hand
+  milo-latent convert diffbir -h                official DiffBIR checkpoints to a pipeline folder
 """
 
 
@@ -27,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and stop")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-    for command in (restore, score, encode, decode, weights):
+    for command in (restore, score, encode, decode, weights, convert):
         command.add(commands)
     return parser
 
