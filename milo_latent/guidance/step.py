@@ -104,9 +104,11 @@ def gradient_push(
 ) -> tuple[Tensor, Tensor]:
     """Move x0 against the gradient of a visible error, through the metric.
 
-    The gradient g is scaled, per sample, to the length of the way to the reference latents: n(g) = g * |r - x0| / |g|,
-    Euclidean norms. So `milo_scale` has one meaning whatever the metric, the number of latent pixels and the noise, and
-    the push fades as the estimate comes near.
+    n(g) = |d| * g, times |d|_2 / ||d| * g|_2 per sample, where d = r - x0 and g is the gradient. The first factor takes
+    out the jump that the gradient of |d| makes at 0: without it, a pixel that is a hair off the reference is pushed
+    past it as far as the worst pixel is pushed towards it. The second gives the push the length of the way to the
+    reference, so that `milo_scale` means the same whatever the metric, the size and the noise, and the push fades as
+    the estimate comes near. For a fixed weight n(g) is W * d scaled, the direction of the mode *mask*.
 
     Args:
         pred_original_sample: x0, (B, C, h, w).
@@ -133,6 +135,8 @@ def gradient_push(
         weight = find_weight(mask) if objective == "weighted" else mask
         error = (weight * (leaf - reference).abs()).mean(dim=(1, 2, 3))
         (gradient,) = torch.autograd.grad(error.sum(), leaf)
-        way, steepness = (each.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for each in (reference - leaf, gradient))
-        push = torch.where(steepness > SMALLEST, gradient * (way / steepness.clamp(min=SMALLEST)), 0.0)
-        return (leaf - milo_scale * push).detach(), mask.detach()
+    difference = reference - leaf.detach()
+    gradient = gradient * difference.abs()
+    way, length = (each.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for each in (difference, gradient))
+    push = torch.where(length > SMALLEST, gradient * (way / length.clamp(min=SMALLEST)), 0.0)
+    return leaf.detach() - milo_scale * push, mask.detach()
