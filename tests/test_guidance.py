@@ -287,6 +287,7 @@ def test_the_trace_is_plotted_and_its_masks_are_animated(metric, tmp_path):
     matplotlib = pytest.importorskip("matplotlib", reason="plots need it")
     matplotlib.use("Agg")
     figure = trace.plot()
+    figure.draw_without_rendering()  # warns where the layout does not fit
     assert [axes.get_title() for axes in figure.axes[3:7]] == ["step 0", "step 1", "step 2", "step 3"]
     drawn = figure.axes[0].lines[0].get_ydata()
     assert drawn.tolist() == pytest.approx([step.score[0].item() for step in trace])

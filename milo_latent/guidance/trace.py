@@ -118,19 +118,18 @@ class GuidanceTrace:
             raise ImportError('The plot needs matplotlib: pip install "milo_latent[plots]".') from error
         shown = [self.steps[int(index)] for index in torch.linspace(0, len(self) - 1, min(len(self), PICTURES_IN_PLOT))]
         figure = plt.figure(figsize=(12, 5.5), layout="constrained")
-        grid = figure.add_gridspec(2, 12 * len(shown), height_ratios=[3, 2])
-        for column, (name, label) in enumerate(_CURVES.items()):
-            axes = figure.add_subplot(grid[0, column * 4 * len(shown) : (column + 1) * 4 * len(shown)])
-            axes.plot([step.step for step in self], [getattr(step, name)[sample].item() for step in self], marker=".")
-            axes.set(title=label, xlabel="step", ylim=(0, None))
+        rows: Any = figure.subfigures(2, 1, height_ratios=[3, 2])
+        curves, masks = rows
+        for axes, (name, label) in zip(curves.subplots(1, len(_CURVES)), _CURVES.items(), strict=True):
+            values = [getattr(step, name)[sample].item() for step in self]
+            axes.plot([step.step for step in self], values, marker=".")
+            axes.set(title=label, xlabel="step", ylim=(0, 1.1 * max(values) or 1.0))
             axes.grid(alpha=0.3)
-        colours = ListedColormap(colour_ramp().numpy())
-        images = []
-        for column, step in enumerate(shown):
-            images.append(figure.add_subplot(grid[1, column * 12 : (column + 1) * 12]))
-            picture = images[-1].imshow(step.mask[sample, 0], vmin=0, vmax=self._largest(sample), cmap=colours)
-            images[-1].set(title=f"step {step.step}", xticks=[], yticks=[])
-        figure.colorbar(picture, ax=images, label="mask M / 4", shrink=0.8)
+        colours, pictures = ListedColormap(colour_ramp().numpy()), masks.subplots(1, len(shown), squeeze=False)[0]
+        for axes, step in zip(pictures, shown, strict=True):
+            picture = axes.imshow(step.mask[sample, 0].numpy(), vmin=0, vmax=self._largest(sample), cmap=colours)
+            axes.set(title=f"step {step.step}", xticks=[], yticks=[])
+        masks.colorbar(picture, ax=pictures, label="mask M / 4", shrink=0.8)
         return figure
 
     def write_animation(self, path: str | Path, *, sample: int = 0, side: int = 256, milliseconds: int = 300) -> None:
@@ -183,7 +182,7 @@ class GuidanceTrace:
 
 
 _CURVES = {
-    "score": "raw error E to the reference, before guidance",
+    "score": "raw error E before guidance",
     "weight": "mean weight of the difference",
-    "change": "change, in ways to the reference",
+    "change": "change / way to the reference",
 }
