@@ -20,6 +20,7 @@ _PUBLIC = {
     "ResidualCleaner": "milo_latent.diffbir.residual_cleaner",
     "Restorer": "milo_latent.restore",
     "colour_error_map": "milo_latent.metric.visualize",
+    "convert_diffbir": "milo_latent.convert.diffbir",
     "curriculum_weight": "milo_latent.guidance.curriculum",
     "decode_latents": "milo_latent.codec",
     "encode_image": "milo_latent.codec",

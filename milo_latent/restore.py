@@ -153,11 +153,6 @@ def restore_image(
             output_type="pt",
             callback_on_step_end=guide,
         )
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-            height, width = image.shape[2:]
-            raise MemoryError(
-                f"Not enough memory for {width}x{height} pixels. Restore a smaller part of it."
-            ) from error
-        raise
+    except MemoryError as error:
+        raise MemoryError(f"{image.shape[3]}x{image.shape[2]} pixels: {error}") from error
     return result.images.float().cpu()

@@ -1,0 +1,36 @@
+"""Where a saved pipeline is: a folder, or a hub repository that is fetched into one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+
+
+def pipeline_folder(name: str | Path, arguments: dict[str, Any]) -> Path:
+    """Return the folder of a saved pipeline, fetched first if need be.
+
+    Args:
+        name: a folder, or a hub id.
+        arguments: of `from_pretrained`; those that choose what is fetched are taken out.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, nor such a repository on the hub or in its cache.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    choices = {key: arguments.pop(key) for key in HUB_ARGUMENTS if key in arguments}
+    try:
+        return Path(snapshot_download(str(name), **choices))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise FileNotFoundError(
+            f"Expected a pipeline folder or a hub id, got {str(name)!r}, which is no folder here and could not be "
+            f"fetched ({type(error).__name__}). Pass a folder downloaded by hand."
+        ) from error
