@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from tqdm.auto import tqdm
 
+from milo_latent.checks import ValueWatch
 from milo_latent.codec import VAE, decode_latents, encode_image, vae_scale_factor
 from milo_latent.files import (
     IMAGE_SUFFIXES,
@@ -86,7 +87,14 @@ def encode_file(
 
 
 @torch.inference_mode()
-def decode_file(vae: Callable[[], VAE], latents: Path, output: Path, *, tile: int | None = None) -> tuple[int, int]:
+def decode_file(
+    vae: Callable[[], VAE],
+    latents: Path,
+    output: Path,
+    *,
+    tile: int | None = None,
+    watch: ValueWatch | None = None,
+) -> tuple[int, int]:
     """Decode a file of latents into an image, cut to the photo's size where the file tells it.
 
     Args:
@@ -94,6 +102,7 @@ def decode_file(vae: Callable[[], VAE], latents: Path, output: Path, *, tile: in
         latents: `.npy` or `.safetensors`, one image.
         output: image.
         tile: side of the tiles of large images, in pixels; None decodes whole.
+        watch: warns of latents of another scale; None warns of each file.
 
     Returns:
         Width and height of the image.
@@ -105,6 +114,7 @@ def decode_file(vae: Callable[[], VAE], latents: Path, output: Path, *, tile: in
     tensor, model = read_latents(latents), vae()
     metadata = read_latents_metadata(latents) if latents.suffix.lower() == ".safetensors" else {}
     _check_vae(model, metadata, latents)
+    (watch or ValueWatch()).look(str(latents), tensor, latents=True)
     factor = vae_scale_factor(model)
     height, width = _source_size(metadata, (tensor.shape[2] * factor, tensor.shape[3] * factor), latents)
     write_image(output, decode_latents(model, tensor, tile=tile)[..., :height, :width])
@@ -177,7 +187,8 @@ def decode_folder(vae: VAE, latents: Path, output: Path, *, tile: int | None = N
         ValueError: if a file is damaged or of another VAE, or two differ in their suffix only.
     """
     paths = _files(latents, LATENT_SUFFIXES)
-    return _each(paths, output, "png", lambda path, to: decode_file(lambda: vae, path, to, tile=tile))
+    watch = ValueWatch()
+    return _each(paths, output, "png", lambda path, to: decode_file(lambda: vae, path, to, tile=tile, watch=watch))
 
 
 def _files(folder: Path, suffixes: frozenset[str]) -> list[Path]:

@@ -134,29 +134,29 @@ def test_an_upscaler_without_a_scale_is_refused_with_the_way_out():
 def test_tiles_are_given_the_function_the_image_and_the_scale(cleaner):
     seen = []
 
-    def in_quarters(function, image, *, scale, factor):
-        seen.append((image.shape, scale, factor))
+    def in_quarters(function, image, *, scale, multiple, factor):
+        seen.append((image.shape, scale, multiple, factor))
         rows = [torch.cat([function(part) for part in row.chunk(2, 3)], 3) for row in image.chunk(2, 2)]
         return torch.cat(rows, 2)
 
     image = torch.rand(1, 3, 16, 24)
     tiled = clean_image(cleaner, image, tiles=functools.partial(in_quarters, factor=2))
     assert torch.equal(tiled, clean_image(cleaner, image))
-    assert seen == [(image.shape, getattr(cleaner, "scale", 1), 2)]
+    assert seen == [(image.shape, getattr(cleaner, "scale", 1), 1, 2)]
 
 
 def test_swinir_in_official_tiles_is_enlarged_after_it_otherwise_before():
     network, sizes = SwinIR(**TINY[SwinIR]).eval(), []
 
-    def whole(function, image, *, scale):
-        sizes.append(tuple(image.shape[2:]))
+    def whole(function, image, *, scale, **multiple):
+        sizes.append((*image.shape[2:], multiple))
         return function(image)
 
     with torch.no_grad():
         for official in (True, False):
             cleaned = clean_image(network, torch.rand(1, 3, 128, 128), tiles=whole, official=official)
             assert cleaned.shape == (1, 3, 512, 512)
-    assert sizes == [(128, 128), (512, 512)]
+    assert sizes == [(128, 128, {}), (512, 512, {"multiple": 64})]
 
 
 def test_the_official_resize_is_pillows_to_the_bit():

@@ -81,3 +81,22 @@ def test_training_still_reaches_every_parameter(metric, pair):
     finder = [parameter.grad for name, parameter in trained.named_parameters() if name.startswith("mask_finder")]
     assert len(finder) == 10
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in finder)
+
+
+def test_autocast_gives_a_score_and_a_gradient(metric):
+    ref, dist = latent_pair(side=32)
+    leaf = dist.clone().requires_grad_(True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        score = metric(dist=leaf, ref=ref)
+    (gradient,) = torch.autograd.grad(score.sum(), leaf)
+    (expected,) = gradients(metric, dist, ref, of=("dist",))
+    assert score.item() == pytest.approx(metric(dist=dist, ref=ref).item(), rel=0.01)
+    assert (gradient - expected).norm() < 0.05 * expected.norm()
+
+
+def test_inputs_of_another_dtype_or_device_than_the_metrics_are_refused(metric):
+    ref, dist = latent_pair()
+    with pytest.raises(TypeError, match=r"metric's dtype torch\.float32, got torch\.float64"):
+        metric(dist=dist.double(), ref=ref.double())
+    with pytest.raises(ValueError, match="metric's device cpu, got meta"):
+        metric(dist=dist.to("meta"), ref=ref.to("meta"))

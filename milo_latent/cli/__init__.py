@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 
 from milo_latent.cli import convert, decode, encode, restore, score, weights
 
@@ -32,6 +33,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Print a warning as one line on standard error, without the place in the code that it comes from."""
+    print(f"milo-latent: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command.
 
@@ -53,12 +59,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        print(options.run(options))
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            print(options.run(options))
     except (ValueError, TypeError, OSError, MemoryError) as error:
         print(f"milo-latent: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("milo-latent: interrupted, nothing written", file=sys.stderr)
+        print("milo-latent: interrupted; no file is half written, and the same command goes on", file=sys.stderr)
         return 130
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -60,10 +61,11 @@ def clean_image(
         cleaner: any module from images (B, 3, H, W), in [0, 1], to images; `scale` says how much larger, 1 without it.
         image: degraded image, (B, 3, H, W), in [0, 1], of any size.
         output_size: height and width of the restored image; None means those of `image` times the cleaner's scale.
-        tiles: called as `tiles(function, image, scale=...)`, such as `functools.partial(tiled, tile=512, overlap=128)`;
-            None cleans the image whole. Tiles that start at multiples of the cleaner's `multiple` see its own windows.
+        tiles: called as `tiles(function, image, scale=..., multiple=...)`, such as
+            `functools.partial(tiled, tile=512, overlap=128)`; None cleans the image whole. `multiple` is the
+            cleaner's: where tiles start elsewhere, attention sees other windows, and the result is another.
         official: do as the official code where it does worse: resize 8-bit values first, pad in black, clip nothing,
-            and for SwinIR in tiles enlarge last.
+            for SwinIR in tiles enlarge last, and call `tiles` without `multiple`.
 
     Returns:
         Cleaned image, (B, 3, H', W') float32; in [0, 1] unless `official`.
@@ -84,7 +86,10 @@ def clean_image(
     if rule.enlarge_first and not (official and tiles):
         image = enlarge_short_side(image, rule.short_side)
     # by itself a cleaner repeats the border
-    cleaned = _run(cleaner, image, scale, tiles, rule.black_multiple if official and tiles is None else 0)
+    black_multiple = rule.black_multiple if official and tiles is None else 0
+    if tiles is not None and not official:
+        tiles = functools.partial(tiles, multiple=getattr(cleaner, "multiple", 1))
+    cleaned = _run(cleaner, image, scale, tiles, black_multiple)
     if min(size) >= rule.short_side and scale != 1:
         cleaned = resize(cleaned, size)
     elif scale != 1:

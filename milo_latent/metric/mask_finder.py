@@ -63,7 +63,8 @@ class MaskFinder(nn.Sequential):
         followed = torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (*inputs, features) if tensor is not None
         )
-        if followed and layers.transposed and not torch.compiler.is_compiling():
+        plain = torch.compiler.is_compiling() or torch.is_autocast_enabled(inputs[0].device.type)  # autograd's own then
+        if followed and layers.transposed and not plain:
             return _FrozenFind.apply(layers, features, *inputs)
         return _find(layers, features, inputs)[-1]
 

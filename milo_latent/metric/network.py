@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from milo_latent.checkpoints import CHECKPOINT_SUFFIXES, read_checkpoint, rename_keys
-from milo_latent.checks import check_batch, check_pair
+from milo_latent.checks import check_batch, check_model_input, check_pair
 from milo_latent.metric.card import write_card
 from milo_latent.metric.mask_finder import MaskFinder
 from milo_latent.resources import available_weights, weights_dir
@@ -218,6 +218,7 @@ class MILO(ModelMixin, ConfigMixin):
         [dist, ref, mask] when called as the official command line does.
         """
         check_pair(ref, dist, channels=self.config.channels, smallest=2**self.config.levels)
+        check_model_input("ref` and `dist", dist, next(self.parameters()), model="metric")
         shared = ref.shape[0] < dist.shape[0]
         layers = self.mask_finder.layers(without_ref=shared)
         mask: Tensor | None = None
@@ -251,7 +252,8 @@ class MILO(ModelMixin, ConfigMixin):
         """
         mask = self.mask(dist=dist, ref=ref) if mask is None else mask
         error = (mask * (ref - dist).abs()).mean(dim=1, keepdim=True)  # (B, 1, H, W)
-        return self.scaler(error) - self.scaler(torch.zeros_like(error[:1, :, :1, :1]))
+        error_map = self.scaler(error) - self.scaler(torch.zeros_like(error[:1, :, :1, :1]))
+        return torch.where(error > 0, error_map, 0.0)  # the two scalers' roundings may differ
 
     def compare(self, *, dist: Tensor, ref: Tensor, region: Tensor | None = None) -> MILOOutput:
         """Compare `dist` with `ref` in every way there is, with one pass of the mask finder.
