@@ -360,6 +360,7 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
         cells = {"pixels": self.vae_scale_factor, "multiple": self._size_multiple(), "official": official}
 
         # 3. Stage 2: denoise
+        sampling.hand_over(image, find_guidance(callback_on_step_end))
         with ExitStack() as stack, self.progress_bar(total=self._num_timesteps) as progress_bar:
             guides = [
                 stack.enter_context(guide.run(condition, self._num_timesteps))
