@@ -208,10 +208,10 @@ class MILOGuidance(SchedulerGuidance):
             raise ValueError(f"Expected `milo_scale` of at least 0, got {scale}. It is the length of the push.")
 
 
-def find_guidance(callback: Any) -> list[MILOGuidance]:
+def find_guidance(callback: Any) -> list[SchedulerGuidance]:
     """Return the guidance in `callback`: itself, or those among `MultiPipelineCallbacks`."""
     callbacks = callback.callbacks if isinstance(callback, MultiPipelineCallbacks) else [callback]
-    return [entry for entry in callbacks if isinstance(entry, MILOGuidance)]
+    return [entry for entry in callbacks if isinstance(entry, SchedulerGuidance)]
 
 
 def _for_config(value: Any) -> Any:
