@@ -144,6 +144,8 @@ def pad_image(image: Tensor, multiple: int, *, smallest: int = 1) -> Tensor:
     """
     height, width = image.shape[2:]
     target = [-(-max(side, smallest) // multiple) * multiple for side in (height, width)]
+    if target == [height, width]:
+        return image
     return F.pad(image, (0, target[1] - width, 0, target[0] - height), mode="replicate")
 
 

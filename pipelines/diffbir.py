@@ -21,7 +21,7 @@ from milo_latent.codec import decode_latents, encode_image, vae_scale_factor
 from milo_latent.diffbir import sampling, schedulers  # noqa: F401 (saved pipelines name their modules)
 from milo_latent.diffbir.cleaning import clean_image, resize
 from milo_latent.diffbir.colour import ColorFix
-from milo_latent.diffbir.inputs import check_call, explained_memory, images_to_tensor, scaled_size, truncate
+from milo_latent.diffbir.inputs import check_call, explained_memory, images_to_tensor, scaled_size, to_output, truncate
 from milo_latent.diffbir.ircontrolnet import IRControlNet
 from milo_latent.diffbir.loading import pipeline_folder
 from milo_latent.diffbir.prompt_cache import PromptCache, repeat_prompts
@@ -330,11 +330,11 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
         device = self._execution_device
 
         # 1. Stage 1: clean the image, then encode it: the latents that condition the UNet, and that guidance pulls to
-        degraded = images_to_tensor(image).to(device)
-        size = scaled_size(degraded, upscale)
-        cleaned = self.clean(degraded, size, compatibility=compatibility)  # (B, 3, H, W)
-        padded = self._pad(cleaned, official=official)
-        condition = encode_image(self.vae, padded, tile=self._tile_size("encoder")).float()
+        image = images_to_tensor(image).to(device)  # names are reused, so that no more images are kept than needed
+        size = scaled_size(image, upscale)
+        image = cleaned = self.clean(image, size, compatibility=compatibility)  # (B, 3, H, W)
+        image = self._pad(cleaned, official=official)
+        condition = encode_image(self.vae, image, tile=self._tile_size("encoder")).float()
         condition = condition.repeat_interleave(num_images_per_prompt, dim=0)  # (B, C, h, w)
 
         # 2. Prompts, timesteps, noise
@@ -360,6 +360,7 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
         cells = {"pixels": self.vae_scale_factor, "multiple": self._size_multiple(), "official": official}
 
         # 3. Stage 2: denoise
+        sampling.hand_over(image, find_guidance(callback_on_step_end))
         with ExitStack() as stack, self.progress_bar(total=self._num_timesteps) as progress_bar:
             guides = [
                 stack.enter_context(guide.run(condition, self._num_timesteps))
@@ -403,12 +404,11 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
         # 4. Decode, give the colours back, cut the padding off
         if not torch.isfinite(latents).all():
             raise ValueError(f"The latents are not finite in {self.unet.dtype}. Use torch.bfloat16 or torch.float32.")
-        images = latents
+        images: Any = latents
         if output_type != "latent":
+            image = cleaned
             images = self._to_images(latents, cleaned, size, num_images_per_prompt, color_fix, official=official)
-            images = self.image_processor.postprocess(
-                images, output_type=output_type, do_denormalize=[False] * images.shape[0]
-            )
+            images = to_output(images, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -433,9 +433,9 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
             self.controlnet.to("cpu")
         decoded = decode_latents(self.vae, latents, tile=self._tile_size("decoder"), clip=not official)
         decoded = decoded[..., : cleaned.shape[2], : cleaned.shape[3]]
-        colour = cleaned.repeat_interleave(repeats, dim=0)
+        colour = cleaned if repeats == 1 else cleaned.repeat_interleave(repeats, dim=0)
         images = put_colour(decoded, colour, method=color_fix, tile=self._tiles.get("decoder"))
-        images = resize(images, size).clamp(0, 1)
+        images = resize(images, size).clamp_(0, 1)
         return truncate(images) if official else images
 
     def _size_multiple(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import torch
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
@@ -57,6 +58,24 @@ def scaled_size(image: Tensor, factor: float) -> tuple[int, int]:
 def truncate(image: Tensor) -> Tensor:
     """Cut values in [0, 1] down to the next 255th, as the official code does where others round."""
     return (image * 255.0).clamp(0, 255).floor() / 255.0
+
+
+def to_output(images: Tensor, output_type: str) -> Tensor | np.ndarray | list[PIL.Image.Image]:
+    """Turn restored images into what was asked for; they are used up.
+
+    Args:
+        images: (B, 3, H, W), in [0, 1].
+        output_type: "pt", "np" for (B, H, W, 3) float32, or "pil" for pictures of 8 bit, rounded.
+
+    Returns:
+        The images.
+    """
+    if output_type == "pt":
+        return images
+    if output_type == "np":
+        return images.permute(0, 2, 3, 1).cpu().numpy()
+    pixels = images.mul_(255).round_().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [PIL.Image.fromarray(each) for each in pixels]
 
 
 def check_call(

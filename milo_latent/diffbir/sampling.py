@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
@@ -195,3 +196,10 @@ def draw_noise(
 ) -> Tensor:
     """Draw unit normal noise in float32, whatever the networks' dtype: the same seed starts from the same noise."""
     return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+
+
+def hand_over(image: Tensor, guides: Iterable[Any]) -> None:
+    """Show the padded, cleaned image, (B, 3, H, W) in [0, 1], to those guides that ask for it by `accept_image`."""
+    for guide in guides:
+        if hasattr(guide, "accept_image"):
+            guide.accept_image(image)

@@ -160,4 +160,4 @@ def put_colour(image: Tensor, colour: Tensor, *, method: ColorFix, tile: Tile | 
     overlap = max(tile.overlap, 2 * BLUR_REACH)
     size = max(tile.size, 2 * overlap)
     # blurring is linear: image - blurred(image) + blurred(colour), with one tensor less
-    return image + tiled(low_frequencies, colour - image, tile=size, overlap=overlap, margin=BLUR_REACH)
+    return tiled(low_frequencies, colour - image, tile=size, overlap=overlap, margin=BLUR_REACH).add_(image)
