@@ -36,6 +36,7 @@ LEVELS = {
     "milo_latent.pipelines": 5,
     "milo_latent.convert": 6,
     "milo_latent.restore": 6,
+    "milo_latent.training.distortions": 5,
     "milo_latent.training": 6,
     "milo_latent.testing": 6,
     "milo_latent.cli": 7,
