@@ -110,6 +110,7 @@ def restore_image(
     schedule: Schedule | None = None,
     steps: int | None = None,
     seed: int = 0,
+    tile: int | None = None,
 ) -> Tensor:
     """Restore an image, or several of one size.
 
@@ -121,6 +122,8 @@ def restore_image(
         schedule: curriculum of the guidance, "constant", "linear" or "cosine"; None takes the task's.
         steps: denoising steps; None takes the task's.
         seed: the same seed gives the same result; each image of a batch is restored as it would be alone.
+        tile: side in pixels of the tiles that larger images are restored in, at least 320; None restores them whole,
+            or as the pipeline's `enable_tiling` says.
 
     Returns:
         Restored image, (B, 3, H * upscale, W * upscale) float32, in [0, 1], on the CPU.
@@ -145,14 +148,15 @@ def restore_image(
         guide = MILOGuidance(restorer.metric, milo_scale=scale, schedule=schedule or defaults.schedule)
     generators = [torch.Generator().manual_seed(seed) for _ in range(image.shape[0])]
     try:
-        result = restorer.pipeline(
-            image=image,
-            upscale=defaults.upscale,
-            num_inference_steps=defaults.steps if steps is None else steps,
-            generator=generators,
-            output_type="pt",
-            callback_on_step_end=guide,
-        )
+        with restorer.pipeline.tiling(tile):
+            result = restorer.pipeline(
+                image=image,
+                upscale=defaults.upscale,
+                num_inference_steps=defaults.steps if steps is None else steps,
+                generator=generators,
+                output_type="pt",
+                callback_on_step_end=guide,
+            )
     except MemoryError as error:
         raise MemoryError(f"{image.shape[3]}x{image.shape[2]} pixels: {error}") from error
     return result.images.float().cpu()

@@ -31,6 +31,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--curriculum", choices=["constant", "linear", "cosine"], help="schedule of the guidance (default: the task's)"
     )
     command.add_argument("--steps", type=int, help="denoising steps (default: the task's)")
+    command.add_argument(
+        "--tile", type=int, metavar="N", help="restore in tiles of N pixels, 512 say: large images at little memory"
+    )
     command.add_argument("--seed", type=int, default=0, help="the same seed gives the same file (default: 0)")
     command.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
 
@@ -60,6 +63,7 @@ def run(options: argparse.Namespace) -> str:
         schedule=curriculum,
         steps=steps,
         seed=options.seed,
+        tile=options.tile,
     )
     seconds = time.perf_counter() - began
     if alpha is not None and output.suffix.lower() in ALPHA_SUFFIXES:
