@@ -35,11 +35,13 @@ LEVELS = {
     "milo_latent.diffbir": 4,
     "milo_latent.pipelines": 5,
     "milo_latent.convert": 6,
-    "milo_latent.restore": 6,
+    "milo_latent.restorer": 6,
+    "milo_latent.restore": 7,
+    "milo_latent.restore_files": 8,
     "milo_latent.training.distortions": 5,
     "milo_latent.training": 6,
     "milo_latent.testing": 6,
-    "milo_latent.cli": 7,
+    "milo_latent.cli": 9,
 }
 
 

@@ -10,7 +10,8 @@ from milo_latent.diffbir.prompt_cache import PromptCache
 from milo_latent.diffbir.schedulers import OFFICIAL_SAMPLERS, SolverScheduler, official_scheduler
 from milo_latent.diffbir.stages import STAGES
 from milo_latent.guidance.callback import MILOGuidance
-from milo_latent.restore import Restorer, restore_image
+from milo_latent.restore import restore_image
+from milo_latent.restorer import Restorer
 from milo_latent.testing import generator, replayed_noise, tiny_metric
 
 
