@@ -46,9 +46,11 @@ LEVELS = {
 
 
 def level(module):
-    while module not in LEVELS:
-        module = module.rpartition(".")[0]
-    return LEVELS[module]
+    known = module
+    while known and known not in LEVELS:
+        known = known.rpartition(".")[0]
+    assert known, f"{module} has no level in this test's table"
+    return LEVELS[known]
 
 
 def modules(repository):
