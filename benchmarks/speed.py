@@ -4,6 +4,9 @@
     python benchmarks/speed.py --official milo_official
 
 Medians over alternating runs; the ratio is the official time over ours, so above 1 is faster. One row of CSV a case.
+Then, without the official code, one reference against many candidates in one call against a call for each; with
+--compile also `torch.compile` against none. --memory compares the peak memory of the two instead, each in a process of
+its own.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import contextlib
 import csv
 import importlib.util
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -111,6 +115,73 @@ def paired_times(steps: list[Callable], repeats: int) -> list[list[float]]:
     return times
 
 
+def print_many(weights: Path, repeats: int) -> None:
+    """Print the time of one reference against N candidates in one call, and in N calls."""
+    print("\n| one reference against N | N calls, ms | one call, ms | ratio | gradient |")
+    print("| --- | ---: | ---: | ---: | --- |")
+    metric = MILO.from_pretrained(weights)
+    for side, count in ((64, 8), (64, 32), (32, 64)):
+        generator = torch.Generator().manual_seed(0)
+        ref = torch.randn(1, 4, side, side, generator=generator)
+        dist = ref + 0.1 * torch.randn(count, 4, side, side, generator=generator)
+        for gradient in (False, True):
+            one = our_step(metric, ref, dist) if gradient else lambda ref=ref, dist=dist: metric(dist=dist, ref=ref)
+            each = [
+                our_step(metric, ref, item) if gradient else lambda ref=ref, item=item: metric(dist=item, ref=ref)
+                for item in dist.split(1)
+            ]
+            steps = [lambda each=each: [step() for step in each], one]
+            apart, together = (statistics.median(times) * 1e3 for times in paired_times(steps, repeats))
+            name = f"4x{side}x{side}, N = {count}"
+            print(f"| {name} | {apart:.1f} | {together:.1f} | {apart / together:.2f} | {'yes' if gradient else 'no'} |")
+
+
+def print_compiled(weights: Path, repeats: int) -> None:
+    """Print the time of the score and its gradient with `torch.compile` and without."""
+    print("\n| torch.compile | eager, ms | compiled, ms | ratio |")
+    print("| --- | ---: | ---: | ---: |")
+    for name, (shape, latent) in CASES.items():
+        if latent:
+            ref = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            dist = ref + 0.1
+            metric = MILO.from_pretrained(weights)
+            steps = [our_step(metric, ref, dist), our_step(torch.compile(metric, fullgraph=True), ref, dist)]
+            eager, compiled = (statistics.median(times) * 1e3 for times in paired_times(steps, repeats))
+            print(f"| {name} | {eager:.1f} | {compiled:.1f} | {eager / compiled:.2f} |", flush=True)
+
+
+def peak_memory(official: Path, name: str, which: str) -> float:
+    """Return by how many MiB two steps of a case raise the peak memory of this process."""
+    shape, latent = CASES[name]
+    weights = official / "weights" / ("MILO_latent.pth" if latent else "MILO.pth")
+    ref, dist = torch.rand(shape), torch.rand(shape)
+    if which == "official":
+        network = load_official(official.resolve(), latent=latent)
+        step = official_step(network, ref, dist)
+    else:
+        step = our_step(MILO.from_pretrained(weights), ref, dist)
+    small = [tensor[..., :32, :32] for tensor in (ref, dist)]
+    model = network if which == "official" else MILO.from_pretrained(weights)
+    (official_step if which == "official" else our_step)(model, *small)()  # what a first call takes once
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step()
+    step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def print_memory(official: Path, threads: int) -> None:
+    """Print the peak memory of score and gradient in float32, each side in a process of its own."""
+    print("| score and gradient, float32 | official, MiB | ours, MiB | ours / official |")
+    print("| --- | ---: | ---: | ---: |")
+    for name in CASES:
+        sides = []
+        for which in ("official", "ours"):
+            command = [sys.executable, __file__, "--official", str(official), "--threads", str(threads)]
+            output = subprocess.run([*command, "--peak", name, which], capture_output=True, text=True, check=True)
+            sides.append(float(output.stdout.strip().splitlines()[-1]))
+        print(f"| {name} | {sides[0]:.1f} | {sides[1]:.1f} | {sides[1] / sides[0]:.2f} |", flush=True)
+
+
 def main() -> None:
     """Print a table and, with --csv, add rows to a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -118,10 +189,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--csv", type=Path)
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile, which takes minutes")
+    parser.add_argument("--memory", action="store_true", help="peak memory, and not speed")
+    parser.add_argument("--peak", nargs=2, metavar=("CASE", "SIDE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not (options.official / "MILO_runner.py").is_file():
         sys.exit(f"The official code is absent: {options.official} has no MILO_runner.py. See this file's first lines.")
     torch.set_num_threads(options.threads)
+    if options.peak:
+        print(peak_memory(options.official, *options.peak))
+        return
+    if options.memory:
+        print_memory(options.official, options.threads)
+        return
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     rows = []
     print(f"torch {torch.__version__}, {options.threads} threads, medians of {options.repeats} alternating runs")
@@ -146,6 +226,10 @@ def main() -> None:
             rows.append(row)
             figures = f"{theirs:.1f} | {ours:.1f} | {row['ratio']:.2f} | {row['difference']:.1e}"
             print(f"| {name} | {dtype_name} | {figures} |", flush=True)
+    latent_weights = options.official / "weights" / "MILO_latent.pth"
+    print_many(latent_weights, options.repeats)
+    if options.compile:
+        print_compiled(latent_weights, options.repeats)
     if options.csv:
         with options.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))

@@ -3,38 +3,92 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 CHECKPOINT_SUFFIXES = frozenset({".pth", ".pt", ".ckpt"})
+INERT_MODULES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.")
+
+
+class _Inert:
+    """Stands for an object of a training program that lies beside the tensors; holds nothing, does nothing."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __call__(self, *args: Any) -> _Inert:
+        return self
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """Read a dictionary of tensors, `weights_only`.
+    """Read a dictionary of tensors, `weights_only`; they stay in the file until they are used, where it allows that.
+
+    A `state_dict` entry, as training programs write it beside other things, is taken out, and `module.` cut from keys.
 
     Args:
-        path: a file that `torch.save` wrote.
+        path: a file that `torch.save` wrote, or safetensors.
 
     Returns:
         Name to tensor, on the CPU.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, holds anything but tensors, or would run code.
+        ValueError: if it is damaged or incomplete, holds no tensors, or would run code.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"Expected a checkpoint, got {path}, which does not exist.")
+    content = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pickled(path)
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"Expected a dictionary of tensors in {path}, got {type(content).__name__}.")
+    return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"Expected a complete safetensors file, got {path}: {error}.") from error
+
+
+def _read_pickled(path: Path) -> Any:
+    with path.open("rb") as file:
+        start = file.read(64)
+    zipped = zipfile.is_zipfile(path)  # an old checkpoint is none, and cannot be mapped
+    if start.startswith(b"PK\x03\x04") and not zipped:
+        raise ValueError(
+            f"Expected a complete checkpoint, got {path}, whose end is missing: {path.stat().st_size} bytes are there. "
+            "It was downloaded or copied in part; fetch it again."
+        )
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"version https://git-lfs")):
+        raise ValueError(f"Expected a checkpoint, got {path}, which is a web page or a pointer. Fetch the file itself.")
+    try:
+        with _nothing_runs(path) if zipped else nullcontext():
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"Expected a checkpoint of tensors in {path}, which cannot be read: {first_line}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"Expected a dictionary of tensors in {path}, got {type(state).__name__}.")
-    return state
+
+
+def _nothing_runs(path: Path) -> AbstractContextManager:
+    """Let stand-ins take the place of what training programs leave in a checkpoint; nothing of it is imported."""
+    if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):  # torch before 2.6 refuses such files
+        return nullcontext()
+    named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return torch.serialization.safe_globals([(_Inert, name) for name in named if name.startswith(INERT_MODULES)])
 
 
 def rename_keys(state: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, Tensor]:

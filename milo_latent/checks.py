@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+IMAGE_RANGE = (0.0, 1.0)
+# root mean square of scaled latents: near 1 by the definition of the scale; unscaled ones of SD 1.x to SDXL have 5 to 8
+LATENT_RANGE = (0.05, 3.0)
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
@@ -62,8 +67,78 @@ def check_pair(ref: Tensor, dist: Tensor, *, channels: int, smallest: int) -> No
         )
 
 
+def check_model_input(name: str, tensor: Tensor, parameter: Tensor, *, model: str) -> None:
+    """Raise unless `tensor` is in the dtype and on the device of a model's `parameter`.
+
+    Args:
+        name: of the tensor.
+        tensor: the input.
+        parameter: any of the model's.
+        model: what the model is called in the message.
+
+    Raises:
+        TypeError: for another dtype, unless autocast is on, which converts.
+        ValueError: for another device.
+    """
+    if tensor.device != parameter.device:
+        raise ValueError(
+            f"Expected `{name}` on the {model}'s device {parameter.device}, got {tensor.device}. Move one with `.to`."
+        )
+    if tensor.dtype != parameter.dtype and not torch.is_autocast_enabled(tensor.device.type):
+        raise TypeError(
+            f"Expected `{name}` in the {model}'s dtype {parameter.dtype}, got {tensor.dtype}. Convert one with `.to`."
+        )
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise ValueError if `tensor` holds NaN or infinity. Reads values, so only where data enters."""
     if not torch.isfinite(tensor).all():
         bad = int((~torch.isfinite(tensor)).sum())
         raise ValueError(f"Expected `{name}` to be finite, got {bad} NaN or infinite values of {tensor.numel()}.")
+
+
+class ValueWatch:
+    """Warns, once, of values that are finite but cannot be meant: images outside [0, 1], latents of another scale.
+
+    Reads values, which makes an accelerator wait: for where data enters, not for a loop.
+    """
+
+    def __init__(self) -> None:
+        self.warned = False
+
+    def look(self, name: str, tensor: Tensor, *, latents: bool, stacklevel: int = 3) -> None:
+        """Warn of `tensor` unless this did so before.
+
+        Args:
+            name: of the tensor, such as its file.
+            tensor: (B, C, H, W).
+            latents: whether it holds scaled latents; else it holds images.
+            stacklevel: as of `warnings.warn`.
+        """
+        message = None if self.warned else (_odd_latents if latents else _odd_image)(name, tensor)
+        if message is not None:
+            self.warned = True
+            warnings.warn(message, UserWarning, stacklevel=stacklevel)
+
+
+def _odd_image(name: str, image: Tensor) -> str | None:
+    low, high = (value.item() for value in image.aminmax())
+    if IMAGE_RANGE[0] <= low and high <= IMAGE_RANGE[1]:
+        return None
+    return (
+        f"Expected image values in [0, 1], got [{low:.4g}, {high:.4g}] in {name}; scores of such values mean little. "
+        "Divide 8-bit values by 255, map [-1, 1] by x / 2 + 0.5."
+    )
+
+
+def _odd_latents(name: str, latents: Tensor) -> str | None:
+    size = latents.float().square().mean().sqrt().item()
+    low, high = LATENT_RANGE
+    if low <= size <= high:
+        return None
+    lowest, highest = (value.item() for value in latents.aminmax())
+    return (
+        f"Expected scaled latents, root mean square in [{low:g}, {high:g}], got {size:.4g} "
+        f"(values in [{lowest:.4g}, {highest:.4g}]) in {name}; scores of such values mean little. "
+        "Are they unscaled? Subtract the VAE's shift_factor and multiply by its scaling_factor."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from tqdm.auto import tqdm
 
-from milo_latent.codec import VAE, decode_latents, encode_image
+from milo_latent.checks import ValueWatch
+from milo_latent.codec import VAE, decode_latents, encode_image, vae_scale_factor
 from milo_latent.files import (
     IMAGE_SUFFIXES,
     LATENT_SUFFIXES,
+    list_files,
     read_image,
     read_latents,
     read_latents_metadata,
@@ -48,44 +51,59 @@ def load_vae(source: str | Path) -> VAE:
 
 
 @torch.inference_mode()
-def encode_file(vae: Callable[[], VAE], photo: Path, output: Path, *, vae_name: str) -> tuple[int, ...]:
-    """Encode a photo into a file of latents, with the photo's size and the VAE's name and scale beside them.
+def encode_file(
+    vae: Callable[[], VAE], photo: Path, output: Path, *, vae_name: str, tile: int | None = None
+) -> tuple[int, ...]:
+    """Encode a photo into a file of latents, with the photo's size, its padding and the VAE's name and scale in it.
 
     Args:
         vae: returns the VAE; called once the photo is read.
         photo: any size; its padding to whole cells is undone by `decode_file`.
         output: `.npy` (which holds no metadata) or `.safetensors`.
         vae_name: kept in the file.
+        tile: side of the tiles of large photos, in pixels; None encodes whole.
 
     Returns:
         Shape of the latents, (C, h, w).
 
     Raises:
         FileNotFoundError: if there is no such photo.
-        ValueError: if the photo is damaged, or the suffix of `output` is not one of latents.
+        ValueError: if the photo is damaged, or the suffix of `output` is not one of latents, or `tile` does not fit.
     """
     if output.suffix.lower() not in LATENT_SUFFIXES:
         raise ValueError(f"Expected latents as one of {sorted(LATENT_SUFFIXES)}, got {output.name!r}.")
     image, model = read_image(photo), vae()
-    latents = encode_image(model, image)
+    latents = encode_image(model, image, tile=tile)
+    factor = vae_scale_factor(model)
+    height, width = image.shape[2:]
     metadata = {
         "vae": vae_name,
         "scaling_factor": str(model.config.scaling_factor),
         "shift_factor": str(getattr(model.config, "shift_factor", None) or 0.0),
-        "source_size": f"{image.shape[3]}x{image.shape[2]}",
+        "source_size": f"{width}x{height}",
+        "padding": f"{latents.shape[3] * factor - width}x{latents.shape[2] * factor - height}",
     }
     write_latents(output, latents, metadata=metadata)
     return tuple(latents.shape[1:])
 
 
 @torch.inference_mode()
-def decode_file(vae: Callable[[], VAE], latents: Path, output: Path) -> tuple[int, int]:
+def decode_file(
+    vae: Callable[[], VAE],
+    latents: Path,
+    output: Path,
+    *,
+    tile: int | None = None,
+    watch: ValueWatch | None = None,
+) -> tuple[int, int]:
     """Decode a file of latents into an image, cut to the photo's size where the file tells it.
 
     Args:
         vae: returns the VAE; called once the latents are read.
         latents: `.npy` or `.safetensors`, one image.
         output: image.
+        tile: side of the tiles of large images, in pixels; None decodes whole.
+        watch: warns of latents of another scale; None warns of each file.
 
     Returns:
         Width and height of the image.
@@ -96,18 +114,40 @@ def decode_file(vae: Callable[[], VAE], latents: Path, output: Path) -> tuple[in
     """
     tensor, model = read_latents(latents), vae()
     metadata = read_latents_metadata(latents) if latents.suffix.lower() == ".safetensors" else {}
-    told, own = metadata.get("scaling_factor"), str(model.config.scaling_factor)
-    if told is not None and told != own:
-        raise ValueError(f"Expected latents with the VAE's scaling factor {own}, {latents} says {told}. Use its VAE.")
-    image = decode_latents(model, tensor)
-    if "source_size" in metadata:
-        width, height = map(int, metadata["source_size"].split("x"))
-        image = image[..., :height, :width]
-    write_image(output, image)
-    return image.shape[3], image.shape[2]
+    _check_vae(model, metadata, latents)
+    (watch or ValueWatch()).look(str(latents), tensor, latents=True)
+    factor = vae_scale_factor(model)
+    height, width = _source_size(metadata, (tensor.shape[2] * factor, tensor.shape[3] * factor), latents)
+    write_image(output, decode_latents(model, tensor, tile=tile)[..., :height, :width])
+    return width, height
 
 
-def encode_folder(vae: VAE, photos: Path, output: Path, *, suffix: str, vae_name: str) -> tuple[int, int]:
+def _check_vae(vae: VAE, metadata: dict[str, str], path: Path) -> None:
+    """Raise ValueError if the file says that its latents are of a VAE of another scale or shift."""
+    for name, words in (("scaling_factor", "scaling factor"), ("shift_factor", "shift factor")):
+        own = getattr(vae.config, name, None) or 0.0
+        told = metadata.get(name, str(own))
+        if told != str(own) and told != str(float(own)):
+            raise ValueError(f"Expected latents with the VAE's {words} {own}, {path} says {told}. Use its VAE.")
+
+
+def _source_size(metadata: dict[str, str], padded: tuple[int, int], path: Path) -> tuple[int, int]:
+    """Return the height and width that the photo had before it was padded; those padded where nothing tells."""
+    told = metadata.get("source_size")
+    if told is None:
+        return padded
+    sides = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", told)
+    if sides is None or int(sides[2]) > padded[0] or int(sides[1]) > padded[1]:
+        raise ValueError(
+            f"Expected `source_size` as WIDTHxHEIGHT of at most {padded[1]}x{padded[0]} in {path}, got {told!r}. "
+            "The file does not describe its own latents; encode the photo again."
+        )
+    return int(sides[2]), int(sides[1])
+
+
+def encode_folder(
+    vae: VAE, photos: Path, output: Path, *, suffix: str, vae_name: str, tile: int | None = None
+) -> tuple[int, int]:
     """Encode every photo of a folder; those encoded already are skipped, so an interrupted run goes on.
 
     Args:
@@ -116,6 +156,7 @@ def encode_folder(vae: VAE, photos: Path, output: Path, *, suffix: str, vae_name
         output: folder, made where it is missing; files keep their names, with `suffix`.
         suffix: "npy" or "safetensors".
         vae_name: kept in the files.
+        tile: side of the tiles of large photos, in pixels; None encodes whole.
 
     Returns:
         How many were encoded now, and how many were there.
@@ -124,17 +165,20 @@ def encode_folder(vae: VAE, photos: Path, output: Path, *, suffix: str, vae_name
         FileNotFoundError: if there is no image in the folder.
         ValueError: if a photo is damaged, or two differ in their suffix only.
     """
-    paths = _files(photos, IMAGE_SUFFIXES)
-    return _each(paths, output, suffix, lambda path, to: encode_file(lambda: vae, path, to, vae_name=vae_name))
+    paths = list_files(photos, IMAGE_SUFFIXES)
+    return _each(
+        paths, output, suffix, lambda path, to: encode_file(lambda: vae, path, to, vae_name=vae_name, tile=tile)
+    )
 
 
-def decode_folder(vae: VAE, latents: Path, output: Path) -> tuple[int, int]:
+def decode_folder(vae: VAE, latents: Path, output: Path, *, tile: int | None = None) -> tuple[int, int]:
     """Decode every file of latents of a folder into a PNG; those decoded already are skipped.
 
     Args:
         vae: the VAE.
         latents: folder of `.npy` and `.safetensors`.
         output: folder, made where it is missing.
+        tile: side of the tiles of large images, in pixels; None decodes whole.
 
     Returns:
         How many were decoded now, and how many were there.
@@ -143,17 +187,9 @@ def decode_folder(vae: VAE, latents: Path, output: Path) -> tuple[int, int]:
         FileNotFoundError: if there are no latents in the folder.
         ValueError: if a file is damaged or of another VAE, or two differ in their suffix only.
     """
-    paths = _files(latents, LATENT_SUFFIXES)
-    return _each(paths, output, "png", lambda path, to: decode_file(lambda: vae, path, to))
-
-
-def _files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
-    if not paths:
-        raise FileNotFoundError(f"Expected files of {sorted(suffixes)} in {folder}, found none.")
-    if len({path.stem for path in paths}) < len(paths):
-        raise ValueError(f"Expected each name once in {folder}, whatever its suffix; two would become one file.")
-    return paths
+    paths = list_files(latents, LATENT_SUFFIXES)
+    watch = ValueWatch()
+    return _each(paths, output, "png", lambda path, to: decode_file(lambda: vae, path, to, tile=tile, watch=watch))
 
 
 def _each(paths: list[Path], output: Path, suffix: str, work: Callable[[Path, Path], object]) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import urllib.error
 import urllib.request
@@ -16,7 +17,11 @@ from milo_latent.resources import available_weights, cache_dir, weights_dir
 CARD = """\
 # {name}
 
-MILO ({kind}), converted from the official checkpoint `{file}` (SHA-256 `{digest}`) without any change of value.
+MILO ({kind}), converted from {origin} `{file}` (SHA-256 `{digest}`) without any change of value.
+
+| file | size | SHA-256 |
+| --- | ---: | --- |
+| `{weights}` | {size:.2f} MB | `{weights_digest}` |
 
 Source: repository ugurcogalan06/MILO; Cogalan, Bemana, Myszkowski, Seidel, Groth, "MILO: A Lightweight Perceptual
 Quality Metric for Image and Latent-Space Optimization", ACM TOG 44(6), 2025. Licence: {licence}
@@ -95,12 +100,13 @@ def pull(name: str) -> Path:
     return folder
 
 
-def convert(path: str | Path, folder: str | Path) -> Path:
+def convert(path: str | Path, folder: str | Path, *, official: bool = True) -> Path:
     """Convert an official `.pth` to a folder of safetensors, configuration and card, without any change of value.
 
     Args:
         path: the official file.
         folder: made where it is missing.
+        official: refuse a file whose hash is that of no official checkpoint; False takes any laid out like one.
 
     Returns:
         The folder.
@@ -111,11 +117,57 @@ def convert(path: str | Path, folder: str | Path) -> Path:
     """
     path, folder = Path(path), Path(folder)
     metric = MILO.from_official(path)
+    digest = sha256(path)
+    known = digest in {checkpoint.digest for checkpoint in OFFICIAL.values()}
+    if official and not known:
+        expected = ", ".join(f"{each.file} {each.digest}" for each in OFFICIAL.values())
+        raise ValueError(
+            f"Expected the SHA-256 of an official checkpoint ({expected}), got {digest} of {path}: changed, or another "
+            "training. Fetch it again, or pass --unofficial if it is meant."
+        )
     metric.save_pretrained(folder)
-    kind = f"MILO_L, {metric.config.latent_space} latents" if metric.config.latent_space else "MILO_I, images"
-    card = CARD.format(name=folder.name, kind=kind, file=path.name, digest=sha256(path), licence=LICENCE)
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    card = CARD.format(
+        name=folder.name,
+        kind=f"MILO_L, {metric.config.latent_space} latents" if metric.config.latent_space else "MILO_I, images",
+        origin="the official checkpoint" if known else "a checkpoint laid out like the official ones,",
+        file=path.name,
+        digest=digest,
+        weights=weights.name,
+        size=weights.stat().st_size / 1e6,
+        weights_digest=sha256(weights),
+        licence=LICENCE,
+    )
     write_text(folder / "README.md", card)
     return folder
+
+
+def check_hashes(folder: Path) -> list[str]:
+    """Compare the weight files of a folder with the hashes that its card gives.
+
+    Args:
+        folder: with a card, `README.md`, whose tables give a SHA-256 behind each file.
+
+    Returns:
+        A line for each weight file: its hash, and whether the card gives the same.
+
+    Raises:
+        ValueError: if a file is not the one that the card describes, or is missing.
+    """
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    recorded = dict(re.findall(r"`([\w/.-]+\.safetensors)`[^`\n]*`([0-9a-f]{64})`", text))
+    found = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*.safetensors"))}
+    for name, digest in recorded.items():
+        if found.get(name) != digest:
+            raise ValueError(
+                f"Expected SHA-256 {digest} of {folder / name}, as its card says, got {found.get(name, 'no file')}. "
+                "Do not use it: install or pull these weights again."
+            )
+    return [
+        f"{name}: SHA-256 {digest}, {'as its card says' if name in recorded else 'not in a card'}"
+        for name, digest in found.items()
+    ]
 
 
 def describe(source: str) -> str:
@@ -129,16 +181,16 @@ def describe(source: str) -> str:
 
     Raises:
         FileNotFoundError: if nothing is there.
-        ValueError: if it is not MILO.
+        ValueError: if it is not MILO, or a file is not the one that its card describes.
     """
+    path = weights_dir(source) if source in available_weights() else Path(source)
+    hashes = [f"{path.name}: SHA-256 {sha256(path)}"] if path.is_file() else check_hashes(path)
     metric = MILO.from_pretrained(source)
     config = metric.config
-    path = weights_dir(source) if source in available_weights() else Path(source)
-    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
     space = f"MILO_L, latents of {config.latent_space}" if config.latent_space else "MILO_I, images in [0, 1]"
     lines = [
         f"{source}: {space}",
         f"channels {config.channels}, levels {config.levels}, scaling factor {config.scaling_factor}",
         f"parameters {sum(parameter.numel() for parameter in metric.parameters())}",
     ]
-    return "\n".join([*lines, *(f"{file.name} in {file.parent.name}: SHA-256 {sha256(file)}" for file in files)])
+    return "\n".join([*lines, *hashes])

@@ -1,27 +1,26 @@
-"""Score many files: matched pairs, one reference against many, resumable tables."""
+"""Score many files: matched pairs, one reference against many; refuse what does not fit the metric."""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from milo_latent.checks import check_finite
+from milo_latent.checks import ValueWatch, check_finite
+from milo_latent.codec import VAE
 from milo_latent.files import (
     IMAGE_SUFFIXES,
     LATENT_SUFFIXES,
     read_image,
     read_latents,
     read_latents_metadata,
-    write_text,
 )
 from milo_latent.metric.network import MILO
+from milo_latent.score_table import ScoreRow
 
 BATCH_SIZE = 16
 
@@ -33,21 +32,6 @@ class Pair:
     name: str
     ref: Path
     dist: Path
-
-
-@dataclass(frozen=True)
-class ScoreRow:
-    """A row of a table of scores; 0 = identical in both readings.
-
-    Args:
-        name: of the pair.
-        score: raw error E, unbounded above.
-        quality: quality score Q, towards 1 = worst.
-    """
-
-    name: str
-    score: float
-    quality: float
 
 
 def match_pairs(ref: str | Path, dist: str | Path) -> list[Pair]:
@@ -124,29 +108,62 @@ def read_input(path: Path, encode: Callable[[Tensor], Tensor] | None = None) -> 
     return tensor
 
 
-def check_latent_space(metric: MILO, path: Path) -> None:
-    """Raise ValueError if a `.safetensors` file says that its latents are of another VAE than the metric's.
+def check_fits(metric: MILO, path: Path, tensor: Tensor) -> None:
+    """Raise ValueError if `tensor`, read from `path`, is not what `metric` was trained on, saying what to use.
 
     Args:
         metric: that is to score the file.
-        path: any file; only `.safetensors` tells where its latents come from.
+        path: its suffix and metadata tell what `tensor` is; only `.safetensors` tells of which VAE.
+        tensor: (B, C, H, W).
     """
-    if path.suffix.lower() != ".safetensors" or metric.config.scaling_factor is None:
-        return
-    metadata = read_latents_metadata(path)
-    told = metadata.get("scaling_factor")
-    if told is not None and float(told) != metric.config.scaling_factor:
+    metadata = read_latents_metadata(path) if path.suffix.lower() == ".safetensors" else {}
+    told, vae = metadata.get("scaling_factor"), metadata.get("vae", "another VAE")
+    takes = describe_input(metric)
+    if tensor.shape[1] != metric.config.channels:
+        if is_latents(path):
+            way_out = "Pass --weights of a metric of their VAE; training.train_metric makes one."
+        else:
+            way_out = "Pass --vae to score images as latents, or --weights with MILO.pth to score them as images."
         raise ValueError(
-            f"Expected latents of {metric.config.latent_space} (scaling factor {metric.config.scaling_factor:g}), got "
-            f"those of {metadata.get('vae', 'another VAE')} ({told}) in {path}. Use that VAE's metric."
+            f"Expected {takes}, got {tensor.shape[1]} channels, {tuple(tensor.shape)}, in {path}. {way_out}"
         )
+    if told is not None and is_image_metric(metric):
+        raise ValueError(f"Expected {takes}, got latents of {vae} in {path}. Use that VAE's metric.")
+    if told is not None and metric.config.scaling_factor not in (None, float(told)):
+        raise ValueError(f"Expected {takes}, got those of {vae} ({told}) in {path}. Use that VAE's metric.")
+
+
+def check_vae(metric: MILO, vae: VAE) -> None:
+    """Raise ValueError if `metric` was not trained on latents such as `vae` makes."""
+    own = vae.config.scaling_factor
+    if metric.config.channels != vae.config.latent_channels or metric.config.scaling_factor not in (None, own):
+        raise ValueError(
+            f"Expected a VAE whose latents the metric knows, {describe_input(metric)}, got one of "
+            f"{vae.config.latent_channels} channels and scaling factor {own:g}. Pass the --weights trained for it."
+        )
+
+
+def describe_input(metric: MILO) -> str:
+    """Return in words what a metric takes."""
+    if is_image_metric(metric):
+        return "images of 3 channels"
+    factor = metric.config.scaling_factor
+    scale = "" if factor is None else f", scaling factor {factor:g}"
+    return f"latents of {metric.config.latent_space or 'any VAE'} ({metric.config.channels} channels{scale})"
+
+
+def is_image_metric(metric: MILO) -> bool:
+    """Return whether a metric is for images (MILO_I), not for latents (MILO_L)."""
+    return metric.config.latent_space is None and metric.config.channels == 3
 
 
 @torch.inference_mode()
 def score_pairs(
     metric: MILO, pairs: Iterable[Pair], *, encode: Callable[[Tensor], Tensor] | None = None
 ) -> Iterator[ScoreRow]:
-    """Score pairs, in batches where neighbours have one size.
+    """Score pairs, in batches where neighbours have one size; a reference that many share is read and encoded once.
+
+    Warns, once, where values are outside the range of images or the scale of latents.
 
     Args:
         metric: for what the files hold, or for what `encode` makes of them.
@@ -159,72 +176,46 @@ def score_pairs(
     Raises:
         ValueError: for files that are damaged or do not fit each other or the metric.
     """
-    remaining = iter(pairs)
+    remaining, watch = iter(pairs), ValueWatch()
+    last: tuple[Path, Tensor] | None = None
+
+    def read(path: Path) -> Tensor:
+        tensor = read_input(path, encode)
+        check_fits(metric, path, tensor)
+        watch.look(str(path), tensor, latents=not is_image_metric(metric), stacklevel=5)
+        return tensor
+
     while batch := list(islice(remaining, BATCH_SIZE)):
+        tensors = []
         for pair in batch:
-            check_latent_space(metric, pair.ref)
-            check_latent_space(metric, pair.dist)
-        tensors = [(read_input(pair.ref, encode), read_input(pair.dist, encode)) for pair in batch]
-        shapes = {tensor.shape for each in tensors for tensor in each}
-        if len(shapes) == 1 and next(iter(shapes))[0] == 1:
-            refs, dists = (torch.cat(each) for each in zip(*tensors, strict=True))
-            result = metric.compare(ref=refs, dist=dists)
-            scores = list(zip(result.score.tolist(), result.quality.tolist(), strict=True))
-        else:
-            results = [metric.compare(ref=ref, dist=dist) for ref, dist in tensors]
-            scores = [(each.score.mean().item(), each.quality.mean().item()) for each in results]
-        for pair, (score, quality) in zip(batch, scores, strict=True):
-            yield ScoreRow(pair.name, score, quality)
+            if last is None or last[0] != pair.ref:
+                last = (pair.ref, read(pair.ref))
+            tensors.append((last[1], read(pair.dist)))
+        yield from _score_batch(metric, batch, tensors)
 
 
-class ScoreTable:
-    """Rows kept on disk as they come, so that an interrupted table goes on where it stopped.
+def _score_batch(metric: MILO, batch: list[Pair], tensors: list[tuple[Tensor, Tensor]]) -> Iterator[ScoreRow]:
+    shapes = {tensor.shape for each in tensors for tensor in each}
+    if len(shapes) == 1 and next(iter(shapes))[0] == 1:
+        refs, dists = (torch.cat(each) for each in zip(*tensors, strict=True))
+        shared = len({pair.ref for pair in batch}) == 1
+        result = metric.compare(ref=refs[:1] if shared else refs, dist=dists)
+        scores = list(zip(result.score.tolist(), result.quality.tolist(), strict=True))
+    else:
+        results = [metric.compare(ref=ref, dist=dist) for ref, dist in tensors]
+        scores = [(each.score.mean().item(), each.quality.mean().item()) for each in results]
+    for pair, (score, quality) in zip(batch, scores, strict=True):
+        yield ScoreRow(pair.name, score, quality)
+
+
+def unfinished(pairs: list[Pair], done: Container[str]) -> list[Pair]:
+    """Return the pairs of every batch that is not wholly done.
+
+    Whole batches, since a batch of another size could round the last digit of a score differently.
 
     Args:
-        path: of the finished CSV; until then the rows are in a file beside it, `.partial` appended.
-        key: what the scores depend on, such as the weights; rows of another key are begun anew.
+        pairs: all of them.
+        done: names of those scored before.
     """
-
-    def __init__(self, path: str | Path, *, key: str) -> None:
-        self.path, self.key = Path(path), key
-        self.partial = self.path.with_name(self.path.name + ".partial")
-        self.rows: dict[str, ScoreRow] = {}
-        if self.partial.is_file():
-            self._read()
-
-    def _read(self) -> None:
-        lines = self.partial.read_text(encoding="utf-8").split("\n")
-        if lines[0] != json.dumps(self.key):
-            return
-        for line in lines[1:-1]:  # what follows the last line break was cut off in writing
-            values = next(csv.reader([line]))
-            if len(values) == len(fields(ScoreRow)):
-                self.rows[values[0]] = ScoreRow(values[0], float(values[1]), float(values[2]))
-
-    def extend(self, rows: Iterable[ScoreRow]) -> None:
-        """Add rows, each on disk before the next is computed."""
-        kept = [self._line(row) for row in self.rows.values()]
-        write_text(self.partial, "\n".join([json.dumps(self.key), *kept, ""]))
-        with self.partial.open("a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(self._line(row) + "\n")
-                file.flush()
-                self.rows[row.name] = row
-
-    @staticmethod
-    def _line(row: ScoreRow) -> str:
-        name = '"' + row.name.replace('"', '""') + '"'
-        return f"{name},{row.score!r},{row.quality!r}"
-
-    def finish(self, order: Iterable[str]) -> list[ScoreRow]:
-        """Write the CSV, its rows in `order`, and return them; the file beside it goes."""
-        rows = [self.rows[name] for name in order]
-        header = ",".join(field.name for field in fields(ScoreRow))
-        write_text(self.path, "\n".join([header, *map(self._line, rows), ""]))
-        self.partial.unlink(missing_ok=True)
-        return rows
-
-
-def rows_to_json(rows: Iterable[ScoreRow]) -> str:
-    """Return the rows as a JSON list of objects."""
-    return json.dumps([asdict(row) for row in rows], indent=2)
+    batches = [pairs[first : first + BATCH_SIZE] for first in range(0, len(pairs), BATCH_SIZE)]
+    return [pair for batch in batches if any(each.name not in done for each in batch) for pair in batch]

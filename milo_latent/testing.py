@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from diffusers.utils import torch_utils
 from torch import Tensor
 
 from milo_latent.diffbir.ircontrolnet import IRControlNet
@@ -64,3 +70,39 @@ def latent_pair(
 def generator(seed: int = 0) -> torch.Generator:
     """Return a seeded generator on the CPU."""
     return torch.Generator().manual_seed(seed)
+
+
+@contextmanager
+def replayed_noise(noises: Iterable[Tensor]) -> Iterator[None]:
+    """Let pipelines and schedulers use given noise, in the order they draw it, instead of drawing.
+
+    Args:
+        noises: unit normal, of the shapes that are drawn: what `DiffBIRPipeline` starts from, then that of `noise_aug`
+            if any, then one for each step of a scheduler that draws.
+
+    Raises:
+        ValueError: inside, when noise of another shape is drawn, or more than there is.
+    """
+    left = iter(noises)
+
+    def replay(shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None) -> Tensor:
+        noise = next(left, None)
+        if noise is None or tuple(noise.shape) != tuple(shape):
+            found = "none" if noise is None else str(tuple(noise.shape))
+            raise ValueError(f"Expected noise of shape {tuple(shape)} to replay, got {found}.")
+        return noise.to(device=device, dtype=dtype)
+
+    original = torch_utils.randn_tensor
+    users = [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith(("milo_latent.", "diffusers.schedulers."))
+        and getattr(module, "__dict__", {}).get("randn_tensor") is original
+    ]
+    for module in users:
+        module.randn_tensor = replay  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for module in users:
+            module.randn_tensor = original  # type: ignore[attr-defined]

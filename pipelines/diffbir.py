@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,26 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from milo_latent.codec import decode_latents, encode_image, pad_image, vae_scale_factor
-from milo_latent.diffbir.colour import COLOR_FIXES, ColorFix, fix_colour
-from milo_latent.diffbir.inputs import enlarge, images_to_tensor
+from milo_latent.codec import decode_latents, encode_image, vae_scale_factor
+from milo_latent.diffbir import sampling, schedulers  # noqa: F401 (saved pipelines name their modules)
+from milo_latent.diffbir.cleaning import clean_image, resize
+from milo_latent.diffbir.colour import ColorFix
+from milo_latent.diffbir.inputs import check_call, explained_memory, images_to_tensor, scaled_size, to_output, truncate
 from milo_latent.diffbir.ircontrolnet import IRControlNet
-from milo_latent.diffbir.residual_cleaner import ResidualCleaner  # noqa: F401 (saved pipelines name its module)
+from milo_latent.diffbir.loading import pipeline_folder
+from milo_latent.diffbir.prompt_cache import PromptCache, repeat_prompts
+from milo_latent.diffbir.prompts import read_prompt_embeds
+from milo_latent.diffbir.residual_cleaner import ResidualCleaner  # noqa: F401 (likewise)
+from milo_latent.diffbir.stages import TilingMixin, pad, predict, put_colour
 from milo_latent.guidance.callback import find_guidance
 
-HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 SMALLEST_LATENTS = 16  # cells a side: the metric's four levels need them
 
 
-class DiffBIRPipeline(DiffusionPipeline):
+class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
     """Restore images: a cleaner removes the degradation, latent diffusion then restores what was lost with it.
 
     Args:
@@ -41,13 +42,14 @@ class DiffBIRPipeline(DiffusionPipeline):
         tokenizer: its tokenizer.
         unet: denoises latents.
         controlnet: tells the UNet the latents of the cleaned image.
-        scheduler: any of diffusers'.
+        scheduler: any of diffusers', or those of `milo_latent.diffbir.schedulers`.
         cleaner: stage 1, any model from images (B, 3, H, W) in [0, 1] to images; None where inputs are clean already.
 
     Source: DiffBIR (Lin et al., ECCV 2024) and its official code, diffbir/pipeline.py.
     """
 
-    model_cpu_offload_seq = "cleaner->text_encoder->controlnet->unet->vae"
+    # without the controlnet, which takes turns with the UNet and would travel at every step
+    model_cpu_offload_seq = "cleaner->text_encoder->unet->vae"
     _optional_components = ["text_encoder", "tokenizer", "cleaner"]  # noqa: RUF012 (diffusers reads plain lists)
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
 
@@ -73,6 +75,11 @@ class DiffBIRPipeline(DiffusionPipeline):
         )
         self.vae_scale_factor = vae_scale_factor(vae) if vae is not None else 8
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
+        self.prompt_cache = PromptCache()
+        if text_encoder is not None:  # a model that came with one needs it
+            self._optional_components = ["cleaner"]
+        self._tiles = {}
+        self._guidance_scale = 1.0
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> DiffBIRPipeline:
@@ -90,17 +97,10 @@ class DiffBIRPipeline(DiffusionPipeline):
         Raises:
             FileNotFoundError: if there is no such folder, nor such a repository on the hub or in its cache.
         """
-        source = Path(pretrained_model_name_or_path)
-        if not source.is_dir():
-            choices = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-            try:
-                source = Path(snapshot_download(str(pretrained_model_name_or_path), **choices))
-            except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-                raise FileNotFoundError(
-                    f"Expected a pipeline folder or a hub id, got {str(pretrained_model_name_or_path)!r}, which is no "
-                    f"folder here and could not be fetched ({type(error).__name__}). Pass a folder downloaded by hand."
-                ) from error
-        return super().from_pretrained(source, **kwargs)
+        folder = pipeline_folder(pretrained_model_name_or_path, kwargs)
+        pipeline = super().from_pretrained(folder, **kwargs)
+        pipeline.prompt_cache.stored = read_prompt_embeds(folder)
+        return pipeline
 
     @property
     def guidance_scale(self) -> float:
@@ -110,13 +110,12 @@ class DiffBIRPipeline(DiffusionPipeline):
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the current call predicts with and without the prompt."""
-        return self._guidance_scale > 1 and self.text_encoder_dim is not None
+        return self._guidance_scale > 1 and self.takes_prompts
 
     @property
-    def text_encoder_dim(self) -> int | None:
-        """Width of the prompt embeddings that the UNet attends to; None if it takes no prompt."""
-        attends = any("CrossAttn" in name for name in self.unet.config.down_block_types)
-        return self.unet.config.cross_attention_dim if attends else None
+    def takes_prompts(self) -> bool:
+        """Whether the UNet attends to prompt embeddings."""
+        return self.unet is None or any("CrossAttn" in name for name in self.unet.config.down_block_types)
 
     @property
     def num_timesteps(self) -> int:
@@ -130,69 +129,43 @@ class DiffBIRPipeline(DiffusionPipeline):
 
     # Inputs
 
-    def check_inputs(
-        self,
-        image: Any,
-        output_type: str,
-        color_fix: str,
-        upscale: float,
-        num_inference_steps: int,
-        guidance_scale: float,
-        callback_on_step_end_tensor_inputs: list[str] | None,
-    ) -> None:
-        """Refuse arguments that cannot work.
+    def check_inputs(self, guidance_scale: float, callback_on_step_end_tensor_inputs: list[str]) -> None:
+        """Refuse arguments that do not fit this pipeline.
 
         Args:
-            image: as in `__call__`.
-            output_type: as in `__call__`.
-            color_fix: as in `__call__`.
-            upscale: as in `__call__`.
-            num_inference_steps: as in `__call__`.
             guidance_scale: as in `__call__`.
             callback_on_step_end_tensor_inputs: as in `__call__`.
 
         Raises:
             ValueError: naming the argument, what was expected and what came.
         """
-        if guidance_scale > 1 and self.text_encoder_dim is None:
+        if guidance_scale > 1 and not self.takes_prompts:
             raise ValueError(
                 f"Expected `guidance_scale` of 1, since this model takes no prompt, got {guidance_scale}. "
                 "MILO guidance is `callback_on_step_end=MILOGuidance(...)`."
             )
-        if image is None:
-            raise ValueError(
-                "Expected `image`, got None. DiffBIR restores an image; it does not make one from a prompt."
-            )
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"Expected `output_type` to be one of {OUTPUT_TYPES}, got {output_type!r}.")
-        if color_fix not in COLOR_FIXES:
-            raise ValueError(f"Expected `color_fix` to be one of {COLOR_FIXES}, got {color_fix!r}.")
-        if not upscale > 0:
-            raise ValueError(f"Expected `upscale` above 0, got {upscale}.")
-        if num_inference_steps < 1:
-            raise ValueError(f"Expected `num_inference_steps` of at least 1, got {num_inference_steps}.")
-        known, unknown = self._callback_tensor_inputs, set(callback_on_step_end_tensor_inputs or [])
-        unknown -= set(known)
+        known = self._callback_tensor_inputs
+        unknown = sorted(set(callback_on_step_end_tensor_inputs) - set(known))
         if unknown:
-            raise ValueError(f"Expected `callback_on_step_end_tensor_inputs` among {known}, got {sorted(unknown)}.")
+            raise ValueError(f"Expected `callback_on_step_end_tensor_inputs` among {known}, got {unknown}.")
 
     def encode_prompt(
         self,
         prompt: str | list[str] | None,
         negative_prompt: str | list[str] | None = None,
         *,
-        num_images: int = 1,
+        num_images: int | None = None,
         num_images_per_prompt: int = 1,
         guided: bool = True,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Encode prompts once for all steps.
+        """Encode prompts, each text once for all calls (`pipe.prompt_cache`).
 
         Args:
             prompt: one for all images, or a list, one for each; None means the empty prompt.
             negative_prompt: likewise.
-            num_images: the number of images.
+            num_images: the number of images; None means as many as prompts.
             num_images_per_prompt: the number of results for each of them.
             guided: whether classifier-free guidance is on; without it the negative prompt is not encoded.
             prompt_embeds: (num_images or 1, tokens, width), instead of `prompt`.
@@ -205,81 +178,76 @@ class DiffBIRPipeline(DiffusionPipeline):
         Raises:
             ValueError: for a prompt where the model takes none, or a list of the wrong length.
         """
-        if self.text_encoder_dim is None:
-            if prompt or negative_prompt or prompt_embeds is not None:
-                raise ValueError("Expected no prompt, since this model takes none, got one. Leave it out.")
-            return None, None
-
-        def repeated(text: str | list[str] | None, embeds: Tensor | None) -> Tensor:
-            embeds = self._encode_text(text) if embeds is None else embeds
-            if embeds.shape[0] not in (1, num_images):
-                raise ValueError(f"Expected 1 or {num_images} prompts, one for each image, got {embeds.shape[0]}.")
-            each = embeds if embeds.shape[0] == num_images else embeds.expand(num_images, -1, -1)
-            return each.repeat_interleave(num_images_per_prompt, dim=0)
-
-        negative = repeated(negative_prompt, negative_prompt_embeds) if guided else None
-        return repeated(prompt, prompt_embeds), negative
+        count, repeats = num_images, num_images_per_prompt
+        if self.takes_prompts:
+            prompt_embeds = self._encode_text(prompt) if prompt_embeds is None else prompt_embeds
+            count = count or prompt_embeds.shape[0]
+            prompt_embeds = repeat_prompts(prompt_embeds, count, repeats)
+            if guided:
+                if negative_prompt_embeds is None:
+                    negative_prompt_embeds = self._encode_text(negative_prompt)
+                negative_prompt_embeds = repeat_prompts(negative_prompt_embeds, count, repeats)
+        elif prompt or negative_prompt or prompt_embeds is not None:
+            raise ValueError("Expected no prompt, since this model takes none, got one. Leave it out.")
+        return prompt_embeds, negative_prompt_embeds  # the only return: diffusers' tests read the names off it
 
     def _encode_text(self, text: str | list[str] | None) -> Tensor:
-        if self.text_encoder is None or self.tokenizer is None:
-            raise ValueError("This pipeline has no text encoder. Pass `prompt_embeds` and `negative_prompt_embeds`.")
-        texts = [text or ""] if not isinstance(text, list) else text
-        tokens = self.tokenizer(
-            texts,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        embeds = self.text_encoder(tokens.input_ids.to(self._execution_device))[0]
-        return embeds.to(self.unet.dtype)  # (1 or B, tokens, width)
+        texts = text if isinstance(text, list) else [text or ""]
+        return self.prompt_cache.encode(texts, self.text_encoder, self.tokenizer, self._execution_device)
 
-    def clean(self, image: Tensor) -> Tensor:
+    @torch.no_grad()
+    def clean(
+        self, image: Tensor, output_size: tuple[int, int] | None = None, *, compatibility: str | None = None
+    ) -> Tensor:
         """Run stage 1, the cleaner, alone.
 
         Args:
             image: (B, 3, H, W), in [0, 1].
+            output_size: height and width of the restored image; None means the cleaner's own.
+            compatibility: as in `__call__`.
 
         Returns:
-            Cleaned image, (B, 3, H, W) float32, clipped to [0, 1]; the image itself without a cleaner.
+            Cleaned image, (B, 3, H', W') float32: what stage 2 works on, at least 512 pixels a side for the official
+            cleaners; the resized image itself without a cleaner.
         """
+        official = compatibility == "official"
         if self.cleaner is None:
-            return image
-        with torch.no_grad():
-            return self.cleaner(image.to(self.cleaner.dtype)).float().clamp(0, 1)
+            return image if output_size is None else resize(image, output_size).clamp(0, 1)
+        tile = self._tiles.get("cleaner")
+        tiles = None if tile is None else tile.tiles(getattr(self.cleaner, "multiple", 1))
+        return clean_image(self.cleaner, image, output_size=output_size, tiles=tiles, official=official)
 
     def prepare_latents(
         self,
         shape: tuple[int, ...],
-        dtype: torch.dtype,
         device: torch.device,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: Tensor | None,
     ) -> Tensor:
-        """Draw the noise that sampling starts from, or scale the given one.
+        """Draw the noise that sampling starts from, or take the given one.
 
         Args:
             shape: (B, C, h, w).
-            dtype: of the result.
             device: of the result.
             generator: one for the batch, or one for each image.
             latents: instead of drawn noise, unscaled.
 
         Returns:
-            Noise, (B, C, h, w), scaled by the scheduler's `init_noise_sigma`.
+            Noise, (B, C, h, w) float32, not yet scaled.
 
         Raises:
             ValueError: if `latents` have another shape.
         """
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        elif tuple(latents.shape) != shape:
+            return sampling.draw_noise(shape, generator=generator, device=device)
+        if tuple(latents.shape) != shape:
             raise ValueError(f"Expected `latents` of shape {shape}, got {tuple(latents.shape)}.")
-        return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+        return latents.to(device=device, dtype=torch.float32)
 
     # The loop
 
     @torch.no_grad()
+    @explained_memory()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -300,6 +268,11 @@ class DiffBIRPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        guidance_rescale: float = 0.0,
+        rescale_cfg: bool = False,
+        start_point: sampling.StartPoint = "noise",
+        noise_aug: int = 0,
+        compatibility: sampling.Compatibility | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Restore one image or a batch of images of one size.
 
@@ -322,29 +295,49 @@ class DiffBIRPipeline(DiffusionPipeline):
             return_dict: whether to return a dataclass or a tuple.
             callback_on_step_end: a function or diffusers callback; `MILOGuidance` guides every step from inside.
             callback_on_step_end_tensor_inputs: names of tensors given to the callback.
+            guidance_rescale: share in which the spread is put back that classifier-free guidance adds, in [0, 1].
+            rescale_cfg: whether `guidance_scale` is reached only while the noise goes, from 1 at its start.
+            start_point: "noise", or "cond": the latents of the cleaned image, noised; steadies v1 and v2 models.
+            noise_aug: timestep to which the condition is noised; more lets the result stray further from it.
+            compatibility: "official" pads in black, truncates to 8 bit, grows `rescale_cfg` to one more and places and
+                weighs diffusion tiles as DiffBIR's own code does; None rounds, repeats the border, blends evenly.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple of them.
 
         Raises:
             ValueError: for arguments that cannot work, and if the result is not finite.
+            MemoryError: if the image is too large; `enable_tiling` is the way out.
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
-        self.check_inputs(image, output_type, color_fix, upscale, num_inference_steps, guidance_scale, tensor_inputs)
+        total, official = self.scheduler.config.num_train_timesteps, compatibility == "official"
+        self.check_inputs(guidance_scale, tensor_inputs)
+        check_call(
+            image=image,
+            output_type=output_type,
+            color_fix=color_fix,
+            start_point=start_point,
+            compatibility=compatibility,
+            upscale=upscale,
+            num_inference_steps=num_inference_steps,
+            noise_aug=noise_aug,
+            guidance_rescale=guidance_rescale,
+            total_timesteps=total,
+        )
         self._guidance_scale, self._interrupt = guidance_scale, False
         device = self._execution_device
 
         # 1. Stage 1: clean the image, then encode it: the latents that condition the UNet, and that guidance pulls to
-        degraded = enlarge(images_to_tensor(image).to(device), upscale)
-        cleaned = self.clean(degraded)  # (B, 3, H, W)
-        padded = pad_image(cleaned, self._size_multiple(), smallest=SMALLEST_LATENTS * self.vae_scale_factor)
-        condition = encode_image(self.vae, padded).to(self.unet.dtype)
+        image = images_to_tensor(image).to(device)  # names are reused, so that no more images are kept than needed
+        size = scaled_size(image, upscale)
+        image = cleaned = self.clean(image, size, compatibility=compatibility)  # (B, 3, H, W)
+        image = self._pad(cleaned, official=official)
+        condition = encode_image(self.vae, image, tile=self._tile_size("encoder")).float()
         condition = condition.repeat_interleave(num_images_per_prompt, dim=0)  # (B, C, h, w)
-        batch_size = condition.shape[0]
 
-        # 2. Prompts, noise, timesteps
+        # 2. Prompts, timesteps, noise
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             prompt,
             negative_prompt,
@@ -354,13 +347,20 @@ class DiffBIRPipeline(DiffusionPipeline):
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
         )
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        timesteps = self.scheduler.timesteps
+        timesteps = sampling.set_timesteps(self.scheduler, num_inference_steps, device)
         self._num_timesteps = len(timesteps)
-        latents = self.prepare_latents(tuple(condition.shape), self.unet.dtype, device, generator, latents)
-        step_arguments = self._step_arguments(generator, eta)
+        noise = self.prepare_latents(tuple(condition.shape), device, generator, latents)
+        first = None if official else timesteps[0]
+        latents = sampling.start_latents(noise, condition, self.scheduler, start_point, first)
+        control = condition
+        if noise_aug > 0:
+            drawn = sampling.draw_noise(tuple(condition.shape), generator=generator, device=device)
+            control = sampling.add_noise(condition, drawn, self.scheduler, noise_aug)
+        step_arguments = sampling.step_arguments(self.scheduler, generator, eta)
+        cells = {"pixels": self.vae_scale_factor, "multiple": self._size_multiple(), "official": official}
 
         # 3. Stage 2: denoise
+        sampling.hand_over(image, find_guidance(callback_on_step_end))
         with ExitStack() as stack, self.progress_bar(total=self._num_timesteps) as progress_bar:
             guides = [
                 stack.enter_context(guide.run(condition, self._num_timesteps))
@@ -369,9 +369,22 @@ class DiffBIRPipeline(DiffusionPipeline):
             for step_index, timestep in enumerate(timesteps):
                 if self.interrupt:
                     break
-                model_output = self._predict(
-                    latents, timestep, condition, prompt_embeds, negative_prompt_embeds, controlnet_conditioning_scale
+                scale = self._guidance_scale
+                if rescale_cfg:
+                    scale = sampling.guidance_scale_at(scale, float(timestep), total=total, official=official)
+                networks = partial(
+                    sampling.controlled_output,
+                    self.unet,
+                    self.controlnet,
+                    timestep=timestep,
+                    prompt_embeds=prompt_embeds,
+                    negative_prompt_embeds=negative_prompt_embeds if self.do_classifier_free_guidance else None,
+                    conditioning_scale=controlnet_conditioning_scale,
+                    scale=scale,
+                    rescale=guidance_rescale,
                 )
+                sample = self.scheduler.scale_model_input(latents, timestep)
+                model_output = predict(networks, sample, control, tile=self._tiles.get("diffusion"), **cells)
                 for guide in guides:
                     model_output = guide.guided_model_output(self.scheduler, model_output, timestep, latents)
                 latents = self.scheduler.step(model_output, timestep, latents, **step_arguments, return_dict=False)[0]
@@ -391,59 +404,40 @@ class DiffBIRPipeline(DiffusionPipeline):
         # 4. Decode, give the colours back, cut the padding off
         if not torch.isfinite(latents).all():
             raise ValueError(f"The latents are not finite in {self.unet.dtype}. Use torch.bfloat16 or torch.float32.")
-        if output_type == "latent":
-            images = latents
-        else:
-            decoded = decode_latents(self.vae, latents)[..., : cleaned.shape[2], : cleaned.shape[3]]
-            colour = cleaned.repeat_interleave(num_images_per_prompt, dim=0)
-            images = fix_colour(decoded, colour, method=color_fix).clamp(0, 1)
-            images = self.image_processor.postprocess(
-                images, output_type=output_type, do_denormalize=[False] * batch_size
-            )
+        images: Any = latents
+        if output_type != "latent":
+            image = cleaned
+            images = self._to_images(latents, cleaned, size, num_images_per_prompt, color_fix, official=official)
+            images = to_output(images, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _predict(
+    def _pad(self, image: Tensor, *, official: bool) -> Tensor:
+        if official:
+            tiled = "diffusion" in self._tiles
+            return pad(image, self.vae_scale_factor if tiled else self._size_multiple(), official=True)
+        return pad(image, self._size_multiple(), smallest=SMALLEST_LATENTS * self.vae_scale_factor)
+
+    def _to_images(
         self,
         latents: Tensor,
-        timestep: Tensor,
-        condition: Tensor,
-        prompt_embeds: Tensor | None,
-        negative_prompt_embeds: Tensor | None,
-        conditioning_scale: float,
+        cleaned: Tensor,
+        size: tuple[int, int],
+        repeats: int,
+        color_fix: ColorFix,
+        *,
+        official: bool,
     ) -> Tensor:
-        """Return the model output of one step, after classifier-free guidance, (B, C, h, w)."""
-        sample = self.scheduler.scale_model_input(latents, timestep)
-        embeds = prompt_embeds
-        if self.do_classifier_free_guidance:
-            sample, condition = torch.cat([sample, sample]), torch.cat([condition, condition])
-            embeds = torch.cat([negative_prompt_embeds, prompt_embeds])  # type: ignore[list-item]
-        down_residuals, mid_residual = self.controlnet(
-            sample,
-            timestep,
-            encoder_hidden_states=embeds,
-            controlnet_cond=condition,
-            conditioning_scale=conditioning_scale,
-            return_dict=False,
-        )
-        output = self.unet(
-            sample,
-            timestep,
-            encoder_hidden_states=embeds,
-            down_block_additional_residuals=down_residuals,
-            mid_block_additional_residual=mid_residual,
-            return_dict=False,
-        )[0]
-        if not self.do_classifier_free_guidance:
-            return output
-        without, with_prompt = output.chunk(2)
-        return without + self.guidance_scale * (with_prompt - without)
+        if getattr(self, "final_offload_hook", None) is not None:  # make room for the decoder
+            self.unet.to("cpu")
+            self.controlnet.to("cpu")
+        decoded = decode_latents(self.vae, latents, tile=self._tile_size("decoder"), clip=not official)
+        decoded = decoded[..., : cleaned.shape[2], : cleaned.shape[3]]
+        colour = cleaned if repeats == 1 else cleaned.repeat_interleave(repeats, dim=0)
+        images = put_colour(decoded, colour, method=color_fix, tile=self._tiles.get("decoder"))
+        images = resize(images, size).clamp_(0, 1)
+        return truncate(images) if official else images
 
     def _size_multiple(self) -> int:
         """Pixels of which both sides must be multiples for every level of VAE and UNet to halve evenly."""
         return self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-
-    def _step_arguments(self, generator: Any, eta: float) -> dict[str, Any]:
-        """Return those of `generator` and `eta` that the scheduler's step takes."""
-        taken = inspect.signature(self.scheduler.step).parameters
-        return {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in taken}

@@ -40,6 +40,15 @@ def test_alpha_is_what_the_paper_says():
     assert [curriculum_alpha(each, schedule="cosine") for each in (0.0, 1.0)] == [0.0, 1.0]
 
 
+def test_a_function_of_progress_is_a_schedule():
+    mask = torch.tensor([[0.5, 3.5]]).reshape(1, 1, 1, 2)
+    assert curriculum_alpha(0.3, schedule=lambda progress: progress**2) == pytest.approx(0.09)
+    weight = curriculum_weight(mask, 0.5, schedule=lambda progress: 1.0)
+    assert weight.flatten().tolist() == pytest.approx([0.25, 1.75])
+    with pytest.raises(ValueError, match=r"schedule\(progress\)` in \[0, 1\], got 2.0"):
+        curriculum_weight(mask, 0.5, schedule=lambda progress: 2.0)
+
+
 def test_bad_arguments_are_refused():
     mask = torch.ones(1, 1, 4, 4)
     with pytest.raises(ValueError, match=r"`progress` in \[0, 1\], got 1.5"):

@@ -36,6 +36,21 @@ def test_a_folder_goes_there_and_back_in_its_sizes(model, photos, tmp_path, caps
         assert metadata["scaling_factor"] == "1.0"
 
 
+def test_a_large_photo_goes_there_and_back_in_tiles(model, tmp_path, capsys):
+    write_image(tmp_path / "large.png", torch.rand(1, 3, 330, 401))
+    for name, tile in (("whole", []), ("tiles", ["--tile", "320"])):
+        files = [str(tmp_path / f"{name}.safetensors"), str(tmp_path / f"{name}.png")]
+        assert main(["encode", str(tmp_path / "large.png"), "-o", files[0], "--model", model, *tile]) == 0
+        assert main(["decode", files[0], "-o", files[1], "--model", model, *tile]) == 0
+    latents = [read_latents(tmp_path / f"{name}.safetensors") for name in ("whole", "tiles")]
+    assert torch.allclose(*latents, atol=1e-4)
+    images = [read_image(tmp_path / f"{name}.png") for name in ("whole", "tiles")]
+    assert images[0].shape == (1, 3, 330, 401)
+    assert (images[0] - images[1]).abs().max() <= 1.01 / 255
+    assert main(["encode", str(tmp_path / "large.png"), "-o", files[0], "--model", model, "--tile", "100"]) == 1
+    assert "multiple of 8 of at least 320" in capsys.readouterr().err
+
+
 def test_an_interrupted_folder_is_gone_on_with(model, photos, tmp_path, capsys):
     latents = tmp_path / "latents"
     assert main(["encode", str(photos), "-o", str(latents), "--model", model, "--format", "npy"]) == 0

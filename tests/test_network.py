@@ -1,5 +1,6 @@
 """MILO, held to the official code's recorded values and to what a metric must be."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -130,10 +131,36 @@ def test_the_gradient_matches_finite_differences(metric):
     assert torch.autograd.gradcheck(lambda each: metric(ref=ref, dist=each), dist.requires_grad_(True), fast_mode=True)
 
 
-def test_bfloat16_stays_within_one_percent(metric):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_within_one_percent(metric, dtype):
     ref, dist = latent_pair(side=32)
-    half = tiny_metric().to(torch.bfloat16)(ref=ref.bfloat16(), dist=dist.bfloat16()).item()
+    half = tiny_metric().to(dtype)(ref=ref.to(dtype), dist=dist.to(dtype)).item()
     assert half == pytest.approx(metric(ref=ref, dist=dist).item(), rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("block", "height", "width"), BLOCKS)
+def test_the_official_weights_stay_within_one_percent_in_half_precision(
+    block, height, width, dtype, official_pairs, shared
+):
+    name = block.partition("_")[0]
+    ref, dist = (official_pairs[name][which][..., :height, :width] for which in ("ref", "dist"))
+    full = MILO.from_pretrained(shared / "milo_official" / ("MILO_latent.pth" if name == "latent" else "MILO.pth"))
+    expected = full.compare(ref=ref, dist=dist)
+    got = full.to(dtype).compare(ref=ref.to(dtype), dist=dist.to(dtype))
+    assert got.score.item() == pytest.approx(expected.score.item(), rel=0.01)
+    assert got.quality.item() == pytest.approx(expected.quality.item(), rel=0.01)
+
+
+def test_it_compiles_without_a_graph_break(metric):
+    ref, dist = latent_pair(side=19)
+    leaf = dist.clone().requires_grad_(True)
+    compiled = torch.compile(metric, fullgraph=True, backend="aot_eager")  # fullgraph: a break is an error
+    score = compiled(ref=ref, dist=leaf)
+    assert score.item() == pytest.approx(metric(ref=ref, dist=dist).item(), rel=1e-6)
+    expected = dist.clone().requires_grad_(True)
+    metric(ref=ref, dist=expected).sum().backward()
+    torch.testing.assert_close(torch.autograd.grad(score.sum(), leaf)[0], expected.grad, rtol=1e-4, atol=1e-8)
 
 
 def test_one_reference_for_many_candidates_scores_as_many_pairs(metric):
@@ -196,6 +223,24 @@ def test_save_and_load_round_trip(metric, tmp_path):
     metric.save_pretrained(tmp_path)
     ref, dist = latent_pair()
     assert MILO.from_pretrained(tmp_path)(ref=ref, dist=dist).item() == metric(ref=ref, dist=dist).item()
+
+
+def test_a_saved_metric_has_a_card_with_its_space_direction_and_hash(tmp_path):
+    metric = MILO(latent_space="some-vae", scaling_factor=0.5)
+    metric.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    digest = hashlib.sha256((tmp_path / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    for expected in ("some-vae", "0.5", "lower is better", digest, "library_name: diffusers"):
+        assert expected in card
+    (tmp_path / "README.md").write_text("mine")
+    metric.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_a_file_is_no_folder_to_save_in(metric, tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ValueError, match="Expected a folder"):
+        metric.save_pretrained(tmp_path / "taken")
 
 
 def test_a_loaded_metric_is_frozen_and_still_gives_a_gradient_to_its_input(metric, tmp_path):

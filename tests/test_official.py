@@ -34,7 +34,7 @@ def address(checkpoint, monkeypatch):
 
 
 def test_convert_changes_no_value(checkpoint, tmp_path, capsys):
-    assert main(["weights", "convert", str(checkpoint), "-o", str(tmp_path / "out")]) == 0
+    assert main(["weights", "convert", str(checkpoint), "-o", str(tmp_path / "out"), "--unofficial"]) == 0
     ref, dist = latent_pair()
     assert MILO.from_pretrained(tmp_path / "out")(ref=ref, dist=dist).item() == tiny_metric()(ref=ref, dist=dist).item()
     card = (tmp_path / "out" / "README.md").read_text()
@@ -85,3 +85,40 @@ def test_unknown_weights_are_refused(capsys):
 def test_the_recorded_hashes_are_those_of_the_official_files(shared):
     for checkpoint in official.OFFICIAL.values():
         assert official.sha256(shared / "milo_official" / checkpoint.file) == checkpoint.digest
+
+
+def test_a_local_file_that_is_not_an_official_one_is_converted_only_if_meant(checkpoint, tmp_path, capsys):
+    assert main(["weights", "convert", str(checkpoint), "-o", str(tmp_path / "out")]) == 1
+    line = capsys.readouterr().err
+    assert official.sha256(checkpoint) in line
+    assert "--unofficial" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_info_tells_files_that_are_not_those_of_their_card(address, capsys):
+    assert main(["weights", "pull", "official-latent"]) == 0
+    assert main(["weights", "info", "official-latent"]) == 0
+    assert "as its card says" in capsys.readouterr().out
+    weights = cache_dir() / "official-latent" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert main(["weights", "info", "official-latent"]) == 1
+    assert "as its card says, got" in capsys.readouterr().err
+    weights.unlink()
+    assert main(["weights", "info", "official-latent"]) == 1
+    assert "got no file" in capsys.readouterr().err
+
+
+def test_info_checks_every_file_of_the_shipped_set(capsys):
+    assert main(["weights", "info", "nano"]) == 0
+    assert capsys.readouterr().out.count("as its card says") >= 5
+
+
+def test_official_files_convert_as_official_ones(shared, tmp_path, capsys):
+    for name in ("MILO", "MILO_latent"):
+        checkpoint, folder = shared / "milo_official" / f"{name}.pth", tmp_path / name
+        assert main(["weights", "convert", str(checkpoint), "-o", str(folder)]) == 0
+        assert "from the official checkpoint" in (folder / "README.md").read_text()
+        assert main(["weights", "info", str(folder)]) == 0
+        assert "as its card says" in capsys.readouterr().out

@@ -2,14 +2,20 @@
 
 import csv
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from milo_latent import MILO, scoring
 from milo_latent.cli import main
-from milo_latent.files import read_image, write_image, write_latents
-from milo_latent.scoring import ScoreRow, ScoreTable, match_pairs, score_pairs
+from milo_latent.files import read_image, read_latents, write_image, write_latents
+from milo_latent.score_table import ScoreRow, ScoreTable
+from milo_latent.scoring import match_pairs, score_pairs
 from milo_latent.testing import latent_pair, tiny_metric, tiny_pipeline
 
 
@@ -108,7 +114,12 @@ def test_rows_of_other_weights_are_not_gone_on_with(tmp_path):
 
 def test_json_prints_every_row(folders, weights, capsys):
     assert main(["score", "--ref", str(folders[0]), "--dist", str(folders[1]), "--weights", weights, "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    table = json.loads(capsys.readouterr().out)
+    rows = table["pairs"]
+    assert table["metric"] == "MILO_L"
+    assert table["weights"] == weights
+    for reading in ("score", "quality"):
+        assert table["mean"][reading] == pytest.approx(sum(row[reading] for row in rows) / 20)
     assert [row["name"] for row in rows] == [f"{index:02d}" for index in range(20)]
     assert rows[0]["score"] == 0
 
@@ -137,3 +148,101 @@ def test_latents_of_another_vae_are_refused(tmp_path):
         list(score_pairs(metric, pairs))
     unnamed = MILO()
     assert len(list(score_pairs(unnamed, pairs))) == 1
+
+
+def test_one_reference_is_read_once_and_scores_as_pairs_do(folders, metric, monkeypatch):
+    ref, dist = folders
+    (dist / "18.safetensors").unlink()
+    (dist / "19.safetensors").unlink()
+    real, reads = scoring.read_input, []
+    monkeypatch.setattr(scoring, "read_input", lambda path, encode=None: reads.append(path.name) or real(path, encode))
+    rows = list(score_pairs(metric, match_pairs(ref / "00.npy", dist)))
+    assert len(rows) == 18
+    assert reads.count("00.npy") == 1
+    for row in rows:
+        single = metric(ref=read_latents(ref / "00.npy"), dist=read_latents(dist / row.name)).item()
+        assert row.score == pytest.approx(single, rel=1e-5)
+
+
+def test_batches_that_were_begun_are_scored_anew():
+    pairs = [scoring.Pair(f"{index:02d}", Path("a"), Path("b")) for index in range(40)]
+    assert scoring.unfinished(pairs, set()) == pairs
+    done = {pair.name for pair in pairs[:20]}
+    assert [pair.name for pair in scoring.unfinished(pairs, done)] == [f"{index:02d}" for index in range(16, 40)]
+    assert scoring.unfinished(pairs, {pair.name for pair in pairs}) == []
+
+
+def test_the_mean_over_pairs_is_printed(folders, weights, capsys):
+    assert main(["score", "--ref", str(folders[0]), "--dist", str(folders[1]), "--weights", weights]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    scores = [float(line.split("raw error ")[1].split(",")[0]) for line in lines[:21]]
+    assert lines[20].startswith("mean: ")
+    assert scores[20] == pytest.approx(sum(scores[:20]) / 20, abs=1e-9)
+
+
+SCORE_SLOWLY = """
+import sys, time
+from milo_latent import scoring
+from milo_latent.cli import main
+real = scoring.read_input
+scoring.read_input = lambda path, encode=None: time.sleep(0.02) or real(path, encode)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_process_goes_on_and_ends_with_the_same_table(tmp_path, weights, how):
+    for name in ("ref", "dist"):
+        (tmp_path / name).mkdir()
+    for index in range(40):
+        for name, latents in zip(("ref", "dist"), latent_pair(noise=0.05 * index, seed=index), strict=True):
+            write_latents(tmp_path / name / f"{index:02d}.npy", latents)
+    command = ["score", "--ref", str(tmp_path / "ref"), "--dist", str(tmp_path / "dist"), "--weights", weights]
+    assert main([*command, "--csv", str(tmp_path / "whole.csv")]) == 0
+    partial = tmp_path / "parts.csv.partial"
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCORE_SLOWLY, *command, "--csv", str(tmp_path / "parts.csv")],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (partial.is_file() and partial.read_text().count("\n") > 16):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    assert b"Traceback" not in errors
+    assert not (tmp_path / "parts.csv").exists()
+    assert 16 <= partial.read_text().count("\n") - 1 < 40
+    assert main([*command, "--csv", str(tmp_path / "parts.csv")]) == 0
+    assert (tmp_path / "parts.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert not partial.exists()
+
+
+def test_a_table_of_other_folders_is_not_gone_on_with(folders, weights, tmp_path, capsys):
+    ref, dist = folders
+    table = str(tmp_path / "t.csv")
+    common = ["--weights", weights, "--csv", table]
+    assert main(["score", "--ref", str(ref), "--dist", str(dist), *common]) == 0
+    other = (tmp_path / "t.csv").read_text()
+    ScoreTable(table, key=f"{weights}  {ref.resolve()} elsewhere").extend([ScoreRow("00", 9.0, 9.0)])
+    assert main(["score", "--ref", str(ref), "--dist", str(dist), *common]) == 0
+    assert (tmp_path / "t.csv").read_text() == other
+
+
+def test_maps_are_enlarged_to_pixels_and_say_their_scale(tmp_path, capsys):
+    ref, dist = latent_pair(side=20)
+    write_latents(tmp_path / "a.npy", ref)
+    write_latents(tmp_path / "b.npy", dist)
+    files = ["--ref", str(tmp_path / "a.npy"), "--dist", str(tmp_path / "b.npy")]
+    assert main(["score", *files, "--map", str(tmp_path / "auto.png")]) == 0
+    assert "auto.png, from 0 (dark) to " in capsys.readouterr().out
+    assert main(["score", *files, "--map", str(tmp_path / "fixed.png"), "--map-scale", "4"]) == 0
+    assert "to 4 (light)" in capsys.readouterr().out
+    auto, fixed = (read_image(tmp_path / f"{name}.png")[..., :160] for name in ("auto", "fixed"))
+    assert auto.shape[2] == 160
+    assert auto.mean() > 1.2 * fixed.mean()
+    for wrong in ("0", "-1", "nan", "large"):
+        assert main(["score", *files, "--map", str(tmp_path / "no.png"), "--map-scale", wrong]) == 1
+        assert "--map-scale to be auto or an error above 0" in capsys.readouterr().err

@@ -1,128 +1,56 @@
-"""The guided step: exact for every scheduler and prediction type, against a denoiser whose clean estimate is known."""
+"""The guided step: from model output to clean estimate and back, and what guidance makes of the estimate."""
 
 import diffusers
 import pytest
 import torch
 
-from milo_latent.guidance.step import (
-    KNOWN_SCHEDULERS,
-    StepCoefficients,
-    masked_pull,
-    predict_original_sample,
-    shift_model_output,
-    step_coefficients,
-)
-
-# those whose last sigma is not 0 keep noise in their last sample: they end near a constant estimate, not on it
-ENDS_NEAR = {"DEISMultistepScheduler": 0.15}
+from milo_latent.guidance.coefficients import StepCoefficients, step_coefficients
+from milo_latent.guidance.curriculum import curriculum_weight
+from milo_latent.guidance.step import gradient_push, masked_pull, predict_original_sample, shift_model_output
+from milo_latent.testing import latent_pair, tiny_metric
 
 
-def make_scheduler(name: str, prediction_type: str):
-    if name.startswith("FlowMatch"):
-        return getattr(diffusers, name)()
-    options = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    options["prediction_type"] = prediction_type
-    if "clip_sample" in getattr(diffusers, name).__init__.__wrapped__.__code__.co_varnames:
-        options["clip_sample"] = False
-    if name == "DDIMScheduler":
-        options["set_alpha_to_one"] = True
-    return getattr(diffusers, name)(**options)
-
-
-def denoise(scheduler, model, steps=8):
-    """Run `model(sample, timestep) -> model output` through the scheduler."""
-    scheduler.set_timesteps(steps)
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(1, 4, 8, 8, generator=generator) * getattr(scheduler, "init_noise_sigma", 1.0)
-    for timestep in scheduler.timesteps:
-        scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else None
-        output = model(scheduler, sample, timestep)
-        options = {"generator": generator} if "Ancestral" in type(scheduler).__name__ else {}
-        sample = scheduler.step(output, timestep, sample, **options, return_dict=False)[0]
-    return sample
-
-
-def output_for(x0):
-    """A model that always predicts `x0`, whatever it has to say to do so."""
-
-    def model(scheduler, sample, timestep):
-        coefficients = step_coefficients(scheduler, timestep)
-        zero = torch.zeros_like(sample)
-        change = x0 - predict_original_sample(zero, sample, coefficients)
-        return shift_model_output(zero, change, coefficients)
-
-    return model
-
-
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-EPSILON_ONLY = {"FlowMatchEulerDiscreteScheduler"}  # a flow model predicts the flow, whatever the configuration says
-NO_SAMPLE = {"EulerAncestralDiscreteScheduler"}  # diffusers raises NotImplementedError
-CASES = [
-    (name, kind)
-    for name in KNOWN_SCHEDULERS
-    for kind in PREDICTIONS
-    if (name not in EPSILON_ONLY or kind == "epsilon") and (name not in NO_SAMPLE or kind != "sample")
-]
-
-
-@pytest.mark.parametrize(("name", "prediction_type"), CASES)
-def test_a_constant_clean_estimate_is_where_sampling_ends(name, prediction_type):
-    if name == "LMSDiscreteScheduler":
-        pytest.importorskip("scipy", reason="LMS needs scipy")
-    x0 = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    end = denoise(make_scheduler(name, prediction_type), output_for(x0))
-    assert (end - x0).abs().max() < ENDS_NEAR.get(name, 2e-5)
-
-
-RETURNS_X0 = {
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "HeunDiscreteScheduler",
-}
-
-
-@pytest.mark.parametrize(("name", "prediction_type"), [case for case in CASES if case[0] in RETURNS_X0])
-def test_the_clean_estimate_is_the_scheduler_s_own(name, prediction_type):
-    scheduler = make_scheduler(name, prediction_type)
-    scheduler.set_timesteps(6)
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(1, 4, 8, 8, generator=generator) * scheduler.init_noise_sigma
-    for timestep in scheduler.timesteps:
-        scheduler.scale_model_input(sample, timestep)
-        output = torch.randn(sample.shape, generator=generator)
-        ours = predict_original_sample(output, sample, step_coefficients(scheduler, timestep))
-        result = scheduler.step(output, timestep, sample)
-        scale = ours.abs().max()
-        assert (ours - result.pred_original_sample).abs().max() / scale < 1e-5
-        sample = result.prev_sample
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
-def test_shifting_the_output_shifts_the_estimate(prediction_type):
-    coefficients = StepCoefficients(0.6, 0.8, 1.0, prediction_type)
+@pytest.mark.parametrize("out", [1.0, -0.8, -14.6])
+def test_shifting_the_output_shifts_the_estimate(out):
+    coefficients = StepCoefficients(0.6, 0.8, 1.3, out)
     output, sample, change = torch.randn(3, 2, 4, 5, 5).unbind()
     shifted = shift_model_output(output, change, coefficients)
     before, after = (predict_original_sample(each, sample, coefficients) for each in (output, shifted))
     assert torch.allclose(after, before + change, atol=1e-5)
 
 
-def test_zero_terminal_snr_works_for_v_and_is_refused_for_epsilon():
-    options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "beta_schedule": "scaled_linear"}
-    x0 = torch.randn(1, 4, 8, 8)
-    scheduler = diffusers.DDIMScheduler(
-        prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=True, **options
+def test_a_predicted_variance_is_kept():
+    coefficients = StepCoefficients(0.6, 0.8, 1.3, -0.8)
+    output, sample, change = torch.randn(2, 8, 5, 5), torch.randn(2, 4, 5, 5), torch.randn(2, 4, 5, 5)
+    shifted = shift_model_output(output, change, coefficients)
+    assert torch.equal(shifted[:, 4:], output[:, 4:])
+    assert torch.allclose(
+        predict_original_sample(shifted, sample, coefficients),
+        predict_original_sample(output, sample, coefficients) + change,
+        atol=1e-5,
     )
-    assert (denoise(scheduler, output_for(x0)) - x0).abs().max() < 1e-5
-    scheduler = diffusers.DDIMScheduler(prediction_type="epsilon", **options)
-    with pytest.raises(ValueError, match="zero signal"):
-        step_coefficients(scheduler, 999)
 
 
-def test_an_unknown_scheduler_is_named_with_those_that_are_known():
-    with pytest.raises(ValueError, match=r"got IPNDMScheduler.*DDIMScheduler.*UniPCMultistepScheduler"):
-        step_coefficients(diffusers.IPNDMScheduler(), 999)
+def test_where_the_sample_is_clean_the_output_is_left_alone():
+    output = torch.randn(1, 4, 2, 2)
+    assert shift_model_output(output, torch.ones_like(output), StepCoefficients(1.0, 0.0, 1.0, 0.0)) is output
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_outputs_keep_their_dtype_and_are_shifted_in_float32(dtype):
+    coefficients = StepCoefficients(0.6, 0.8, 1 / 0.6, -0.8 / 0.6)
+    output, sample, change = torch.randn(3, 1, 4, 8, 8).to(dtype).unbind()
+    shifted = shift_model_output(output, change.float(), coefficients)
+    assert shifted.dtype == dtype
+    exact = output.float() + change.float() / coefficients.out
+    assert torch.equal(shifted, exact.to(dtype))
+    assert predict_original_sample(output, sample, coefficients).dtype == torch.float32
+
+
+def test_an_unknown_prediction_type_is_refused():
+    scheduler = diffusers.DDIMScheduler(prediction_type="trigflow")
+    with pytest.raises(ValueError, match=r"epsilon.*got 'trigflow'"):
+        step_coefficients(scheduler, 5)
 
 
 def test_masked_pull_moves_by_the_weighted_fraction():
@@ -136,3 +64,39 @@ def test_masked_pull_moves_by_the_weighted_fraction():
 def test_a_strength_outside_its_range_is_refused(milo_scale):
     with pytest.raises(ValueError, match=r"`milo_scale` in \[0, 1\]"):
         masked_pull(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), torch.ones(1, 1, 2, 2), milo_scale=milo_scale)
+
+
+@pytest.mark.parametrize("objective", ["weighted", "milo"])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_push_against_the_gradient_lowers_the_objective(objective, inference):
+    metric = tiny_metric()
+
+    def find_mask(dist, ref):
+        return metric.mask(dist=dist, ref=ref)
+
+    def find_weight(mask):
+        return curriculum_weight(mask, 0.3, schedule="linear")
+
+    def error(dist, ref):
+        mask = find_mask(dist, ref)
+        weight = find_weight(mask) if objective == "weighted" else mask
+        return (weight * (dist - ref).abs()).mean(dim=(1, 2, 3))
+
+    with torch.inference_mode(inference):
+        reference, x0 = (each * 1.0 for each in latent_pair(batch=2, noise=1.0))  # made in inference mode
+        options = {"find_mask": find_mask, "find_weight": find_weight, "objective": objective}
+        guided, mask = gradient_push(x0, reference, milo_scale=0.1, **options)
+        assert not guided.requires_grad
+        assert torch.allclose(mask, find_mask(x0, reference))
+        assert (error(guided, reference) < error(x0, reference)).all()
+        way, push = (reference - x0).flatten(1).norm(dim=1), (guided - x0).flatten(1).norm(dim=1)
+        assert torch.allclose(push, 0.1 * way, rtol=1e-4)  # the stated normalisation, per sample
+
+
+def test_equal_latents_are_not_pushed():
+    metric, (reference, _) = tiny_metric(), latent_pair()
+    guided, _ = gradient_push(
+        reference, reference, find_mask=lambda dist, ref: metric.mask(dist=dist, ref=ref),
+        find_weight=torch.ones_like, milo_scale=1.0,
+    )  # fmt: skip
+    assert torch.equal(guided, reference)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from milo_latent.metric.visualize import BAR_GAP, BAR_WIDTH, colour_error_map, colour_ramp
+from milo_latent.metric.visualize import BAR_GAP, BAR_WIDTH, colour_bar, colour_error_map, colour_ramp, map_scale
 
 
 def luma(colours):
@@ -40,6 +40,36 @@ def test_maps_are_enlarged_and_laid_over_an_image():
 def test_the_largest_error_can_be_chosen():
     error_map = torch.full((1, 1, 4, 4), 0.2)
     assert torch.equal(colour_error_map(error_map, largest=0.2, bar=False)[0, :, 0, 0], colour_ramp()[-1])
+
+
+def test_small_errors_are_painted_as_light_as_large_ones_unless_a_scale_is_chosen():
+    error_map = torch.rand(1, 1, 20, 20)
+    assert torch.equal(colour_error_map(error_map * 0.01, bar=False), colour_error_map(error_map, bar=False))
+    faint, strong = (colour_error_map(error_map * factor, largest=1.0, bar=False) for factor in (0.01, 1.0))
+    assert faint.mean() < 0.6 * strong.mean()
+
+
+def test_the_scale_of_a_map_leaves_out_its_few_largest_errors():
+    error_map = torch.full((1, 1, 100, 100), 0.1)
+    error_map[0, 0, 0, :20] = 5.0
+    assert map_scale(error_map) == pytest.approx(0.1)
+    spot = torch.zeros(1, 1, 100, 100)
+    spot[..., 3, 3] = 0.2
+    assert map_scale(spot) == pytest.approx(0.2)
+    assert map_scale(torch.zeros(1, 1, 8, 8)) == 1.0
+
+
+def test_the_bar_says_its_errors_where_there_is_room():
+    bars = {largest: colour_bar(200, largest) for largest in (0.05, 0.06, 1.0)}
+    alone = BAR_GAP + BAR_WIDTH
+    for bar in bars.values():
+        assert bar.shape[2] == 200
+        assert bar.shape[3] > alone
+        for rows in (slice(0, 14), slice(93, 107), slice(186, 200)):  # largest, half of it, zero
+            assert bar[..., rows, alone:].min() < 0.5
+        assert torch.equal(bar[..., :alone], bars[1.0][..., :alone])
+    assert not torch.equal(bars[0.05][..., alone:], bars[0.06][..., alone:])
+    assert colour_bar(20, 1.0).shape[3] == alone
 
 
 def test_bad_arguments_are_refused():

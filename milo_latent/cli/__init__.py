@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 
-from milo_latent.cli import decode, encode, restore, score, weights
+from milo_latent.cli import convert, decode, encode, restore, score, weights
 
 DESCRIPTION = """\
 Restore photos, steered by MILO in the latent space of a diffusion model, and measure what a person would see.
@@ -16,6 +17,7 @@ Restore photos, steered by MILO in the latent space of a diffusion model, and me
   milo-latent encode photo.jpg -o photo.npy     the latents of a photo, or of a folder of them
   milo-latent decode photo.npy -o photo.png     and back
   milo-latent weights list                      the metrics and models at hand
+  milo-latent convert diffbir -h                official DiffBIR checkpoints to a pipeline folder
 """
 
 
@@ -26,9 +28,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and stop")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-    for command in (restore, score, encode, decode, weights):
+    for command in (restore, score, encode, decode, weights, convert):
         command.add(commands)
     return parser
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Print a warning as one line on standard error, without the place in the code that it comes from."""
+    print(f"milo-latent: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,12 +59,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        print(options.run(options))
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            print(options.run(options))
     except (ValueError, TypeError, OSError, MemoryError) as error:
         print(f"milo-latent: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("milo-latent: interrupted, nothing written", file=sys.stderr)
+        print("milo-latent: interrupted; no file is half written, and the same command goes on", file=sys.stderr)
         return 130
     return 0
 

@@ -19,6 +19,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument("input", type=Path, metavar="IN", help="latents (.npy, .safetensors), or folder of them")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="image, or folder")
     command.add_argument("--model", default="nano", help="shipped weights, or a folder with a VAE (default: nano)")
+    command.add_argument(
+        "--tile", type=int, metavar="PIXELS", help="work in tiles of this side, for images too large for the memory"
+    )
 
 
 def run(options: argparse.Namespace) -> str:
@@ -27,7 +30,7 @@ def run(options: argparse.Namespace) -> str:
 
     hide_loading_bar()
     if options.input.is_dir():
-        count, skipped = decode_folder(load_vae(options.model), options.input, options.output)
+        count, skipped = decode_folder(load_vae(options.model), options.input, options.output, tile=options.tile)
         return f"decode: {count} latents of {options.input} -> {options.output} ({skipped} were there already)"
-    width, height = decode_file(lambda: load_vae(options.model), options.input, options.output)
+    width, height = decode_file(lambda: load_vae(options.model), options.input, options.output, tile=options.tile)
     return f"decode: {options.input} -> {options.output} ({width}x{height})"

@@ -22,6 +22,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument("--model", default="nano", help="shipped weights, or a folder with a VAE (default: nano)")
     command.add_argument(
+        "--tile", type=int, metavar="PIXELS", help="work in tiles of this side, for photos too large for the memory"
+    )
+    command.add_argument(
         "--format",
         choices=["npy", "safetensors"],
         default="safetensors",
@@ -36,8 +39,15 @@ def run(options: argparse.Namespace) -> str:
     hide_loading_bar()
     if options.input.is_dir():
         count, skipped = encode_folder(
-            load_vae(options.model), options.input, options.output, suffix=options.format, vae_name=options.model
+            load_vae(options.model),
+            options.input,
+            options.output,
+            suffix=options.format,
+            vae_name=options.model,
+            tile=options.tile,
         )
         return f"encode: {count} photos of {options.input} -> {options.output} ({skipped} were there already)"
-    shape = encode_file(lambda: load_vae(options.model), options.input, options.output, vae_name=options.model)
+    shape = encode_file(
+        lambda: load_vae(options.model), options.input, options.output, vae_name=options.model, tile=options.tile
+    )
     return f"encode: {options.input} -> {options.output} {shape}"

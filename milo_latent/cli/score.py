@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
 from milo_latent.cli.loading import hide_loading_bar
+
+PIXELS_PER_CELL = 8  # of every VAE of the Stable Diffusion families
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -29,6 +32,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--map", type=Path, metavar="OUT", help="write a picture of where the difference is (one pair)"
     )
+    command.add_argument(
+        "--map-scale", default="auto", metavar="ERROR|auto",
+        help="the error painted lightest; auto: the map's 99.5th percentile; a number makes maps comparable",
+    )  # fmt: skip
     command.add_argument("--overlay", type=Path, metavar="IMAGE", help="lay the map over this image")
 
 
@@ -37,29 +44,50 @@ def run(options: argparse.Namespace) -> str:
     from tqdm.auto import tqdm
 
     from milo_latent.metric.network import MILO
-    from milo_latent.scoring import ScoreTable, match_pairs, rows_to_json, score_pairs
+    from milo_latent.score_table import ScoreTable, mean_row, rows_to_json
+    from milo_latent.scoring import is_image_metric, match_pairs, score_pairs, unfinished
 
+    largest = _map_scale(options)
     pairs = match_pairs(options.ref, options.dist)
-    weights, encode = _score_inputs(options, pairs)
+    weights = _weights(options, pairs)
     metric = MILO.from_pretrained(weights)
-    if options.map is not None:
-        _write_map(metric, pairs, encode, options)
-    table = ScoreTable(options.csv, key=f"{weights} {options.vae or ''}") if options.csv else None
-    left = [pair for pair in pairs if table is None or pair.name not in table.rows]
-    scored = score_pairs(metric, left, encode=encode)
-    rows = list(tqdm(scored, total=len(left), unit="pair", disable=len(left) < 2)) if table is None else []
-    if table is not None:
-        table.extend(tqdm(scored, total=len(left), unit="pair", disable=len(left) < 2))
+    encode = None if options.vae is None else _encoder(metric, options.vae)
+    painted = _write_map(metric, pairs, encode, largest, options) if options.map is not None else []
+    key = f"{weights} {options.vae or ''} {options.ref.resolve()} {options.dist.resolve()}"
+    table = ScoreTable(options.csv, key=key) if options.csv else None
+    left = pairs if table is None else unfinished(pairs, table.rows)
+    scored = tqdm(
+        score_pairs(metric, left, encode=encode),
+        total=len(pairs), initial=len(pairs) - len(left), unit="pair", disable=len(left) < 2,
+    )  # fmt: skip
+    if table is None:
+        rows = list(scored)
+    else:
+        table.extend(scored)
         rows = table.finish(pair.name for pair in pairs)
+    name = "MILO_I" if is_image_metric(metric) else "MILO_L"
     if options.json:
-        return rows_to_json(rows)
-    name = "MILO_I" if metric.config.latent_space is None and metric.config.channels == 3 else "MILO_L"
-    lines = [f"{row.name}: raw error {row.score:.10f}, quality {row.quality:.10f}" for row in rows]
-    return "\n".join([*lines, f"{name} ({weights}), 0 = identical; quality 1 = worst"])
+        return rows_to_json(rows, metric=name, weights=weights)
+    mean = [mean_row(rows)] if len(rows) > 1 else []
+    lines = [f"{row.name}: raw error {row.score:.10f}, quality {row.quality:.10f}" for row in [*rows, *mean]]
+    return "\n".join([*lines, *painted, f"{name} ({weights}), 0 = identical; quality 1 = worst"])
 
 
-def _score_inputs(options: argparse.Namespace, pairs: list[Any]) -> tuple[str, Any]:
-    """Return the weights to score with, and what encodes images, where they are to be scored as latents."""
+def _map_scale(options: argparse.Namespace) -> float | None:
+    """Return the error that is painted lightest; None for the map's own."""
+    if options.map_scale == "auto":
+        return None
+    try:
+        largest = float(options.map_scale)
+    except ValueError:
+        largest = math.nan
+    if not 0 < largest < math.inf:
+        raise ValueError(f"Expected --map-scale to be auto or an error above 0, got {options.map_scale!r}.")
+    return largest
+
+
+def _weights(options: argparse.Namespace, pairs: list[Any]) -> str:
+    """Return the weights to score with."""
     from milo_latent.scoring import is_latents
 
     kinds = {is_latents(path) for pair in pairs for path in (pair.ref, pair.dist)}
@@ -70,31 +98,59 @@ def _score_inputs(options: argparse.Namespace, pairs: list[Any]) -> tuple[str, A
     if options.vae is not None:
         if kinds == {True}:
             raise ValueError("Expected images with --vae, got latents. Leave --vae out.")
-        from functools import partial
-
-        from milo_latent.codec import encode_image
-        from milo_latent.restore import load_restorer
-
-        hide_loading_bar()
-        return options.weights or options.vae, partial(encode_image, load_restorer(options.vae).pipeline.vae)
+        return options.weights or options.vae
     if options.weights is None and kinds == {False}:
         raise ValueError(
             "Scoring images needs MILO_I weights: pass --weights with the official MILO.pth, or --vae nano."
         )
-    return options.weights or "nano", None
+    return options.weights or "nano"
 
 
-def _write_map(metric: Any, pairs: list[Any], encode: Any, options: argparse.Namespace) -> None:
+def _encoder(metric: Any, source: str) -> Any:
+    """Return what encodes images with the VAE of `source`, whose latents the metric must know."""
+    from functools import partial
+
+    from milo_latent.codec import encode_image
+    from milo_latent.encoding import load_vae
+    from milo_latent.scoring import check_vae
+
+    hide_loading_bar()
+    vae = load_vae(source)
+    check_vae(metric, vae)
+    return partial(encode_image, vae)
+
+
+def _write_map(
+    metric: Any, pairs: list[Any], encode: Any, largest: float | None, options: argparse.Namespace
+) -> list[str]:
+    """Write the picture of the error map; return the line to print."""
     import torch
 
     from milo_latent.files import read_image, write_image
-    from milo_latent.metric.visualize import colour_error_map
-    from milo_latent.scoring import read_input
+    from milo_latent.metric.visualize import colour_error_map, map_scale
+    from milo_latent.scoring import check_fits, read_input
 
     if len(pairs) != 1:
         raise ValueError(f"Expected one pair for --map, got {len(pairs)}.")
     ref, dist = (read_input(path, encode) for path in (pairs[0].ref, pairs[0].dist))
+    for path, tensor in ((pairs[0].ref, ref), (pairs[0].dist, dist)):
+        check_fits(metric, path, tensor)
     with torch.inference_mode():
-        error_map = metric.compare(ref=ref, dist=dist).error_map
+        error_map = metric.compare(ref=ref, dist=dist).error_map[:1]
+    largest = map_scale(error_map) if largest is None else largest
     image = read_image(options.overlay) if options.overlay else None
-    write_image(options.map, colour_error_map(error_map, image=image))
+    error_map = _enlarge(error_map, read_image(pairs[0].ref).shape[2:] if encode else None, metric)
+    write_image(options.map, colour_error_map(error_map, image=image, largest=largest))
+    return [f"map: {options.map}, from 0 (dark) to {largest:.3g} (light)"]
+
+
+def _enlarge(error_map: Any, size: Any, metric: Any) -> Any:
+    """Enlarge a map of latents to the pixels they stand for, and cut off what encoding padded to `size`."""
+    from torch.nn.functional import interpolate
+
+    from milo_latent.scoring import is_image_metric
+
+    if is_image_metric(metric):
+        return error_map
+    error_map = interpolate(error_map, scale_factor=PIXELS_PER_CELL, mode="bilinear", align_corners=False)
+    return error_map if size is None else error_map[..., : size[0], : size[1]]

@@ -21,7 +21,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     convert.set_defaults(run=run_convert)
     convert.add_argument("input", type=Path, metavar="FILE", help="MILO.pth or MILO_latent.pth")
     convert.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
-    info = actions.add_parser("info", help="what a set is and was trained on")
+    convert.add_argument("--unofficial", action="store_true", help="take a file whose hash is not an official one's")
+    info = actions.add_parser("info", help="what a set is, and whether its files are those of its card")
     info.set_defaults(run=run_info)
     info.add_argument("source", metavar="NAME|FOLDER|FILE")
 
@@ -47,7 +48,8 @@ def run_convert(options: argparse.Namespace) -> str:
     """Convert; return the line to print."""
     from milo_latent.official import convert
 
-    return f"convert: {options.input} -> {convert(options.input, options.output)}"
+    folder = convert(options.input, options.output, official=not options.unofficial)
+    return f"convert: {options.input} -> {folder}"
 
 
 def run_info(options: argparse.Namespace) -> str:

@@ -1,14 +1,23 @@
-"""What a pipeline is given, as one batch of RGB images; pure functions."""
+"""What a pipeline is given, as one batch of RGB images, and what it refuses; pure functions."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import PIL.Image
+import torch
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from torch import Tensor
-from torch.nn import functional as F
 
+from milo_latent.checks import check_choice, check_range
+from milo_latent.diffbir.colour import COLOR_FIXES
+from milo_latent.diffbir.sampling import COMPATIBILITIES, START_POINTS
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 ROUNDING = 0.01  # by which resampled images may leave [0, 1]
 
 
@@ -40,9 +49,95 @@ def images_to_tensor(image: PipelineImageInput) -> Tensor:
     return tensor.clamp(0, 1)
 
 
-def enlarge(image: Tensor, factor: float) -> Tensor:
-    """Resize (B, 3, H, W), in [0, 1], by `factor`: bicubic, antialiased where it shrinks."""
-    if factor == 1.0:
-        return image
-    size = [max(1, round(side * factor)) for side in image.shape[2:]]
-    return F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+def scaled_size(image: Tensor, factor: float) -> tuple[int, int]:
+    """Return height and width of (B, C, H, W) times `factor`, at least 1."""
+    height, width = (max(1, round(side * factor)) for side in image.shape[2:])
+    return height, width
+
+
+def truncate(image: Tensor) -> Tensor:
+    """Cut values in [0, 1] down to the next 255th, as the official code does where others round."""
+    return (image * 255.0).clamp(0, 255).floor() / 255.0
+
+
+def to_output(images: Tensor, output_type: str) -> Tensor | np.ndarray | list[PIL.Image.Image]:
+    """Turn restored images into what was asked for; they are used up.
+
+    Args:
+        images: (B, 3, H, W), in [0, 1].
+        output_type: "pt", "np" for (B, H, W, 3) float32, or "pil" for pictures of 8 bit, rounded.
+
+    Returns:
+        The images.
+    """
+    if output_type == "pt":
+        return images
+    if output_type == "np":
+        return images.permute(0, 2, 3, 1).cpu().numpy()
+    pixels = images.mul_(255).round_().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [PIL.Image.fromarray(each) for each in pixels]
+
+
+def check_call(
+    *,
+    image: Any,
+    output_type: str,
+    color_fix: str,
+    start_point: str,
+    compatibility: str | None,
+    upscale: float,
+    num_inference_steps: int,
+    noise_aug: int,
+    guidance_rescale: float,
+    total_timesteps: int,
+) -> None:
+    """Refuse arguments of a pipeline's call that cannot work.
+
+    Args:
+        image: as in `DiffBIRPipeline.__call__`, as are the others.
+        output_type: see there.
+        color_fix: see there.
+        start_point: see there.
+        compatibility: see there.
+        upscale: see there.
+        num_inference_steps: see there.
+        noise_aug: see there.
+        guidance_rescale: see there.
+        total_timesteps: number of timesteps that the model was trained with.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    if image is None:
+        raise ValueError("Expected `image`, got None. DiffBIR restores an image; it does not make one from a prompt.")
+    check_choice("output_type", output_type, OUTPUT_TYPES)
+    check_choice("color_fix", color_fix, COLOR_FIXES)
+    check_choice("start_point", start_point, START_POINTS)
+    if compatibility is not None:
+        check_choice("compatibility", compatibility, COMPATIBILITIES)
+    if not upscale > 0:
+        raise ValueError(f"Expected `upscale` above 0, got {upscale}.")
+    if num_inference_steps < 1:
+        raise ValueError(f"Expected `num_inference_steps` of at least 1, got {num_inference_steps}.")
+    if not 0 <= noise_aug < total_timesteps:
+        raise ValueError(f"Expected `noise_aug` to be a timestep, 0 to {total_timesteps - 1}, got {noise_aug}.")
+    check_range("guidance_rescale", guidance_rescale, 0.0, 1.0, "It is a share.")
+
+
+@contextmanager
+def explained_memory() -> Iterator[None]:
+    """Turn a device's lack of memory into a `MemoryError` that names the ways out.
+
+    Raises:
+        MemoryError: if there is not enough memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise MemoryError(
+                "Not enough memory for an image of this size. Restore it in tiles: `pipe.enable_tiling(512)`, or "
+                "`milo-latent restore --tile 512`; smaller tiles need less. `pipe.enable_model_cpu_offload()` keeps "
+                "only one network on the accelerator."
+            ) from error
+        raise

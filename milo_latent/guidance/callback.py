@@ -1,35 +1,44 @@
-"""The same guided step for any Stable Diffusion pipeline: a callback for diffusers."""
+"""MILO guidance of any latent diffusion pipeline: a callback for diffusers that acts inside every denoising step."""
 
 from __future__ import annotations
 
-import functools
-import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.callbacks import MultiPipelineCallbacks
 from torch import Tensor
 
-from milo_latent.checks import check_batch, check_choice, check_range
-from milo_latent.guidance.curriculum import SCHEDULES, Schedule, curriculum_weight
-from milo_latent.guidance.step import masked_pull, predict_original_sample, shift_model_output, step_coefficients
+from milo_latent.checks import check_batch, check_choice, check_finite, check_range
+from milo_latent.guidance.attachment import GuidedRun, SchedulerGuidance
+from milo_latent.guidance.coefficients import step_coefficients
+from milo_latent.guidance.curriculum import AnySchedule, check_schedule, curriculum_weight
+from milo_latent.guidance.reference import (
+    check_latent_space,
+    check_region,
+    encode_reference,
+    match_reference,
+    match_region,
+)
+from milo_latent.guidance.step import (
+    OBJECTIVES,
+    Objective,
+    gradient_push,
+    masked_pull,
+    predict_original_sample,
+    shift_model_output,
+)
+from milo_latent.guidance.trace import GuidanceTrace
 from milo_latent.metric.network import MILO
 
-
-@dataclass
-class _GuidedRun:
-    """One run of a pipeline: what it is pulled towards, how many steps it has, how many are done."""
-
-    reference_latents: Tensor  # (B, C, h, w) float32
-    num_steps: int
-    step: int = 0
+Mode = Literal["mask", "metric"]
+MODES: tuple[str, ...] = get_args(Mode)
+Strength = float | Callable[[float], float]
 
 
-class MILOGuidance(PipelineCallback):
+class MILOGuidance(SchedulerGuidance):
     """Pull the clean estimate of every denoising step to reference latents, where and when MILO's curriculum says.
 
     Give it as `callback_on_step_end` to `DiffBIRPipeline`, which knows its reference latents and guides every step.
@@ -37,12 +46,18 @@ class MILOGuidance(PipelineCallback):
     step. Nothing is decoded.
 
     Args:
-        metric: MILO_L for the pipeline's latents; its copy of the weights is moved to the latents' device.
-        milo_scale: s, in [0, 1], the mean fraction of the way to the reference latents in each step; 0 changes no bit.
-        schedule: of the curriculum: "constant", "linear" or "cosine".
+        metric: MILO_L for the pipeline's latents; it is moved to the latents' device, and computes in float32.
+        milo_scale: s, or a function of the timestep. Mode *mask*: in [0, 1], the mean fraction of the way to the
+            reference latents in each step; mode *metric*: >= 0, the length of the push in lengths of that way. 0
+            changes no bit.
+        schedule: of the curriculum: "constant", "linear", "cosine", or a function from progress to alpha in [0, 1].
         start: fraction of the denoising steps at which guidance begins.
         stop: fraction at which it ends.
         reference_latents: r, (B, C, h, w) or (1, C, h, w); may be left out for `DiffBIRPipeline`.
+        mode: "mask", x0 + min(s * W, 1) * (r - x0), or "metric", x0 - s * n(grad of the objective).
+        objective: of the mode *metric*: "weighted", mean(W * |x0 - r|), or "milo", the raw error E.
+        region: where to guide, (B or 1, 1, h, w), >= 0: the change is multiplied by it; None guides everywhere alike.
+        trace: whether to record each step; `guide.trace` is the record of the latest run.
 
     Raises:
         ValueError: for values outside their range.
@@ -50,55 +65,59 @@ class MILOGuidance(PipelineCallback):
     Source: own (design, section 4); the curriculum is MILO's (ACM TOG 44(6), 2025).
     """
 
-    tensor_inputs = ["latents"]  # noqa: RUF012
-
     def __init__(
         self,
         metric: MILO,
-        milo_scale: float = 0.5,
-        schedule: Schedule = "cosine",
+        milo_scale: Strength = 0.5,
+        schedule: AnySchedule = "cosine",
         start: float = 0.0,
         stop: float = 1.0,
         reference_latents: Tensor | None = None,
+        *,
+        mode: Mode = "mask",
+        objective: Objective = "weighted",
+        region: Tensor | None = None,
+        trace: bool = False,
     ) -> None:
-        check_range("milo_scale", milo_scale, 0.0, 1.0, "It is the mean fraction of the way to the reference latents.")
-        check_choice("schedule", schedule, SCHEDULES)
+        super().__init__(reference_latents)
+        check_choice("mode", mode, MODES)
+        check_choice("objective", objective, OBJECTIVES)
+        self.mode, self.objective = mode, objective
+        if not callable(milo_scale):
+            self._check_scale(milo_scale)
+        check_schedule(schedule)
         check_range("start", start, 0.0, 1.0, "It is a fraction of the denoising steps.")
         check_range("stop", stop, start, 1.0, "It is a fraction of the denoising steps, not before `start`.")
         if reference_latents is not None:
             check_batch("reference_latents", reference_latents, metric.config.channels)
+        if region is not None:
+            check_region(region)
         # not by diffusers' decorator, which would write the metric into the configuration where it is given by position
-        self.register_to_config(milo_scale=milo_scale, schedule=schedule, start=start, stop=stop)
-        self.metric = metric
+        self.register_to_config(
+            milo_scale=_for_config(milo_scale), schedule=_for_config(schedule), start=start, stop=stop, mode=mode,
+            objective=objective,
+        )  # fmt: skip
+        self.metric, self.region = metric, region
         self.milo_scale, self.schedule, self.start, self.stop = milo_scale, schedule, start, stop
-        self.reference_latents = reference_latents
-        self._run: _GuidedRun | None = None
-        self._hook = ExitStack()  # holds `attach`, where a plain callback has to
+        self.trace: GuidanceTrace | None = GuidanceTrace() if trace else None
 
-    # One run
+    reference_from_image = staticmethod(encode_reference)
 
-    @contextmanager
-    def run(self, reference_latents: Tensor | None, num_steps: int, *, steps_done: int = 0) -> Iterator[MILOGuidance]:
-        """Guide the steps taken inside this block; pipelines with a loop of their own open it around that loop.
+    def begin_run(self, reference_latents: Tensor | None, num_steps: int, *, steps_done: int = 0) -> GuidedRun:
+        """Return a new run, after checks; arguments and errors as of `run`."""
+        run = super().begin_run(reference_latents, num_steps, steps_done=steps_done)
+        check_batch("reference_latents", run.reference_latents, self.metric.config.channels)
+        check_finite("reference_latents", run.reference_latents)
+        with torch.inference_mode(False):  # weights moved inside it could never again take part in a gradient
+            self.metric.to(run.reference_latents.device).float()
+        if self.trace is not None:
+            self.trace = GuidanceTrace()
+        return run
 
-        Args:
-            reference_latents: r, (B, C, h, w), used where the constructor was given none.
-            num_steps: the number of calls of `scheduler.step` in the whole run.
-            steps_done: how many of them were made already.
-
-        Raises:
-            ValueError: if there are no reference latents, or they are not as many or as wide as the metric needs.
-        """
-        reference = self.reference_latents if self.reference_latents is not None else reference_latents
-        if reference is None:
-            raise ValueError("Expected reference latents to pull towards, got none. Pass `reference_latents=`.")
-        check_batch("reference_latents", reference, self.metric.config.channels)
-        self.metric.to(reference.device).float()
-        previous, self._run = self._run, _GuidedRun(reference.detach().float(), num_steps, steps_done)
-        try:
-            yield self
-        finally:
-            self._run = previous
+    def check_pipeline(self, pipeline: DiffusionPipeline) -> None:
+        """Raise ValueError unless guidance knows the pipeline's scheduler, and the metric its latents."""
+        super().check_pipeline(pipeline)
+        check_latent_space(self.metric, getattr(pipeline, "vae", None), type(pipeline).__name__)
 
     def guided_model_output(
         self, scheduler: SchedulerMixin, model_output: Tensor, timestep: Tensor | float | int, sample: Tensor
@@ -122,112 +141,79 @@ class MILOGuidance(PipelineCallback):
             raise RuntimeError("Guidance works inside `with guide.run(...)` or `with guide.attach(pipe):` only.")
         fraction = min(self._run.step / max(self._run.num_steps - 1, 1), 1.0)
         self._run.step += 1
-        if self.milo_scale == 0.0 or not self.start <= fraction <= self.stop:
+        scale = self._scale_at(timestep) if self.start <= fraction <= self.stop else 0.0
+        if scale == 0.0 and self.trace is None:
             return model_output
         progress = (fraction - self.start) / (self.stop - self.start) if self.stop > self.start else 1.0
         coefficients = step_coefficients(scheduler, timestep)
         x0 = predict_original_sample(model_output, sample, coefficients)
-        guided = self.guided_original_sample(x0, min(max(progress, 0.0), 1.0))
-        return shift_model_output(model_output, guided - x0, coefficients)
+        guided = self.guided_original_sample(x0, min(max(progress, 0.0), 1.0), scale=scale, timestep=float(timestep))
+        return model_output if scale == 0.0 else shift_model_output(model_output, guided - x0, coefficients)
 
-    def guided_original_sample(self, pred_original_sample: Tensor, progress: float) -> Tensor:
+    def guided_original_sample(
+        self, pred_original_sample: Tensor, progress: float, *, scale: float, timestep: float
+    ) -> Tensor:
         """Return the guided x0 of a step of the run.
 
         Args:
             pred_original_sample: x0, (B, C, h, w) float32.
             progress: share of the guided steps already done, in [0, 1].
+            scale: the strength in this step.
+            timestep: for the record.
 
         Returns:
             Guided x0, (B, C, h, w) float32.
 
         Raises:
-            ValueError: if the reference latents do not fit `pred_original_sample`.
+            ValueError: if the reference latents or the region do not fit `pred_original_sample`.
         """
         assert self._run is not None
-        reference = _match_batch(self._run.reference_latents, pred_original_sample)
-        with torch.no_grad():
-            mask = self.metric.mask(dist=pred_original_sample, ref=reference)  # (B, 1, h, w)
-        weight = curriculum_weight(mask, progress, schedule=self.schedule)
-        return masked_pull(pred_original_sample, reference, weight, milo_scale=self.milo_scale)
-
-    # Stock pipelines
-
-    @contextmanager
-    def attach(self, pipeline: DiffusionPipeline, *, steps_done: int = 0) -> Iterator[MILOGuidance]:
-        """Guide every step of any pipeline called inside this block, by wrapping its scheduler's `step`.
-
-        Args:
-            pipeline: with a `scheduler`; it is left as it was, also when a call fails.
-            steps_done: steps of the first call that were taken before this block was entered.
-
-        Raises:
-            ValueError: if this guidance has no reference latents.
-        """
-        scheduler: Any = pipeline.scheduler
-        if self.reference_latents is None:
-            raise ValueError("Expected `reference_latents` for a stock pipeline, got none. Pass them to MILOGuidance.")
-        reference, original, timesteps, calls = self.reference_latents, scheduler.step, None, ExitStack()
-
-        @functools.wraps(original)
-        def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-            nonlocal timesteps, steps_done
-            if timesteps is not scheduler.timesteps:  # `set_timesteps` makes a new tensor in each call of a pipeline
-                timesteps = scheduler.timesteps
-                calls.close()
-                left = len(timesteps) - int((timesteps == timestep).nonzero()[0])
-                calls.enter_context(self.run(reference.to(sample.device), left + steps_done, steps_done=steps_done))
-                steps_done = 0
-            model_output = self.guided_model_output(scheduler, model_output, timestep, sample)
-            return original(model_output, timestep, sample, *args, **kwargs)
-
-        scheduler.step = step
-        try:
-            yield self
-        finally:
-            del scheduler.step
-            calls.close()
-
-    def callback_fn(
-        self, pipeline: DiffusionPipeline, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Do nothing where the pipeline guides by itself; else guide the steps that follow this one.
-
-        Args:
-            pipeline: that called.
-            step_index: of the step just taken.
-            timestep: of that step.
-            callback_kwargs: returned as they came.
-
-        Returns:
-            `callback_kwargs`.
-
-        Raises:
-            ValueError: if a stock pipeline calls and there are no reference latents.
-        """
-        last = step_index >= pipeline.num_timesteps - 1
-        if step_index == 0 or last:  # at 0: left behind by a run that failed
-            self._hook.close()
-        if self._run is None and not last:
-            warnings.warn(
-                "As a plain callback MILOGuidance acts from the second step on. Use `with guide.attach(pipe):`.",
-                stacklevel=2,
+        x0, reference = pred_original_sample, match_reference(self._run.reference_latents, pred_original_sample)
+        region = match_region(self.region, x0)
+        if self.mode == "mask":
+            with torch.no_grad():
+                mask = self.metric.mask(dist=x0, ref=reference)  # (B, 1, h, w)
+            weight = curriculum_weight(mask, progress, schedule=self.schedule) * region
+            guided, applied = masked_pull(x0, reference, weight, milo_scale=scale), (scale * weight).clamp(max=1.0)
+        else:
+            pushed, mask = gradient_push(
+                x0,
+                reference,
+                find_mask=lambda dist, ref: self.metric.mask(dist=dist, ref=ref),
+                find_weight=lambda mask: curriculum_weight(mask, progress, schedule=self.schedule),
+                milo_scale=scale,
+                objective=self.objective,
             )
-            self._hook.enter_context(self.attach(pipeline, steps_done=step_index + 1))
-        return callback_kwargs
+            guided, applied = x0 + region * (pushed - x0), (scale * region).expand_as(mask)
+        if self.trace is not None:
+            self.trace.record(
+                timestep=timestep, scale=scale, pred_original_sample=x0, guided=guided, reference_latents=reference,
+                mask=mask, weight=applied,
+            )  # fmt: skip
+        return guided
+
+    def _scale_at(self, timestep: Tensor | float | int) -> float:
+        if not callable(self.milo_scale):
+            return self.milo_scale
+        scale = float(self.milo_scale(float(timestep)))
+        self._check_scale(scale)
+        return scale
+
+    def _check_scale(self, scale: float) -> None:
+        if not isinstance(scale, int | float):
+            raise ValueError(f"Expected `milo_scale` as a number or a function of the timestep, got {scale!r}.")
+        if self.mode == "mask":
+            check_range("milo_scale", scale, 0.0, 1.0, "It is the mean fraction of the way to the reference latents.")
+        elif not (scale >= 0 and math.isfinite(scale)):
+            raise ValueError(f"Expected `milo_scale` of at least 0, got {scale}. It is the length of the push.")
 
 
-def find_guidance(callback: Any) -> list[MILOGuidance]:
+def find_guidance(callback: Any) -> list[SchedulerGuidance]:
     """Return the guidance in `callback`: itself, or those among `MultiPipelineCallbacks`."""
     callbacks = callback.callbacks if isinstance(callback, MultiPipelineCallbacks) else [callback]
-    return [entry for entry in callbacks if isinstance(entry, MILOGuidance)]
+    return [entry for entry in callbacks if isinstance(entry, SchedulerGuidance)]
 
 
-def _match_batch(reference: Tensor, sample: Tensor) -> Tensor:
-    if reference.shape[0] != sample.shape[0] and sample.shape[0] % reference.shape[0] == 0:
-        reference = reference.repeat_interleave(sample.shape[0] // reference.shape[0], dim=0)
-    if reference.shape != sample.shape:
-        raise ValueError(
-            f"Expected reference latents of shape {tuple(sample.shape)}, got {tuple(reference.shape)}. "
-            "Encode the reference image at the pipeline's size, with its own VAE."
-        )
-    return reference.to(sample.device)
+def _for_config(value: Any) -> Any:
+    """Return what a configuration file can hold: a function by its name, which loading refuses, so that it is seen."""
+    return f"<function {getattr(value, '__name__', type(value).__name__)}>" if callable(value) else value

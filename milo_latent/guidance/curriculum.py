@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -12,17 +13,25 @@ from milo_latent.checks import check_batch, check_choice, check_range
 LEVELS = 4  # of MILO: its mask lies in (0, LEVELS)
 Schedule = Literal["constant", "linear", "cosine"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
+AnySchedule = Schedule | Callable[[float], float]
 
 
-def curriculum_alpha(progress: float, *, schedule: Schedule = "cosine") -> float:
+def check_schedule(schedule: AnySchedule) -> None:
+    """Raise ValueError unless `schedule` is a function or the name of one."""
+    if not callable(schedule):
+        check_choice("schedule", schedule, SCHEDULES)
+
+
+def curriculum_alpha(progress: float, *, schedule: AnySchedule = "cosine") -> float:
     """Return how far the emphasis has moved from less visible (0) to more visible regions (1).
 
     Args:
         progress: share of the guided steps already done, in [0, 1].
-        schedule: "linear", "cosine", or "constant", which stays half way and so weighs all regions alike.
+        schedule: "linear", "cosine", or "constant", which stays half way and so weighs all regions alike; or a function
+            of progress that returns alpha in [0, 1].
 
     Raises:
-        ValueError: if `progress` is outside [0, 1] or `schedule` is unknown.
+        ValueError: if `progress`, or what the function returns, is outside [0, 1], or `schedule` is unknown.
 
     Source: MILO (ACM TOG 44(6), 2025), curriculum; `constant` is own.
 
@@ -30,20 +39,24 @@ def curriculum_alpha(progress: float, *, schedule: Schedule = "cosine") -> float
         >>> [curriculum_alpha(p, schedule="linear") for p in (0.0, 0.25, 1.0)]
         [0.0, 0.25, 1.0]
     """
-    check_choice("schedule", schedule, SCHEDULES)
+    check_schedule(schedule)
     check_range("progress", progress, 0.0, 1.0, "Pass step_index / max(num_steps - 1, 1).")
+    if callable(schedule):
+        alpha = float(schedule(progress))
+        check_range("schedule(progress)", alpha, 0.0, 1.0, "0 emphasises the less visible regions, 1 the more visible.")
+        return alpha
     if schedule == "constant":
         return 0.5
     return progress if schedule == "linear" else (1.0 - math.cos(math.pi * progress)) / 2.0
 
 
-def curriculum_weight(mask: Tensor, progress: float, *, schedule: Schedule = "cosine") -> Tensor:
+def curriculum_weight(mask: Tensor, progress: float, *, schedule: AnySchedule = "cosine") -> Tensor:
     """Weight latent pixels so that less visible regions come first and visible ones last.
 
     Args:
         mask: visibility mask M, (B, 1, h, w), in (0, LEVELS).
         progress: share of the guided steps already done, in [0, 1].
-        schedule: how the emphasis moves from the one to the other.
+        schedule: how the emphasis moves from the one to the other, see `curriculum_alpha`.
 
     Returns:
         Weight W, (B, 1, h, w), >= 0, mean 1 per sample; dtype and device of `mask`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from milo_latent.checkpoints import CHECKPOINT_SUFFIXES, read_checkpoint, rename_keys
-from milo_latent.checks import check_batch, check_pair
+from milo_latent.checks import check_batch, check_model_input, check_pair
+from milo_latent.metric.card import write_card
+from milo_latent.metric.mask_finder import MaskFinder
 from milo_latent.resources import available_weights, weights_dir
 
 __all__ = ["MILO", "MILOOutput", "ModelMixin"]  # ModelMixin: diffusers looks for it beside the classes that it loads
@@ -60,7 +61,7 @@ class MILO(ModelMixin, ConfigMixin):
     Source: MILO (ACM TOG 44(6), 2025), section 3; layer widths from the official file `MILO_latent.pth`.
     """
 
-    mask_finder: nn.Sequential
+    mask_finder: MaskFinder
     scaler: nn.Sequential
 
     @register_to_config
@@ -74,11 +75,7 @@ class MILO(ModelMixin, ConfigMixin):
         scaling_factor: float | None = None,
     ) -> None:
         super().__init__()
-        widths = (2 * channels + 1, *mask_channels)
-        layers: list[nn.Module] = []
-        for width_in, width_out in itertools.pairwise(widths):
-            layers += [nn.Conv2d(width_in, width_out, 3, padding=1), nn.ReLU(inplace=True)]
-        self.mask_finder = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1), nn.Sigmoid())
+        self.mask_finder = MaskFinder(channels, tuple(mask_channels))
         self.scaler = nn.Sequential(
             nn.Conv2d(1, scaler_channels, 1),
             nn.LeakyReLU(0.2),
@@ -163,6 +160,21 @@ class MILO(ModelMixin, ConfigMixin):
             raise ValueError(f"Expected an official MILO checkpoint in {path}: {error}") from error
         return metric.frozen()
 
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write safetensors, configuration and a model card, which a card that is there already is not replaced by.
+
+        Args:
+            save_directory: a folder, made where it is missing.
+            **kwargs: as of `ModelMixin.save_pretrained`.
+
+        Raises:
+            ValueError: if `save_directory` is a file.
+        """
+        if Path(save_directory).is_file():
+            raise ValueError(f"Expected a folder to save the metric in, got the file {save_directory}.")
+        super().save_pretrained(str(save_directory), **kwargs)
+        write_card(self, Path(save_directory))
+
     def frozen(self) -> MILO:
         """Return itself in evaluation mode, its parameters without gradients, in the memory layout that is fastest."""
         self.to(memory_format=torch.channels_last)
@@ -206,14 +218,16 @@ class MILO(ModelMixin, ConfigMixin):
         [dist, ref, mask] when called as the official command line does.
         """
         check_pair(ref, dist, channels=self.config.channels, smallest=2**self.config.levels)
+        check_model_input("ref` and `dist", dist, next(self.parameters()), model="metric")
         shared = ref.shape[0] < dist.shape[0]
-        pyramid = self._pyramid(dist if shared else torch.cat([dist, ref], dim=1))
-        ref_features = [self._ref_features(level) for level in self._pyramid(ref)] if shared else [None] * len(pyramid)
-        coarsest = pyramid[-1]
-        mask = coarsest.new_zeros(coarsest.shape[0], 1, coarsest.shape[2] // 2, coarsest.shape[3] // 2)
-        for level, features in zip(reversed(pyramid), reversed(ref_features), strict=True):
-            mask = _upsample_to(mask, level.shape[2], level.shape[3])
-            mask = mask + self._find_mask(torch.cat([level, mask], dim=1), features)
+        layers = self.mask_finder.layers(without_ref=shared)
+        mask: Tensor | None = None
+        for dist_level, ref_level in zip(reversed(self._pyramid(dist)), reversed(self._pyramid(ref)), strict=True):
+            mask = _upsample_to(mask, dist_level)
+            features = self.mask_finder.ref_features(ref_level) if shared else None
+            inputs = [dist_level, mask] if shared else [dist_level, ref_level, mask]
+            mask = mask + self.mask_finder.find(layers, inputs, features)
+        assert mask is not None
         return mask  # (B, 1, H, W)
 
     def _pyramid(self, finest: Tensor) -> list[Tensor]:
@@ -222,26 +236,6 @@ class MILO(ModelMixin, ConfigMixin):
         for _ in range(self.config.levels - 1):
             pyramid.append(F.avg_pool2d(pyramid[-1], 2))
         return pyramid
-
-    def _ref_features(self, ref: Tensor) -> Tensor:
-        """Return the share of `ref`, (1, C, h, w), in the first layer of the mask finder, (1, 32, h, w)."""
-        channels, first = self.config.channels, self._first_layer
-        return F.conv2d(ref, first.weight[:, channels : 2 * channels], padding=1)
-
-    def _find_mask(self, level: Tensor, ref_features: Tensor | None) -> Tensor:
-        """Run the mask finder on [dist, ref, mask], or on [dist, mask] where the share of `ref` is known."""
-        if ref_features is None:
-            return self.mask_finder(level)
-        channels, first = self.config.channels, self._first_layer
-        weight = torch.cat([first.weight[:, :channels], first.weight[:, 2 * channels :]], dim=1)
-        hidden = F.conv2d(level, weight, first.bias, padding=1) + ref_features  # (B, 32, h, w)
-        return self.mask_finder[1:](hidden)
-
-    @property
-    def _first_layer(self) -> nn.Conv2d:
-        first = self.mask_finder[0]
-        assert isinstance(first, nn.Conv2d)
-        return first
 
     def error_map(self, *, dist: Tensor, ref: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the error map V: per pixel, 0 = identical, towards 1 = worst.
@@ -258,7 +252,8 @@ class MILO(ModelMixin, ConfigMixin):
         """
         mask = self.mask(dist=dist, ref=ref) if mask is None else mask
         error = (mask * (ref - dist).abs()).mean(dim=1, keepdim=True)  # (B, 1, H, W)
-        return self.scaler(error) - self.scaler(torch.zeros_like(error[:1, :, :1, :1]))
+        error_map = self.scaler(error) - self.scaler(torch.zeros_like(error[:1, :, :1, :1]))
+        return torch.where(error > 0, error_map, 0.0)  # the two scalers' roundings may differ
 
     def compare(self, *, dist: Tensor, ref: Tensor, region: Tensor | None = None) -> MILOOutput:
         """Compare `dist` with `ref` in every way there is, with one pass of the mask finder.
@@ -302,7 +297,11 @@ def _mean(values: Tensor, region: Tensor | None) -> Tensor:
     return (values * region).sum(dim=(1, 2, 3)) / region.expand_as(values).sum(dim=(1, 2, 3))
 
 
-def _upsample_to(mask: Tensor, height: int, width: int) -> Tensor:
-    """Double the mask, then repeat its last row or column where the level is odd."""
+def _upsample_to(mask: Tensor | None, level: Tensor) -> Tensor:
+    """Double the mask, then repeat its last row or column where the level is odd; zeros before the coarsest level."""
+    height, width = level.shape[2:]
+    if mask is None:
+        return level.new_zeros(level.shape[0], 1, height, width)
     mask = F.interpolate(mask, scale_factor=2, mode="bilinear", align_corners=True)
-    return F.pad(mask, (0, width - mask.shape[3], 0, height - mask.shape[2]), mode="replicate")
+    odd_rows, odd_columns = height - mask.shape[2], width - mask.shape[3]
+    return F.pad(mask, (0, odd_columns, 0, odd_rows), mode="replicate") if odd_rows or odd_columns else mask

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,7 +21,7 @@ OKLAB_PATH = (
     (0.70, 0.13, 0.13),
     (0.90, 0.00, 0.16),
 )
-BAR_WIDTH, BAR_GAP = 16, 8  # pixels
+BAR_WIDTH, BAR_GAP, TEXT_HEIGHT = 16, 8, 12  # pixels
 
 
 def colour_ramp(steps: int = 256) -> Tensor:
@@ -54,6 +58,21 @@ def oklab_to_rgb(lab: Tensor) -> Tensor:
     return torch.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear.clamp(min=1e-9) ** (1 / 2.4) - 0.055)
 
 
+def map_scale(error_map: Tensor) -> float:
+    """Return the error that the lightest colour stands for where none is chosen: the 99.5th percentile of the map.
+
+    Args:
+        error_map: V, (B, 1, h, w), one scale for all of the batch.
+
+    Returns:
+        Above 0; the largest error where fewer than 0.5 % of the pixels differ, 1 where none does.
+    """
+    errors = error_map.detach().float().cpu().flatten()
+    percentile = errors.kthvalue(max(1, round(0.995 * errors.numel()))).values.item()
+    candidates = (percentile, errors.max().item(), 1.0)
+    return next(value for value in candidates if value > 0)
+
+
 def colour_error_map(
     error_map: Tensor,
     *,
@@ -68,10 +87,11 @@ def colour_error_map(
     Args:
         error_map: V, (B, 1, h, w), 0 = identical.
         size: height and width of the picture; None keeps those of `image`, or of the map.
-        largest: the error painted in the lightest colour; None takes 1, the worst there can be.
+        largest: the error painted in the lightest colour, the same for maps that are to be compared; None takes
+            `map_scale`, so that small errors are seen too.
         image: painted over this, (B, 3, H, W), in [0, 1]; None gives colours alone.
         opacity: of the colours over `image`, in [0, 1].
-        bar: whether a colour bar, 0 at the bottom and `largest` at the top, stands at the right.
+        bar: whether a colour bar stands at the right, with errors written beside it where there is room.
 
     Returns:
         Pictures, (B, 3, H, W), in [0, 1]; wider by the bar where there is one.
@@ -81,19 +101,47 @@ def colour_error_map(
     """
     check_batch("error_map", error_map, 1)
     check_range("opacity", opacity, 0.0, 1.0)
-    largest = 1.0 if largest is None else largest
+    largest = map_scale(error_map) if largest is None else largest
     if not largest > 0:
         raise ValueError(f"Expected `largest` above 0, got {largest}.")
     size = size or (tuple(image.shape[2:]) if image is not None else tuple(error_map.shape[2:]))  # type: ignore[assignment]
-    errors = F.interpolate(error_map.float().cpu(), size=size, mode="bilinear", align_corners=False)
+    errors = F.interpolate(error_map.detach().float().cpu(), size=size, mode="bilinear", align_corners=False)
     colours = _look_up(errors / largest)
     if image is not None:
         colours = opacity * colours + (1 - opacity) * image.float().cpu()
     if not bar:
         return colours
-    ramp = torch.linspace(1, 0, colours.shape[2]).reshape(1, 1, -1, 1)
-    painted = _look_up(ramp.expand(colours.shape[0], 1, -1, BAR_WIDTH))
-    return torch.cat([colours, torch.ones_like(painted[..., :BAR_GAP]), painted], dim=3)
+    painted = colour_bar(colours.shape[2], largest)
+    return torch.cat([colours, painted.expand(colours.shape[0], -1, -1, -1)], dim=3)
+
+
+def colour_bar(height: int, largest: float) -> Tensor:
+    """Return a bar of the colours from 0, at the bottom, to `largest`, with errors written beside it.
+
+    Args:
+        height: in pixels; below 3 lines of text the bar stands alone.
+        largest: error of the lightest colour.
+
+    Returns:
+        Picture on white, (1, 3, height, W), in [0, 1].
+    """
+    ramp = torch.linspace(1, 0, height).reshape(1, 1, -1, 1)
+    painted = _look_up(ramp.expand(1, 1, -1, BAR_WIDTH))
+    bar = torch.cat([torch.ones(1, 3, height, BAR_GAP), painted], dim=3)
+    if height < 3 * TEXT_HEIGHT:
+        return bar
+    steps = 4 if height >= 12 * TEXT_HEIGHT else 2
+    labels = [f"{largest * step / steps:.3g}" for step in range(steps, -1, -1)]
+    font = ImageFont.load_default()
+    width = BAR_GAP + max(math.ceil(font.getlength(label)) for label in labels)
+    page = Image.new("L", (width, height), 255)
+    draw = ImageDraw.Draw(page)
+    for step, label in enumerate(labels):
+        top, bottom = font.getbbox(label)[1::2]
+        line = step / steps * (height - 1) - (top + bottom) / 2
+        draw.text((BAR_GAP // 2, min(max(line, -top), height - bottom)), label, fill=0, font=font)
+    text = torch.from_numpy(np.asarray(page).copy()).float().div(255).expand(1, 3, -1, -1)  # (1, 3, height, width)
+    return torch.cat([bar, text], dim=3)
 
 
 def _look_up(values: Tensor) -> Tensor:

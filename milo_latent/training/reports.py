@@ -63,7 +63,7 @@ def _pyplot() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('Plots need matplotlib: pip install "milo_latent[eval]".') from error
+        raise ImportError('Plots need matplotlib: pip install "milo_latent[plots]".') from error
     return Figure
 
 

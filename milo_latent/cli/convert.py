@@ -1,0 +1,89 @@
+"""`milo-latent convert`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+VERSIONS = ["v1", "v2", "v2.1"]
+TASKS = ["sr", "denoise", "face", "unaligned_face"]
+DTYPES = ["float32", "float16", "bfloat16"]
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the command to the parser."""
+    command = commands.add_parser(
+        "convert",
+        help="convert official DiffBIR checkpoints to a pipeline folder",
+        description="Turn official checkpoints into a folder that DiffBIRPipeline opens, offline from then on.",
+    )
+    actions = command.add_subparsers(dest="action", metavar="ACTION", required=True)
+    diffbir = actions.add_parser("diffbir", help="convert files that you have")
+    diffbir.set_defaults(run=run_diffbir)
+    diffbir.add_argument("--sd", type=Path, required=True, metavar="FILE", help="Stable Diffusion 2.1")
+    diffbir.add_argument("--controlnet", type=Path, required=True, metavar="FILE", help="IRControlNet, stage 2")
+    diffbir.add_argument("--cleaner", type=Path, required=True, metavar="FILE", help="SwinIR, SCUNet or BSRNet")
+    diffbir.add_argument("--background", type=Path, metavar="FILE", help="cleaner around the faces of unaligned_face")
+    diffbir.add_argument(
+        "--ignore", action="append", default=[], metavar="PATTERN", help="keys of --sd that may have no place"
+    )
+    pull = actions.add_parser("pull", help="fetch the official files, and convert them")
+    pull.set_defaults(run=run_pull)
+    pull.add_argument("--downloads", type=Path, metavar="FOLDER", help="keep the fetched files there (default: cache)")
+    for action in (diffbir, pull):
+        action.add_argument("--version", choices=VERSIONS, required=True, help="release of DiffBIR", dest="release")
+        action.add_argument("--task", choices=TASKS, required=True)
+        action.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
+        action.add_argument("--dtype", choices=DTYPES, help="of the files written (default: as they are)")
+        action.add_argument(
+            "--tokenizer",
+            metavar="FOLDER|HUB ID|FILE|none",
+            help="CLIP's tokenizer, or bpe_simple_vocab_16e6.txt.gz (default: from the hub, none where it is away)",
+        )
+
+
+def run_diffbir(options: argparse.Namespace) -> str:
+    """Convert; return the line to print."""
+    from milo_latent.convert.diffbir import convert_diffbir
+
+    convert_diffbir(
+        options.release,
+        options.task,
+        sd=options.sd,
+        controlnet=options.controlnet,
+        cleaner=options.cleaner,
+        background=options.background,
+        output=options.output,
+        dtype=_dtype(options.dtype),
+        tokenizer=options.tokenizer,
+        ignore=options.ignore,
+    )
+    return _line(options)
+
+
+def run_pull(options: argparse.Namespace) -> str:
+    """Fetch and convert; return the lines to print."""
+    from milo_latent.convert.pull import describe_files, pull_diffbir
+
+    files = pull_diffbir(
+        options.release,
+        options.task,
+        output=options.output,
+        downloads=options.downloads,
+        dtype=_dtype(options.dtype),
+        tokenizer=options.tokenizer,
+    )
+    kept = f"{next(iter(files.values())).parent}: {describe_files(files)}"
+    return f"{_line(options)}\nThe fetched files stay in {kept}. Nothing needs them from now on."
+
+
+def _line(options: argparse.Namespace) -> str:
+    takes = "prompts" if (options.output / "tokenizer").is_dir() else "prompt_embeds, no tokenizer"
+    return f"convert: DiffBIR {options.release} {options.task} -> {options.output} (takes {takes})"
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    return getattr(torch, name) if name else None

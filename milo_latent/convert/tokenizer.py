@@ -1,0 +1,99 @@
+"""CLIP's tokenizer: from a folder, the hub, or the vocabulary file that every CLIP code carries."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tempfile
+from pathlib import Path
+
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTokenizer
+
+HUB_TOKENIZER = "stabilityai/stable-diffusion-2-1-base"
+VOCABULARY_SIZE = 49408
+START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"  # "!" is token 0, which DiffBIR pads with
+WAY_OUT = (
+    "Pass a folder with a CLIP tokenizer, a hub id, or bpe_simple_vocab_16e6.txt.gz (it lies in DiffBIR's code, in "
+    "diffbir/model/open_clip, and in those of CLIP and OpenCLIP); or 'none' for a pipeline that takes `prompt_embeds`."
+)
+
+
+def open_tokenizer(source: str | Path, *, length: int = 77) -> CLIPTokenizer:
+    """Open CLIP's tokenizer, padding with token 0 as DiffBIR does.
+
+    As in diffusers' own Stable Diffusion 2.1 folders, the padding is the token "!": once saved and opened again, an
+    exclamation mark in a prompt is read as padding (0), where the official code reads it as a word (256).
+
+    Args:
+        source: a folder (the tokenizer's, or a pipeline's with `tokenizer` in it), a hub id, or a vocabulary file
+            (`bpe_simple_vocab_16e6.txt.gz`).
+        length: tokens of a prompt.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or file, and it cannot be fetched.
+        ValueError: if it is no tokenizer of CLIP's.
+    """
+    path, reason = Path(source), "it is another one"
+    candidates = [""] if path.is_file() else ["", "tokenizer"]
+    for subfolder in candidates:
+        try:
+            tokenizer = (
+                tokenizer_of_vocabulary(path)
+                if path.is_file()
+                else CLIPTokenizer.from_pretrained(str(source), subfolder=subfolder)
+            )
+        except (OSError, TypeError, KeyError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            continue
+        if len(tokenizer) >= VOCABULARY_SIZE:  # transformers makes an empty one of a folder without any
+            return _padded_with_zero(tokenizer, length)
+    raise FileNotFoundError(f"Expected CLIP's tokenizer, got {str(source)!r}: {reason} {WAY_OUT}")
+
+
+def _padded_with_zero(tokenizer: CLIPTokenizer, length: int) -> CLIPTokenizer:
+    tokenizer.pad_token = PAD
+    tokenizer.model_max_length = length
+    if tokenizer.pad_token_id != 0:
+        raise ValueError(f"Expected {PAD!r} as token 0 of CLIP's tokenizer, got {tokenizer.pad_token_id}. {WAY_OUT}")
+    return tokenizer
+
+
+def tokenizer_of_vocabulary(path: str | Path) -> CLIPTokenizer:
+    """Make the tokenizer from the list of merges of byte pairs.
+
+    The tokens are, in this order: the 256 bytes, as printable characters; the same at the end of a word; one for each
+    merge; start and end.
+
+    Args:
+        path: `bpe_simple_vocab_16e6.txt.gz`, or the same text unpacked.
+
+    Raises:
+        ValueError: if it is no such file.
+
+    Source: CLIP (Radford et al., 2021), section 2.4; the file's own order.
+    """
+    path = Path(path)
+    try:
+        packed = path.read_bytes()
+        text = (gzip.decompress(packed) if packed[:2] == b"\x1f\x8b" else packed).decode("utf-8")
+    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"Expected a vocabulary of byte pairs, got {path}: {error}. {WAY_OUT}") from error
+    characters = sorted(ByteLevel.alphabet())  # printable bytes are their own characters, the others come behind
+    singles = [*characters, *(character + "</w>" for character in characters)]
+    count = VOCABULARY_SIZE - len(singles) - 2
+    merges = [tuple(line.split()) for line in text.splitlines()[1 : 1 + count]]
+    if len(merges) < count or any(len(merge) != 2 for merge in merges):
+        raise ValueError(f"Expected {count} merges of two in {path}, got {len(merges)} lines, or others. {WAY_OUT}")
+    tokens = [*singles, *("".join(merge) for merge in merges), START, END]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    with tempfile.TemporaryDirectory() as folder:  # the form that every release of transformers reads
+        (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+        lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+        (Path(folder) / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+    tokenizer.init_kwargs.pop("name_or_path", None)
+    return tokenizer

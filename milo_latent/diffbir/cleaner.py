@@ -1,0 +1,81 @@
+"""What the cleaners (DiffBIR's stage 1) have in common: their scale, and the strict reading of official weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from torch import Tensor
+
+__all__ = ["Cleaner", "ModelMixin", "channels_last"]
+NAMES_SHOWN = 8
+
+
+class Cleaner(ModelMixin, ConfigMixin):
+    """A network from images to images whose parameters are named as in the official files.
+
+    Subclasses name in `computed` the buffers of official files that are computed here and so not stored.
+    """
+
+    computed: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def scale(self) -> int:
+        """How many times larger the result is than the image."""
+        return 1
+
+    @property
+    def multiple(self) -> int:
+        """Pixels: sides are padded to multiples inside; tiles that start at multiples see the same windows."""
+        return 1
+
+    @classmethod
+    def official_state(cls, state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+        """Turn an official state dict into that of this class, strictly.
+
+        Args:
+            state: official weights, without prefix.
+            config: arguments of this class; None means the official full-size network.
+
+        Returns:
+            The same tensors, without buffers that are computed; `load_state_dict(strict=True)` takes it.
+
+        Raises:
+            ValueError: if a key is missing or left over, or a shape differs, with all of them.
+        """
+        with torch.device("meta"):
+            own = cls(**(config or {}))
+        modules = dict(own.named_modules())
+        expected = own.state_dict()
+        kept = {key: value for key, value in state.items() if key in expected or not cls._is_computed(key, modules)}
+        missing, unexpected = expected.keys() - kept.keys(), kept.keys() - expected.keys()
+        shapes = [
+            f"{key}: expected {tuple(expected[key].shape)}, got {tuple(kept[key].shape)}"
+            for key in sorted(expected.keys() & kept.keys())
+            if kept[key].shape != expected[key].shape
+        ]
+        if missing or unexpected or shapes:
+            raise ValueError(
+                f"Expected the weights of {cls.__name__}, got others. Missing: {_listed(missing)}. "
+                f"Unexpected: {_listed(unexpected)}. Other shapes: {_listed(shapes)}. Is it another cleaner's file?"
+            )
+        return kept
+
+    @classmethod
+    def _is_computed(cls, key: str, modules: Mapping[str, Any]) -> bool:
+        """Whether `key` is a buffer that official files hold, of a module that is there."""
+        parent, _, name = key.rpartition(".")
+        return name in cls.computed and parent in modules
+
+
+def channels_last(image: Tensor) -> Tensor:
+    """Lay (B, C, H, W) out with the channels next to each other, which convolutions on it keep: 4 to 10 % faster."""
+    return image.contiguous(memory_format=torch.channels_last)
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return (", ".join(names[:NAMES_SHOWN]) or "none") + more

@@ -1,0 +1,94 @@
+"""Any image model that the library spandrel opens (ESRGAN, SwinIR, HAT, DAT and dozens more) as a cleaner."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+INSTALL = 'pip install "milo_latent[upscalers]"'
+
+
+class ForeignCleaner(nn.Module):
+    """A model of another library, with a cleaner's interface.
+
+    Args:
+        network: the model itself, whose parameters move with this module.
+        call: from one image (1, 3, H, W) in [0, 1] to one (1, 3, scale * H, scale * W), which pads as `network` needs.
+        scale: how many times larger the result is than the image.
+        architecture: name, for messages.
+    """
+
+    def __init__(self, network: nn.Module, call: Callable[[Tensor], Tensor], *, scale: int, architecture: str) -> None:
+        super().__init__()
+        self.network, self.scale, self.architecture = network, scale, architecture
+        self._call = call
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        return next(self.parameters()).device
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Clean images one by one, since not every model takes a batch.
+
+        Args:
+            image: (B, 3, H, W), in [0, 1].
+
+        Returns:
+            Cleaned image, (B, 3, scale * H, scale * W).
+        """
+        return torch.cat([self._call(each[None]) for each in image])
+
+
+def load_upscaler(path: str | Path) -> ForeignCleaner:
+    """Open a model file of any architecture that spandrel knows, as a cleaner.
+
+    Args:
+        path: `.pth`, `.pt`, `.ckpt` or `.safetensors`; the architecture is found from its keys.
+
+    Returns:
+        The cleaner, in evaluation mode, on the CPU.
+
+    Raises:
+        ImportError: if spandrel is not installed, with the command that installs it.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is none of a model from RGB images to RGB images.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a model file, got {path}, which does not exist.")
+    spandrel = _import_spandrel()
+    try:
+        model = spandrel.ModelLoader(device="cpu").load_from_file(path)
+    except (spandrel.UnsupportedModelError, ValueError, RuntimeError, OSError) as error:
+        raise ValueError(f"Expected a model that spandrel knows, got {path}: {type(error).__name__} {error}") from error
+    name = model.architecture.name
+    if not isinstance(model, spandrel.ImageModelDescriptor):
+        raise ValueError(f"Expected a model from image to image, got {path}, {name}, which needs more than an image.")
+    if (model.input_channels, model.output_channels) != (3, 3):
+        raise ValueError(
+            f"Expected a model from RGB to RGB, got {path}, {name}, with {model.input_channels} channels in and "
+            f"{model.output_channels} out."
+        )
+    network = model.model.eval().requires_grad_(False)
+    return ForeignCleaner(network, model, scale=model.scale, architecture=name).eval()
+
+
+def _import_spandrel() -> ModuleType:
+    try:
+        return importlib.import_module("spandrel")
+    except ImportError as error:
+        raise ImportError(
+            f"Opening upscalers needs spandrel and torchvision ({error}). {INSTALL}. "
+            "SwinIR, SCUNet and BSRNet need neither: `milo_latent.diffbir.swinir` and its neighbours."
+        ) from error

@@ -1,0 +1,205 @@
+"""What DiffBIR's denoising loop is made of: start, timesteps, the networks, guidance scale; pure functions."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
+
+import torch
+from diffusers import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+StartPoint = Literal["noise", "cond"]
+START_POINTS: tuple[str, ...] = get_args(StartPoint)
+Compatibility = Literal["official"]
+COMPATIBILITIES: tuple[str, ...] = get_args(Compatibility)
+
+
+def set_timesteps(scheduler: SchedulerMixin, steps: int, device: torch.device) -> Tensor:
+    """Choose the timesteps of a run.
+
+    Args:
+        scheduler: any of diffusers'.
+        steps: their number.
+        device: of the result.
+
+    Returns:
+        Timesteps, (steps,) or, for schedulers that call the model twice a step, more. A single step starts from the
+        last timestep: schedulers with "linspace" or "leading" spacing would take the first, which takes noise for a
+        clean image.
+    """
+    scheduler.set_timesteps(steps, device=device)
+    last = scheduler.config.num_train_timesteps - 1
+    if steps == 1 and float(scheduler.timesteps[0]) < last / 2 and not scheduler.config.get("use_flow_sigmas"):
+        if "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
+            scheduler.set_timesteps(timesteps=[last], device=device)
+        elif not hasattr(scheduler, "sigmas"):  # those with sigmas that take no timesteps stay as they are
+            scheduler.timesteps = torch.full_like(scheduler.timesteps[:1], last)
+    return scheduler.timesteps
+
+
+def step_arguments(scheduler: SchedulerMixin, generator: Any, eta: float) -> dict[str, Any]:
+    """Return those of `generator` and `eta` that the scheduler's step takes."""
+    taken = inspect.signature(scheduler.step).parameters
+    return {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in taken}
+
+
+def guidance_scale_at(scale: float, timestep: float, *, total: int = 1000, official: bool = False) -> float:
+    """Return the scale of classifier-free guidance where it grows while the noise goes: from 1 to `scale`.
+
+    Args:
+        scale: of the last steps; 1 or less stays as it is.
+        timestep: of the step, `total - 1` down to 0.
+        total: number of timesteps that the model was trained with.
+        official: whether to grow to `scale + 1`, as the official code does.
+
+    Returns:
+        The step's scale.
+
+    Source: `get_cfg_scale` in DiffBIR's diffbir/sampler/sampler.py.
+    """
+    if scale <= 1.0:
+        return scale
+    growth = (1.0 - math.cos(math.pi * ((total - timestep) / total) ** 5)) / 2
+    return 1.0 + (scale if official else scale - 1.0) * growth
+
+
+def guide(without: Tensor, with_prompt: Tensor, *, scale: float, rescale: float = 0.0) -> Tensor:
+    """Extrapolate from the output for the negative prompt through that for the prompt.
+
+    Args:
+        without: model output for the negative prompt, (B, C, h, w).
+        with_prompt: for the prompt.
+        scale: 1 gives `with_prompt`.
+        rescale: share in which each sample's spread is put back to that of `with_prompt`, in [0, 1].
+
+    Returns:
+        Model output, (B, C, h, w).
+
+    Source: the rescaling is Lin et al., arXiv 2305.08891, section 3.4.
+    """
+    guided = without + scale * (with_prompt - without)
+    if rescale == 0.0:
+        return guided
+    spread, wanted = (each.std(dim=(1, 2, 3), keepdim=True) for each in (guided, with_prompt))
+    return guided * (1.0 + rescale * (wanted / spread - 1.0))
+
+
+def controlled_output(
+    unet: Any,
+    controlnet: Any,
+    sample: Tensor,
+    condition: Tensor,
+    *,
+    timestep: Tensor,
+    prompt_embeds: Tensor | None,
+    negative_prompt_embeds: Tensor | None,
+    conditioning_scale: float,
+    scale: float,
+    rescale: float,
+) -> Tensor:
+    """Run ControlNet and UNet once, on a batch of both prompts where there is a negative one.
+
+    Args:
+        unet: denoiser.
+        controlnet: IRControlNet.
+        sample: as the scheduler scaled it, (B, C, h, w).
+        condition: latents of the cleaned image, (B, C, h, w).
+        timestep: of the step.
+        prompt_embeds: (B, tokens, width); None for models without prompts.
+        negative_prompt_embeds: likewise; None without classifier-free guidance.
+        conditioning_scale: factor of the ControlNet's residuals.
+        scale: of classifier-free guidance.
+        rescale: see `guide`.
+
+    Returns:
+        Model output, (B, C, h, w) float32.
+    """
+    dtype, embeds = unet.dtype, prompt_embeds
+    sample, condition = sample.to(dtype), condition.to(dtype)
+    if negative_prompt_embeds is not None:
+        sample, condition = torch.cat([sample, sample]), torch.cat([condition, condition])
+        embeds = torch.cat([negative_prompt_embeds, prompt_embeds])  # type: ignore[list-item]
+    embeds = embeds if embeds is None else embeds.to(dtype)
+    down_residuals, mid_residual = controlnet(
+        sample,
+        timestep,
+        encoder_hidden_states=embeds,
+        controlnet_cond=condition,
+        conditioning_scale=conditioning_scale,
+        return_dict=False,
+    )
+    output = unet(
+        sample,
+        timestep,
+        encoder_hidden_states=embeds,
+        down_block_additional_residuals=down_residuals,
+        mid_block_additional_residual=mid_residual,
+        return_dict=False,
+    )[0].float()
+    if negative_prompt_embeds is None:
+        return output
+    return guide(*output.chunk(2), scale=scale, rescale=rescale)
+
+
+def add_noise(latents: Tensor, noise: Tensor, scheduler: SchedulerMixin, timestep: int) -> Tensor:
+    """Noise latents to a timestep: sqrt(a) * latents + sqrt(1 - a) * noise, a the scheduler's `alphas_cumprod`.
+
+    Args:
+        latents: (B, C, h, w).
+        noise: unit normal, of the same shape.
+        scheduler: with the model's noise schedule.
+        timestep: of that schedule.
+
+    Returns:
+        Noisy latents, (B, C, h, w).
+
+    Raises:
+        ValueError: if the scheduler has no `alphas_cumprod`.
+    """
+    if getattr(scheduler, "alphas_cumprod", None) is None:
+        raise ValueError(
+            f"Expected a scheduler with `alphas_cumprod` to noise latents with, got {type(scheduler).__name__}. "
+            'Take another, or `start_point="noise"` and `noise_aug=0`.'
+        )
+    signal = float(scheduler.alphas_cumprod[timestep])
+    return math.sqrt(signal) * latents + math.sqrt(1.0 - signal) * noise
+
+
+def start_latents(
+    noise: Tensor, condition: Tensor, scheduler: SchedulerMixin, start_point: str, timestep: Tensor | None = None
+) -> Tensor:
+    """Return what sampling starts from, scaled as the scheduler wants it.
+
+    Args:
+        noise: unit normal, (B, C, h, w).
+        condition: latents of the cleaned image, of the same shape.
+        scheduler: after `set_timesteps`.
+        start_point: "noise", or "cond" for the condition noised to the last timestep: the same but for the little
+            signal that the last timestep has left; it steadies deterministic samplers of v1 and v2.
+        timestep: to which the condition is noised; None means the last.
+
+    Returns:
+        Latents, (B, C, h, w), times the scheduler's `init_noise_sigma`.
+    """
+    if start_point == "cond":
+        last = scheduler.config.num_train_timesteps - 1
+        noise = add_noise(condition, noise, scheduler, last if timestep is None else int(timestep))
+    return noise * scheduler.init_noise_sigma
+
+
+def draw_noise(
+    shape: tuple[int, ...], *, generator: torch.Generator | list[torch.Generator] | None, device: torch.device
+) -> Tensor:
+    """Draw unit normal noise in float32, whatever the networks' dtype: the same seed starts from the same noise."""
+    return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+
+
+def hand_over(image: Tensor, guides: Iterable[Any]) -> None:
+    """Show the padded, cleaned image, (B, 3, H, W) in [0, 1], to those guides that ask for it by `accept_image`."""
+    for guide in guides:
+        if hasattr(guide, "accept_image"):
+            guide.accept_image(image)

@@ -1,0 +1,175 @@
+"""The stages of DiffBIR that see whole images, each in tiles where that is asked for; pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from milo_latent.checks import check_choice
+from milo_latent.codec import pad_image
+from milo_latent.diffbir.colour import ColorFix, fix_colour, low_frequencies
+from milo_latent.diffbir.official_tiles import official_tiled
+from milo_latent.tiling import tiled
+
+Stage = Literal["cleaner", "encoder", "diffusion", "decoder"]
+STAGES: tuple[str, ...] = get_args(Stage)
+BLUR_REACH = 31  # pixels that the wavelet fix's low frequencies reach: 1 + 2 + 4 + 8 + 16
+OFFICIAL_MULTIPLE = 64  # to which the official code pads images
+SMALLEST_TILE = 64  # pixels
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tiles of a stage.
+
+    Args:
+        size: of a side, in pixels.
+        overlap: the least that neighbours share, in pixels.
+    """
+
+    size: int
+    overlap: int
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that do not fit each other."""
+        if self.size < SMALLEST_TILE or not 0 <= self.overlap < self.size:
+            raise ValueError(
+                f"Expected a tile of at least {SMALLEST_TILE} pixels and 0 <= overlap < tile, got tile {self.size} and "
+                f"overlap {self.overlap}."
+            )
+
+    def aligned(self, unit: int, cell: int = 1) -> dict[str, Any]:
+        """Return arguments of `tiled` for tiles that start at multiples of `unit` pixels, in cells of `cell` pixels."""
+        size = max(self.size // unit, 1) * unit
+        overlap = min(-(-self.overlap // unit) * unit, size - unit)
+        return {"tile": size // cell, "overlap": overlap // cell, "multiple": unit // cell}
+
+    def tiles(self, multiple: int) -> Callable[..., Tensor]:
+        """Return `tiled` with these sizes, rounded to multiples."""
+        return partial(tiled, **self.aligned(multiple))
+
+
+class TilingMixin:
+    """What switches a pipeline's tiles on and off."""
+
+    _tiles: dict[str, Tile]
+
+    def enable_tiling(self, tile: int = 512, overlap: int | None = None, *, stages: Sequence[str] = STAGES) -> None:
+        """Run stages in tiles that overlap and blend, so that memory does not grow with the image.
+
+        Call it again for stages of another tile size. Images that fit in one tile are processed whole.
+
+        Args:
+            tile: side in pixels, at least 64.
+            overlap: the least that neighbours share, in pixels; None means a quarter of the tile.
+            stages: of "cleaner", "encoder", "diffusion", "decoder" (which takes the colour fix along).
+
+        Raises:
+            ValueError: for unknown stages or sizes that do not fit each other.
+        """
+        for stage in stages:
+            check_choice("stages", stage, STAGES)
+        self._tiles |= dict.fromkeys(stages, Tile(tile, tile // 4 if overlap is None else overlap))
+
+    def _tile_size(self, stage: str, multiple: int = 8) -> int | None:
+        tile = self._tiles.get(stage)
+        return None if tile is None else tile.size // multiple * multiple
+
+    def disable_tiling(self) -> None:
+        """Process whole images again."""
+        self._tiles.clear()
+
+    @contextmanager
+    def tiling(self, tile: int | None) -> Iterator[None]:
+        """Run all stages in tiles inside this block; None changes nothing."""
+        kept = dict(self._tiles)
+        if tile is not None:
+            self.enable_tiling(tile)
+        try:
+            yield
+        finally:
+            self._tiles = kept
+
+    def enable_vae_tiling(self, tile: int = 512, overlap: int | None = None) -> None:
+        """Encode and decode in tiles; see `enable_tiling`."""
+        self.enable_tiling(tile, overlap, stages=("encoder", "decoder"))
+
+    def disable_vae_tiling(self) -> None:
+        """Encode and decode whole images again."""
+        for stage in ("encoder", "decoder"):
+            self._tiles.pop(stage, None)
+
+
+def pad(image: Tensor, multiple: int, *, smallest: int = 1, official: bool = False) -> Tensor:
+    """Pad images at the bottom and right to multiples: by repeating the border, or in black as the official code does.
+
+    Args:
+        image: (B, 3, H, W).
+        multiple: of which H and W become multiples.
+        smallest: the least sides of the result.
+        official: black instead.
+
+    Returns:
+        Padded images.
+    """
+    if not official:
+        return pad_image(image, multiple, smallest=smallest)
+    height, width = image.shape[2:]
+    return F.pad(image, (0, -width % multiple, 0, -height % multiple))
+
+
+def predict(
+    function: Callable[[Tensor, Tensor], Tensor],
+    latents: Tensor,
+    condition: Tensor,
+    *,
+    pixels: int,
+    tile: Tile | None = None,
+    multiple: int = 1,
+    official: bool = False,
+) -> Tensor:
+    """Apply the networks of a denoising step, to all latents or to tiles whose outputs are blended.
+
+    Args:
+        function: from latents and condition, (B, C, h, w) each, to the model output.
+        latents: (B, C, h, w).
+        condition: of the same shape.
+        pixels: width of a latent cell.
+        tile: where not whole.
+        multiple: pixels of which a tile's side and place are multiples.
+        official: whether to place and weigh tiles as the official code does, `tile.overlap` being size - stride.
+
+    Returns:
+        Model output, (B, C, h, w).
+    """
+    if tile is None:
+        return function(latents, condition)
+    channels = latents.shape[1]
+    both = torch.cat([latents, condition.to(latents.dtype)], dim=1)
+
+    def run(each: Tensor) -> Tensor:
+        return function(each[:, :channels], each[:, channels:])
+
+    if official:
+        size = tile.size // pixels
+        if min(latents.shape[2:]) < size:
+            return function(latents, condition)
+        return official_tiled(run, both, tile=size, stride=size - tile.overlap // pixels)
+    return tiled(run, both, **tile.aligned(max(multiple, pixels), pixels))
+
+
+def put_colour(image: Tensor, colour: Tensor, *, method: ColorFix, tile: Tile | None = None) -> Tensor:
+    """Give `image` the colours of `colour`, (B, 3, H, W) each; in tiles the same, since they see as far as the blur."""
+    if tile is None or method != "wavelet":
+        return fix_colour(image, colour, method=method)
+    overlap = max(tile.overlap, 2 * BLUR_REACH)
+    size = max(tile.size, 2 * overlap)
+    # blurring is linear: image - blurred(image) + blurred(colour), with one tensor less
+    return tiled(low_frequencies, colour - image, tile=size, overlap=overlap, margin=BLUR_REACH).add_(image)

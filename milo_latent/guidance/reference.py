@@ -1,0 +1,117 @@
+"""What guidance pulls towards, and where: encoded once, checked against the metric, matched to the sample."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from milo_latent.checks import check_batch, check_finite
+from milo_latent.codec import VAE, encode_image
+from milo_latent.metric.network import MILO
+
+
+def encode_reference(vae: VAE, image: Tensor | PIL.Image.Image, *, size: tuple[int, int] | None = None) -> Tensor:
+    """Encode an image into reference latents for guidance, once for any number of runs.
+
+    Args:
+        vae: of the pipeline that is to be guided.
+        image: PIL image, or tensor (B, 3, H, W) in [0, 1].
+        size: height and width of the pipeline's output, in pixels, if the image has another size; bicubic, antialiased.
+
+    Returns:
+        Reference latents, (B, C, h, w) float32, on the VAE's device.
+
+    Raises:
+        TypeError: if `image` is neither.
+        ValueError: for a tensor that is not (B, 3, H, W), or if the latents are not finite.
+    """
+    if isinstance(image, PIL.Image.Image):
+        pixels = torch.from_numpy(np.asarray(image.convert("RGB")).copy())
+        image = pixels.permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W)
+    check_batch("image", image, 3)
+    if size is not None and tuple(image.shape[2:]) != tuple(size):
+        image = F.interpolate(image, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+    with torch.no_grad():
+        latents = encode_image(vae, image).float()
+    check_finite("reference latents", latents)
+    return latents
+
+
+def check_latent_space(metric: MILO, vae: Any, pipeline_name: str) -> None:
+    """Raise ValueError if the metric was trained on other latents than those of `vae`.
+
+    Args:
+        metric: MILO_L.
+        vae: of the pipeline; None is not checked.
+        pipeline_name: for the message.
+    """
+    if vae is None:
+        return
+    channels, factor = vae.config.get("latent_channels"), vae.config.get("scaling_factor")
+    expected = metric.config
+    space = f"{expected.latent_space or 'unnamed'} latents, {expected.channels} channels"
+    fits = channels in (None, expected.channels)
+    if expected.scaling_factor is not None and factor is not None:
+        space += f", scaling factor {expected.scaling_factor:g}"
+        fits = fits and abs(factor - expected.scaling_factor) <= 1e-4 * expected.scaling_factor
+    if not fits:
+        raise ValueError(
+            f"Expected a pipeline with the latents that the metric was trained on ({space}), got {pipeline_name} with "
+            f"{channels} channels, scaling factor {factor}. Its VAE has another latent space, whose visible "
+            "differences this metric does not know. Train MILO_L for that VAE."
+        )
+
+
+def match_reference(reference: Tensor, sample: Tensor) -> Tensor:
+    """Return the reference latents as many as the samples, on their device.
+
+    Args:
+        reference: (B', C, h, w), where B' divides B.
+        sample: clean estimate, (B, C, h, w).
+
+    Raises:
+        ValueError: for another shape.
+    """
+    if reference.shape[0] != sample.shape[0] and sample.shape[0] % reference.shape[0] == 0:
+        reference = reference.repeat_interleave(sample.shape[0] // reference.shape[0], dim=0)
+    if reference.shape != sample.shape:
+        raise ValueError(
+            f"Expected reference latents of shape {tuple(sample.shape)}, got {tuple(reference.shape)}. "
+            "Encode the reference image at the pipeline's size, with its own VAE."
+        )
+    return reference.to(sample.device)
+
+
+def check_region(region: Tensor) -> None:
+    """Raise ValueError unless `region` is (B, 1, h, w), finite and nowhere negative."""
+    check_batch("region", region, 1)
+    check_finite("region", region)
+    if (region < 0).any():
+        raise ValueError(f"Expected `region` >= 0, got {region.min().item():g}. 0 leaves a pixel unguided.")
+
+
+def match_region(region: Tensor | None, sample: Tensor) -> Tensor:
+    """Return the region as many as the samples, (B or 1, 1, h, w), on their device; ones if there is none.
+
+    Args:
+        region: (B' or 1, 1, h, w), where B' divides B, or None.
+        sample: clean estimate, (B, C, h, w).
+
+    Raises:
+        ValueError: for another shape.
+    """
+    if region is None:
+        return sample.new_ones(1, 1, 1, 1)
+    if region.shape[0] != 1 and sample.shape[0] % region.shape[0] == 0:
+        region = region.repeat_interleave(sample.shape[0] // region.shape[0], dim=0)
+    if region.shape[2:] != sample.shape[2:] or region.shape[0] not in (1, sample.shape[0]):
+        raise ValueError(
+            f"Expected `region` of shape (B or 1, 1, {sample.shape[2]}, {sample.shape[3]}), got {tuple(region.shape)}. "
+            'Resize it, e.g. torch.nn.functional.interpolate(region, size=(h, w), mode="area").'
+        )
+    return region.to(sample)

@@ -1,0 +1,188 @@
+"""What guidance saw and did in each step of a run: figures, masks, a plot and an animation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from milo_latent.guidance.curriculum import LEVELS
+from milo_latent.metric.visualize import colour_error_map, colour_ramp
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+THUMBNAIL = 64  # cells a side at most
+PICTURES_IN_PLOT = 8
+ANIMATIONS = (".gif", ".webp")
+
+
+@dataclass(frozen=True)
+class TraceStep:
+    """One call of the scheduler's step.
+
+    Args:
+        step: its number in the run, from 0.
+        timestep: as passed to the scheduler.
+        scale: the strength in this step; 0 outside the guided interval.
+        score: raw error E between the clean estimate, before guidance, and the reference latents, (B,).
+        weight: mean of what the difference to the reference is multiplied by: min(s * W * region, 1) in the mode
+            *mask*, s * region in the mode *metric*, (B,).
+        change: Euclidean norm of the change of the clean estimate, over that of its way to the reference, (B,).
+        mask: M / LEVELS, (B, 1, h', w') in [0, 1], at most THUMBNAIL cells a side.
+    """
+
+    step: int
+    timestep: float
+    scale: float
+    score: Tensor
+    weight: Tensor
+    change: Tensor
+    mask: Tensor
+
+
+@dataclass
+class GuidanceTrace:
+    """The steps of one run, the latest of a `MILOGuidance(..., trace=True)`; on the CPU."""
+
+    steps: list[TraceStep] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[TraceStep]:
+        """Go through the steps, first to last."""
+        return iter(self.steps)
+
+    def record(
+        self,
+        *,
+        timestep: float,
+        scale: float,
+        pred_original_sample: Tensor,
+        guided: Tensor,
+        reference_latents: Tensor,
+        mask: Tensor,
+        weight: Tensor,
+    ) -> None:
+        """Add a step.
+
+        Args:
+            timestep: as passed to the scheduler.
+            scale: the strength in this step.
+            pred_original_sample: x0 before guidance, (B, C, h, w).
+            guided: x0 after it, (B, C, h, w).
+            reference_latents: r, (B, C, h, w).
+            mask: M, (B, 1, h, w).
+            weight: what the difference is multiplied by, (B, 1, h, w).
+        """
+        difference = reference_latents - pred_original_sample
+        way = difference.flatten(1).norm(dim=1).clamp(min=1e-12)
+        size = (min(mask.shape[2], THUMBNAIL), min(mask.shape[3], THUMBNAIL))
+        self.steps.append(
+            TraceStep(
+                step=len(self.steps),
+                timestep=timestep,
+                scale=scale,
+                score=(mask * difference.abs()).mean(dim=(1, 2, 3)).cpu(),
+                weight=weight.mean(dim=(1, 2, 3)).cpu(),
+                change=((guided - pred_original_sample).flatten(1).norm(dim=1) / way).cpu(),
+                mask=(F.adaptive_avg_pool2d(mask, size) / LEVELS).cpu(),
+            )
+        )
+
+    def plot(self, *, sample: int = 0) -> Figure:
+        """Draw score, weight and change over the steps, and the masks of some of them below.
+
+        Args:
+            sample: which of the batch's samples the masks are of; the curves are of it too.
+
+        Returns:
+            A figure, which is not shown.
+
+        Raises:
+            ImportError: without matplotlib.
+            ValueError: if nothing is recorded, or `sample` is not in the batch.
+        """
+        self._check(sample)
+        try:
+            from matplotlib import pyplot as plt
+            from matplotlib.colors import ListedColormap
+        except ImportError as error:
+            raise ImportError('The plot needs matplotlib: pip install "milo_latent[plots]".') from error
+        shown = [self.steps[int(index)] for index in torch.linspace(0, len(self) - 1, min(len(self), PICTURES_IN_PLOT))]
+        figure = plt.figure(figsize=(12, 5.5), layout="constrained")
+        rows: Any = figure.subfigures(2, 1, height_ratios=[3, 2])
+        curves, masks = rows
+        for axes, (name, label) in zip(curves.subplots(1, len(_CURVES)), _CURVES.items(), strict=True):
+            values = [getattr(step, name)[sample].item() for step in self]
+            axes.plot([step.step for step in self], values, marker=".")
+            axes.set(title=label, xlabel="step", ylim=(0, 1.1 * max(values) or 1.0))
+            axes.grid(alpha=0.3)
+        colours, pictures = ListedColormap(colour_ramp().numpy()), masks.subplots(1, len(shown), squeeze=False)[0]
+        for axes, step in zip(pictures, shown, strict=True):
+            picture = axes.imshow(step.mask[sample, 0].numpy(), vmin=0, vmax=self._largest(sample), cmap=colours)
+            axes.set(title=f"step {step.step}", xticks=[], yticks=[])
+        masks.colorbar(picture, ax=pictures, label="mask M / 4", shrink=0.8)
+        return figure
+
+    def write_animation(self, path: str | Path, *, sample: int = 0, side: int = 256, milliseconds: int = 300) -> None:
+        """Write the masks as an animation, a frame a step, dark where a difference is not seen.
+
+        Args:
+            path: `.gif` or `.webp`.
+            sample: which of the batch's samples.
+            side: pixels of the longer side.
+            milliseconds: each frame stays.
+
+        Raises:
+            ValueError: for another suffix, if nothing is recorded, or `sample` is not in the batch.
+        """
+        self._check(sample)
+        path = Path(path)
+        if path.suffix.lower() not in ANIMATIONS:
+            raise ValueError(f"Expected an animation as one of {ANIMATIONS}, got {path.name!r}.")
+        frames = [self._frame(step, sample, side) for step in self]
+        options: dict[str, Any] = {"lossless": True} if path.suffix.lower() == ".webp" else {}
+        frames[0].save(
+            path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, **options
+        )  # fmt: skip
+
+    def _frame(self, step: TraceStep, sample: int, side: int) -> Any:
+        """Return one frame: the mask in colours, and below it which step this is."""
+        from PIL import Image, ImageDraw
+
+        height, width = step.mask.shape[2:]
+        size = (round(height * side / max(height, width)), round(width * side / max(height, width)))
+        painted = colour_error_map(step.mask[sample : sample + 1], size=size, largest=self._largest(sample), bar=False)
+        pixels = (painted[0].permute(1, 2, 0) * 255).round().byte().numpy()  # (h, w, 3)
+        frame = Image.new("RGB", (size[1], size[0] + 16), "black")
+        frame.paste(Image.fromarray(pixels))
+        draw = ImageDraw.Draw(frame)
+        draw.text((4, size[0] + 2), f"step {step.step}  t {step.timestep:g}  s {step.scale:.2f}", fill="white")
+        return frame
+
+    def _largest(self, sample: int) -> float:
+        return max(max(step.mask[sample].max().item() for step in self), 1e-6)
+
+    def _check(self, sample: int) -> None:
+        if not self.steps:
+            raise ValueError(
+                "Expected a trace with steps, got none. Run a pipeline with MILOGuidance(..., trace=True)."
+            )
+        batch = self.steps[0].score.shape[0]
+        if not 0 <= sample < batch:
+            raise ValueError(f"Expected `sample` in [0, {batch - 1}], got {sample}.")
+
+
+_CURVES = {
+    "score": "raw error E before guidance",
+    "weight": "mean weight of the difference",
+    "change": "change / way to the reference",
+}

@@ -1,0 +1,306 @@
+"""The conversion as a whole: a folder that the pipeline opens, complete or not there, and every refusal."""
+
+import gzip
+import itertools
+import json
+import pickle
+import zipfile
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from official_checkpoints import SWINIR, make_files, official_states
+from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
+
+from milo_latent import DiffBIRPipeline
+from milo_latent.checkpoints import read_checkpoint
+from milo_latent.cli import main
+from milo_latent.convert.diffbir import convert_diffbir
+from milo_latent.convert.tokenizer import VOCABULARY_SIZE, open_tokenizer
+from milo_latent.diffbir.prompts import PROMPT_TOKENS, prompt_tokens, read_prompt_embeds
+from milo_latent.diffbir.versions import NEGATIVE_PROMPT, VERSIONS
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_files(tmp_path_factory.mktemp("official"))
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    return convert_diffbir("v2.1", "sr", **tiny.convert_arguments(), output=tmp_path_factory.mktemp("out") / "sr")
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    """A file as CLIP's list of merges, with merges of its own."""
+    characters = sorted(ByteLevel.alphabet())
+    pairs = itertools.islice(itertools.product(characters, characters), VOCABULARY_SIZE - 514)
+    text = "\n".join(["a header", *(f"{first} {second}" for first, second in pairs), "left over", ""])
+    path = tmp_path_factory.mktemp("vocabulary") / "bpe.txt.gz"
+    path.write_bytes(gzip.compress(text.encode()))
+    return path
+
+
+def state_of(network):
+    return {name: value.float() for name, value in network.state_dict().items()}
+
+
+def test_the_folder_opens_and_holds_every_value(tiny, folder):
+    pipeline = DiffBIRPipeline.from_pretrained(folder)
+    for name, network in tiny.networks.items():
+        converted, original = state_of(getattr(pipeline, name)), state_of(network)
+        assert converted.keys() == original.keys(), name
+        assert all(torch.equal(converted[key], original[key]) for key in original), name
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "DiffBIRPipeline"
+    assert "DiffBIR v2.1, task sr" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_scheduler_is_the_versions(version):
+    scheduler = DDPMScheduler(**VERSIONS[version].scheduler_config)
+    assert scheduler.config.prediction_type == ("v_prediction" if version == "v2.1" else "epsilon")
+    last = scheduler.alphas_cumprod[-1].item()
+    assert last == 0.0 if version == "v2.1" else abs(last - 0.0046601) < 1e-6
+
+
+def test_the_saved_scheduler_has_no_terminal_signal_for_v2_1(folder):
+    scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+    assert scheduler.alphas_cumprod[-1].item() == 0.0
+    assert scheduler.config.timestep_spacing == "linspace"
+
+
+def test_the_pipeline_restores_with_prompt_embeds(folder):
+    pipeline = DiffBIRPipeline.from_pretrained(folder, cleaner=None)  # which would enlarge to 512 pixels
+    pipeline.set_progress_bar_config(disable=True)
+    image, embeds = torch.rand(1, 3, 64, 64), torch.randn(1, 77, 64)
+    result = pipeline(
+        image=image, prompt_embeds=embeds, num_inference_steps=2, output_type="pt",
+        generator=torch.Generator().manual_seed(0),
+    ).images  # fmt: skip
+    assert result.shape[1] == 3
+    assert torch.isfinite(result).all()
+
+
+def test_half_precision_files_are_half_as_large(tiny, folder, tmp_path):
+    half = convert_diffbir(
+        "v2.1", "sr", **tiny.convert_arguments(), output=tmp_path / "half", dtype=torch.float16
+    )  # fmt: skip
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (half / weights).stat().st_size < 0.52 * (folder / weights).stat().st_size
+    assert {tensor.dtype for tensor in load_file(half / weights).values()} == {torch.float16}
+    unet = DiffBIRPipeline.from_pretrained(half, dtype=torch.float32).unet.state_dict()
+    assert all(
+        torch.equal(value.half().float(), unet[key]) for key, value in tiny.networks["unet"].state_dict().items()
+    )
+
+
+def test_stable_diffusion_may_be_safetensors(tiny, folder, tmp_path):
+    save_file(
+        {key: value.clone() for key, value in read_checkpoint(tiny.files["sd"]).items()}, tmp_path / "sd.safetensors"
+    )
+    arguments = tiny.convert_arguments() | {"sd": tmp_path / "sd.safetensors"}
+    again = convert_diffbir("v2.1", "sr", **arguments, output=tmp_path / "again")
+    weights = "vae/diffusion_pytorch_model.safetensors"
+    assert (again / weights).read_bytes() == (folder / weights).read_bytes()
+
+
+def test_the_background_cleaner_lies_beside(tiny, tmp_path):
+    arguments = tiny.convert_arguments() | {"configs": {"cleaner": SWINIR, "background": SWINIR}}
+    arguments["background"] = tiny.files["cleaner"]
+    folder = convert_diffbir("v2.1", "unaligned_face", **arguments, output=tmp_path / "faces")
+    assert (folder / "background_cleaner" / "config.json").is_file()
+    with pytest.raises(ValueError, match="background"):
+        convert_diffbir("v2.1", "sr", **arguments, output=tmp_path / "sr")
+
+
+def test_without_a_tokenizer_the_default_prompts_are_there_encoded(tmp_path):
+    tiny = make_files(tmp_path, vocabulary=VOCABULARY_SIZE)
+    folder = convert_diffbir("v2", "face", **tiny.convert_arguments(), output=tmp_path / "out")
+    embeds = read_prompt_embeds(folder)
+    assert embeds.keys() == PROMPT_TOKENS.keys()
+    with torch.no_grad():
+        expected = tiny.networks["text_encoder"](prompt_tokens([NEGATIVE_PROMPT]))[0]
+    assert torch.allclose(embeds[NEGATIVE_PROMPT], expected, atol=1e-5)
+    assert embeds[NEGATIVE_PROMPT].shape == (1, 77, 64)
+
+
+def test_tokens_of_default_prompts_begin_and_end_and_are_padded():
+    tokens = prompt_tokens()
+    assert tokens.shape == (len(PROMPT_TOKENS), 77)
+    assert (tokens[:, 0] == 49406).all()
+    assert (tokens == 49407).sum(dim=1).tolist() == [1] * len(PROMPT_TOKENS)
+    assert (tokens[:, -1] == 0).all()
+
+
+def test_folders_without_embeddings_give_none(folder):
+    assert read_prompt_embeds(folder) == {}  # this text encoder has not CLIP's vocabulary
+
+
+def test_a_vocabulary_file_makes_the_tokenizer(vocabulary, tmp_path):
+    tokenizer = open_tokenizer(vocabulary)
+    assert len(tokenizer) == VOCABULARY_SIZE
+    padded = tokenizer("hi", padding="max_length", truncation=True).input_ids
+    assert len(padded) == 77
+    assert (padded[0], padded[-1], padded.count(VOCABULARY_SIZE - 1)) == (VOCABULARY_SIZE - 2, 0, 1)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert open_tokenizer(tmp_path)("hi there").input_ids == tokenizer("hi there").input_ids
+
+
+def test_a_tokenizer_becomes_part_of_the_pipeline(tiny, vocabulary, tmp_path):
+    arguments = tiny.convert_arguments() | {"tokenizer": vocabulary}
+    folder = convert_diffbir("v2.1", "sr", **arguments, output=tmp_path / "out")
+    assert DiffBIRPipeline.from_pretrained(folder).tokenizer.pad_token_id == 0
+
+
+@pytest.mark.parametrize("content", [b"one line", b"\x1f\x8bbroken", b"\xff\xfe"])
+def test_other_files_are_no_vocabulary(tmp_path, content):
+    (tmp_path / "vocabulary.txt").write_bytes(content)
+    with pytest.raises(ValueError, match="bpe_simple_vocab"):
+        open_tokenizer(tmp_path / "vocabulary.txt")
+
+
+def test_an_absent_tokenizer_is_named_with_the_ways_out(tmp_path):
+    with pytest.raises(FileNotFoundError, match="prompt_embeds"):
+        open_tokenizer(tmp_path)
+
+
+# Refusals
+
+
+def refused(tiny, output, match, *, version="v2.1", task="sr", error=ValueError, **changed):
+    """Convert with changed arguments; nothing may be left behind."""
+    with pytest.raises(error, match=match):
+        convert_diffbir(version, task, **(tiny.convert_arguments() | changed), output=output / "out")
+    assert not [path for path in output.iterdir() if path.is_dir()]
+
+
+def test_files_in_each_others_place_are_told_apart(tiny, tmp_path):
+    files = tiny.files
+    refused(tiny, tmp_path, "Stable Diffusion.*`sd`.*of IRControlNet", sd=files["controlnet"])
+    refused(tiny, tmp_path, "IRControlNet.*`controlnet`.*of Stable Diffusion", controlnet=files["sd"])
+    refused(tiny, tmp_path, "SwinIR.*`cleaner`.*of IRControlNet", cleaner=files["controlnet"])
+
+
+def test_a_cleaner_of_another_architecture_is_refused(tiny, tmp_path):
+    refused(tiny, tmp_path, "BSRNet.*`cleaner`.*of SwinIR", version="v2", task="sr")
+    refused(tiny, tmp_path, "SCUNet.*`cleaner`.*of SwinIR", version="v2", task="denoise")
+
+
+def test_unknown_files_are_refused(tiny, tmp_path):
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    refused(tiny, tmp_path, r"other keys \(weight\)", sd=tmp_path / "other.pth")
+
+
+def test_official_names_of_other_versions_are_refused(tiny, tmp_path):
+    eps = tmp_path / "v2-1_512-ema-pruned.ckpt"
+    eps.symlink_to(tiny.files["sd"])
+    refused(tiny, tmp_path, r"sd2\.1-base-zsnr.*by its name the official file of sd_v2\.1", sd=eps)
+    old = tmp_path / "v2.pth"
+    old.symlink_to(tiny.files["controlnet"])
+    refused(tiny, tmp_path, r"DiffBIR_v2\.1\.pt.*official file of v2\.", controlnet=old)
+
+
+def test_a_schedule_without_terminal_signal_is_refused_for_v1_and_v2(tiny, tmp_path):
+    state = read_checkpoint(tiny.files["sd"]) | {"alphas_cumprod": torch.linspace(1, 0, 1000)}
+    torch.save(state, tmp_path / "sd.ckpt")
+    refused(tiny, tmp_path, "v2-1_512-ema-pruned", version="v2", task="face", sd=tmp_path / "sd.ckpt")
+
+
+def test_versions_without_the_task_are_refused(tiny, tmp_path):
+    refused(tiny, tmp_path, "unaligned_face", version="v1", task="unaligned_face")
+
+
+def test_missing_files_are_named(tiny, tmp_path):
+    refused(tiny, tmp_path, r"absent\.ckpt", sd=tmp_path / "absent.ckpt", error=FileNotFoundError)
+
+
+def test_half_a_download_is_told_as_such(tiny, tmp_path):
+    content = tiny.files["sd"].read_bytes()
+    (tmp_path / "half.ckpt").write_bytes(content[: len(content) // 2])
+    refused(tiny, tmp_path, "in part; fetch it again", sd=tmp_path / "half.ckpt")
+    (tmp_path / "page.ckpt").write_bytes(b"<!DOCTYPE html><html>Not found</html>")
+    refused(tiny, tmp_path, "web page", sd=tmp_path / "page.ckpt")
+
+
+def test_missing_keys_are_listed_with_their_file(tiny, tmp_path):
+    state = read_checkpoint(tiny.files["sd"])
+    del state["first_stage_model.decoder.conv_out.bias"]
+    torch.save({"state_dict": state}, tmp_path / "sd.ckpt")
+    refused(tiny, tmp_path, r"VAE in .*sd\.ckpt.*1 missing \(decoder\.conv_out\.bias\)", sd=tmp_path / "sd.ckpt")
+
+
+def test_keys_beside_the_networks_are_refused_unless_they_are_named(tiny, tmp_path):
+    state = read_checkpoint(tiny.files["sd"]) | {"extra.thing": torch.zeros(1), "model_ema.decay": torch.zeros(1)}
+    torch.save(state, tmp_path / "sd.ckpt")
+    refused(tiny, tmp_path, r"1 unknown \(extra\.thing\).*--ignore", sd=tmp_path / "sd.ckpt")
+    arguments = tiny.convert_arguments() | {"sd": tmp_path / "sd.ckpt", "ignore": [r"extra\..*"]}
+    assert convert_diffbir("v2.1", "sr", **arguments, output=tmp_path / "out").is_dir()
+
+
+def test_networks_that_do_not_fit_each_other_are_refused(tiny, tmp_path):
+    state = official_states(tiny.networks)["controlnet"]
+    for key in state:
+        if "attn2.to_k" in key or "attn2.to_v" in key:
+            state[key] = torch.zeros(state[key].shape[0], 32)
+    torch.save(state, tmp_path / "controlnet.pth")
+    refused(tiny, tmp_path, "cross_attention_dim 64 .* and 32", controlnet=tmp_path / "controlnet.pth")
+
+
+def test_what_is_in_the_folder_already_is_left_alone(tiny, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds something"):
+        convert_diffbir("v2.1", "sr", **tiny.convert_arguments(), output=tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+class ModelCheckpoint:
+    """As training programs leave in a checkpoint; loading it would be noticed."""
+
+    def __setstate__(self, state):
+        raise AssertionError("the checkpoint's own code ran")
+
+
+@pytest.mark.skipif(not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"), reason="needs torch 2.6")
+def test_objects_of_training_programs_are_passed_over_and_never_made(tmp_path, monkeypatch):
+    module = type(pickle)("pytorch_lightning")
+    module.ModelCheckpoint = ModelCheckpoint
+    monkeypatch.setattr(ModelCheckpoint, "__module__", "pytorch_lightning")
+    monkeypatch.setitem(__import__("sys").modules, "pytorch_lightning", module)
+    callback = ModelCheckpoint()
+    callback.best = 3
+    weight = torch.arange(3.0)
+    torch.save({"state_dict": {"weight": weight}, "callbacks": {ModelCheckpoint: callback}}, tmp_path / "a.ckpt")
+    monkeypatch.delitem(__import__("sys").modules, "pytorch_lightning")
+    assert torch.equal(read_checkpoint(tmp_path / "a.ckpt")["weight"], weight)
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("the checkpoint's own code ran",))
+
+
+def test_code_in_a_checkpoint_is_refused(tmp_path, capsys):
+    torch.save({"state_dict": {"weight": torch.zeros(1)}, "other": Harmful()}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_checkpoint(tmp_path / "a.ckpt")
+    assert capsys.readouterr().out == ""
+
+
+def test_the_old_format_of_checkpoints_is_read(tmp_path):
+    torch.save({"module.weight": torch.ones(2)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert not zipfile.is_zipfile(tmp_path / "old.pth")
+    assert torch.equal(read_checkpoint(tmp_path / "old.pth")["weight"], torch.ones(2))
+
+
+def test_the_command_refuses_in_a_line_and_writes_nothing(tiny, tmp_path, capsys):
+    arguments = ["convert", "diffbir", "--version", "v2", "--task", "sr", "-o", str(tmp_path / "out")]
+    for option, path in tiny.files.items():
+        arguments += [f"--{option}", str(path)]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "BSRNet" in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())

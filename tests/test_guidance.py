@@ -1,0 +1,302 @@
+"""Guidance as a whole, on a bare scheduler: modes, strengths, regions, dtypes, batches, the hook, the trace."""
+
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, IPNDMScheduler
+
+from milo_latent import MILO, MILOGuidance
+from milo_latent.guidance.hook import add_hook
+from milo_latent.testing import generator, latent_pair, tiny_metric, tiny_pipeline
+
+REFERENCE, START = latent_pair(noise=2.0)
+OPTIONS = {"beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": True}
+
+
+def pipeline_with(scheduler=None):
+    return SimpleNamespace(scheduler=scheduler or DDIMScheduler(**OPTIONS))
+
+
+def sample_with(pipe, *, steps=4, dtype=torch.float32, batch=1):
+    """Run a loop whose model says that all it sees is noise."""
+    pipe.scheduler.set_timesteps(steps)
+    sample = START.repeat(batch, 1, 1, 1).to(dtype)
+    for timestep in pipe.scheduler.timesteps:
+        sample = pipe.scheduler.step(0.9 * sample, timestep, sample).prev_sample
+    return sample
+
+
+def guided_sample(metric, *args, dtype=torch.float32, batch=1, steps=4, **options):
+    guide, pipe = MILOGuidance(metric, *args, **({"reference_latents": REFERENCE} | options)), pipeline_with()
+    with guide.attach(pipe):
+        return sample_with(pipe, dtype=dtype, batch=batch, steps=steps)
+
+
+@pytest.mark.parametrize("objective", ["weighted", "milo"])
+def test_the_metric_mode_comes_nearer_the_reference_by_its_own_measure(metric, objective):
+    plain = sample_with(pipeline_with())
+    pushed = guided_sample(metric, 0.3, mode="metric", objective=objective)
+    assert metric(dist=pushed, ref=REFERENCE) < metric(dist=plain, ref=REFERENCE)
+
+
+@pytest.mark.parametrize("mode", ["mask", "metric"])
+def test_inference_mode_changes_nothing(metric, mode):
+    expected = guided_sample(metric, 0.3, mode=mode)
+    with torch.inference_mode():
+        assert torch.equal(guided_sample(metric, 0.3, mode=mode), expected)
+    assert torch.equal(guided_sample(metric, 0.3, mode=mode), expected)  # and leaves nothing behind
+
+
+@pytest.mark.parametrize("mode", ["mask", "metric"])
+def test_only_the_region_is_guided(metric, mode):
+    region = torch.zeros(1, 1, 16, 16)
+    region[..., :8] = 1.0
+    plain, everywhere = sample_with(pipeline_with()), guided_sample(metric, 0.4, mode=mode)
+    inside = guided_sample(metric, 0.4, mode=mode, region=region)
+    assert torch.equal(inside[..., 8:], plain[..., 8:])
+    assert (inside[..., :8] - plain[..., :8]).abs().mean() > 0.01
+    assert torch.equal(guided_sample(metric, 0.4, mode=mode, region=torch.ones(1, 1, 16, 16)), everywhere)
+
+
+def test_the_strength_may_be_a_function_of_the_timestep(metric):
+    assert torch.equal(guided_sample(metric, lambda timestep: 0.4), guided_sample(metric, 0.4))
+    seen = []
+    late = guided_sample(metric, lambda timestep: seen.append(timestep) or (0.4 if timestep < 500 else 0.0))
+    assert seen == [750.0, 500.0, 250.0, 0.0]
+    assert not torch.equal(late, guided_sample(metric, 0.4))
+    with pytest.raises(ValueError, match=r"`milo_scale` in \[0, 1\], got 2.0"):
+        guided_sample(metric, lambda timestep: 2.0)
+
+
+def test_the_metric_mode_takes_strengths_above_one_and_refuses_those_below_zero(metric):
+    assert MILOGuidance(metric, 1.5, mode="metric").milo_scale == 1.5
+    for bad in (-0.1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="`milo_scale` of at least 0"):
+            MILOGuidance(metric, bad, mode="metric")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["mask", "metric"])
+def test_half_precision_agrees_with_float32(metric, dtype, mode):
+    expected, got = (guided_sample(metric, 0.4, mode=mode, dtype=each) for each in (torch.float32, dtype))
+    assert got.dtype == dtype
+    rounding = (sample_with(pipeline_with(), dtype=dtype).float() - sample_with(pipeline_with())).abs().max()
+    assert (got.float() - expected).abs().max() < 4 * rounding  # of the scheduler's own arithmetic in that dtype
+
+
+def test_a_batch_is_guided_as_its_samples_alone(metric):
+    one = guided_sample(metric, 0.4)
+    for mode, reference in (("mask", REFERENCE), ("mask", REFERENCE.repeat(3, 1, 1, 1)), ("metric", REFERENCE)):
+        many = guided_sample(metric, 0.4, mode=mode, reference_latents=reference, batch=3)
+        alone = one if mode == "mask" else guided_sample(metric, 0.4, mode=mode)
+        assert torch.allclose(many, alone.expand_as(many), atol=1e-5)
+
+
+def test_the_hook_keeps_the_signature_that_pipelines_inspect(metric):
+    pipe = pipeline_with()
+    before = inspect.signature(pipe.scheduler.step)
+    with MILOGuidance(metric, reference_latents=REFERENCE).attach(pipe):
+        assert inspect.signature(pipe.scheduler.step) == before
+        assert {"eta", "generator"} <= set(inspect.signature(pipe.scheduler.step).parameters)
+    assert "step" not in vars(pipe.scheduler)
+
+
+def test_hooks_come_off_in_any_order():
+    scheduler = DDIMScheduler(**OPTIONS)
+    scheduler.set_timesteps(4)
+    seen = []
+
+    def entry(name):
+        return lambda output, timestep, sample: seen.append(name) or output
+
+    first, second = add_hook(scheduler, entry("first")), add_hook(scheduler, entry("second"))
+    scheduler.step(START, scheduler.timesteps[0], START)
+    first()
+    first()  # again: nothing
+    scheduler.step(START, scheduler.timesteps[1], START)
+    second()
+    assert seen == ["first", "second", "second"]
+    assert "step" not in vars(scheduler)
+
+
+def test_a_step_that_someone_else_replaced_is_put_back(metric):
+    pipe = pipeline_with()
+    pipe.scheduler.step = mine = pipe.scheduler.step
+    with MILOGuidance(metric, reference_latents=REFERENCE).attach(pipe):
+        assert pipe.scheduler.step is not mine
+    assert vars(pipe.scheduler)["step"] is mine
+
+
+def test_one_guide_on_two_pipelines_guides_both(metric):
+    base, refiner = pipeline_with(), pipeline_with()
+    guide = MILOGuidance(metric, 0.4, reference_latents=REFERENCE)
+    with guide.attach(base), guide.attach(refiner):
+        results = [sample_with(base), sample_with(refiner), sample_with(base)]
+    assert all(torch.equal(result, guided_sample(metric, 0.4)) for result in results)
+
+
+def test_a_loop_that_sets_timesteps_once_is_two_runs(metric):
+    pipe, guide = pipeline_with(), MILOGuidance(metric, 0.4, reference_latents=REFERENCE)
+    results = []
+    with guide.attach(pipe):
+        pipe.scheduler.set_timesteps(4)
+        for _ in range(2):
+            sample = START
+            for timestep in pipe.scheduler.timesteps:
+                sample = pipe.scheduler.step(0.9 * sample, timestep, sample).prev_sample
+            results.append(sample)
+    assert torch.equal(*results)
+
+
+def test_replacing_the_scheduler_inside_the_block_is_told(metric):
+    pipe = pipeline_with()
+    with (
+        pytest.warns(UserWarning, match="scheduler was replaced"),
+        MILOGuidance(metric, reference_latents=REFERENCE).attach(pipe),
+    ):
+        pipe.scheduler = DDIMScheduler(**OPTIONS)
+
+
+def test_noise_added_inside_the_step_is_refused(metric):
+    pipe = pipeline_with(EulerDiscreteScheduler())
+    pipe.scheduler.set_timesteps(4)
+    with (
+        pytest.raises(ValueError, match="`s_churn` of 0"),
+        MILOGuidance(metric, reference_latents=REFERENCE).attach(pipe),
+    ):
+        pipe.scheduler.step(START, pipe.scheduler.timesteps[0], START, s_churn=1.0)
+
+
+def test_an_unknown_scheduler_is_refused_when_attaching(metric):
+    with (
+        pytest.raises(ValueError, match=r"got IPNDMScheduler.*DDIMScheduler.*UniPC"),
+        MILOGuidance(metric, reference_latents=REFERENCE).attach(pipeline_with(IPNDMScheduler())),
+    ):
+        pass
+
+
+def test_latents_of_another_vae_are_refused():
+    metric = MILO(channels=4, latent_space="stable-diffusion", scaling_factor=0.18215).frozen()
+    guide, pipe = MILOGuidance(metric, reference_latents=REFERENCE), pipeline_with()
+    pipe.vae = SimpleNamespace(config={"latent_channels": 4, "scaling_factor": 0.13025})
+    with pytest.raises(ValueError, match=r"0\.18215\), got SimpleNamespace with 4 channels.*0\.13025.*Train MILO_L"):
+        guide.attach(pipe).__enter__()
+    pipe.vae = SimpleNamespace(config={"latent_channels": 16, "scaling_factor": 0.18215})
+    with pytest.raises(ValueError, match="16 channels"):
+        guide.attach(pipe).__enter__()
+    pipe.vae = SimpleNamespace(config={"latent_channels": 4, "scaling_factor": 0.18215})
+    with guide.attach(pipe):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"mode": "both"}, "`mode` to be one of"),
+        ({"objective": "lpips"}, "`objective` to be one of"),
+        ({"region": -torch.ones(1, 1, 16, 16)}, "`region` >= 0, got -1"),
+        ({"region": torch.ones(1, 4, 16, 16)}, "`region` with 1 channels"),
+        ({"milo_scale": "strong"}, "number or a function"),
+    ],
+)
+def test_bad_settings_are_refused(metric, options, match):
+    with pytest.raises(ValueError, match=match):
+        MILOGuidance(metric, **options)
+
+
+def test_a_region_or_a_reference_of_another_size_is_refused(metric):
+    with pytest.raises(ValueError, match=r"`region` of shape \(B or 1, 1, 16, 16\), got \(1, 1, 8, 8\).*interpolate"):
+        guided_sample(metric, region=torch.ones(1, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"\(1, 4, 16, 16\), got \(1, 4, 20, 20\)"):
+        guided_sample(metric, reference_latents=torch.zeros(1, 4, 20, 20))
+    with pytest.raises(ValueError, match="`reference_latents` to be finite"):
+        guided_sample(metric, reference_latents=torch.full((1, 4, 16, 16), torch.nan))
+
+
+def test_reference_latents_come_from_an_image_once():
+    from PIL import Image
+
+    vae = tiny_pipeline().vae
+    pixels = torch.rand(1, 3, 64, 96, generator=generator())
+    latents = MILOGuidance.reference_from_image(vae, pixels)
+    assert latents.shape == (1, 4, 8, 12)
+    image = Image.fromarray((pixels[0].permute(1, 2, 0) * 255).round().byte().numpy())
+    assert (MILOGuidance.reference_from_image(vae, image) - latents).abs().max() < 0.05  # 8 bits
+    assert MILOGuidance.reference_from_image(vae, image, size=(128, 128)).shape == (1, 4, 16, 16)
+    with pytest.raises(TypeError, match=r"to be a torch\.Tensor, got str"):
+        MILOGuidance.reference_from_image(vae, "photo.png")
+
+
+def test_functions_are_kept_by_name_in_the_config_and_asked_for_again(metric, tmp_path):
+    def ramp(progress):
+        return progress
+
+    MILOGuidance(metric, 0.3, schedule=ramp).save_config(tmp_path)
+    with pytest.raises(ValueError, match="<function ramp>"):
+        MILOGuidance.from_config(tmp_path, metric=metric)
+    assert MILOGuidance.from_config(tmp_path, metric=metric, schedule=ramp).milo_scale == 0.3
+
+
+# The trace
+
+
+def traced(metric, **options):
+    guide, pipe = MILOGuidance(metric, reference_latents=REFERENCE, trace=True, **options), pipeline_with()
+    with guide.attach(pipe):
+        result = sample_with(pipe, batch=2)
+    return guide.trace, result
+
+
+def test_the_trace_tells_what_happened_and_changes_nothing(metric):
+    trace, result = traced(metric, milo_scale=0.4, schedule="constant", stop=0.5)
+    untraced = guided_sample(metric, 0.4, schedule="constant", stop=0.5, batch=2)
+    assert torch.equal(result, untraced)
+    assert [step.timestep for step in trace] == [750.0, 500.0, 250.0, 0.0]
+    assert [step.scale for step in trace] == [0.4, 0.4, 0.0, 0.0]
+    for step in trace:
+        assert step.score.shape == step.weight.shape == step.change.shape == (2,)
+        assert step.mask.shape == (2, 1, 16, 16)
+        assert ((step.mask > 0) & (step.mask < 1)).all()
+        assert torch.allclose(step.weight, torch.full((2,), step.scale), atol=1e-6)
+        assert torch.allclose(step.change, torch.full((2,), step.scale), atol=1e-5)  # equal weights: s of the way
+
+
+def test_the_trace_is_of_the_latest_run(metric):
+    guide, pipe = MILOGuidance(metric, 0.4, reference_latents=REFERENCE, trace=True), pipeline_with()
+    with guide.attach(pipe):
+        sample_with(pipe, steps=4)
+        sample_with(pipe, steps=3)
+    assert len(guide.trace) == 3
+
+
+def test_the_trace_is_plotted_and_its_masks_are_animated(metric, tmp_path):
+    from PIL import Image
+
+    trace, _ = traced(metric, milo_scale=0.4)
+    for suffix in ("gif", "webp"):
+        trace.write_animation(tmp_path / f"masks.{suffix}", sample=1)
+        with Image.open(tmp_path / f"masks.{suffix}") as animation:
+            assert animation.n_frames == 4
+            assert animation.size == (256, 272)
+    with pytest.raises(ValueError, match=r"got 'masks\.mp4'"):
+        trace.write_animation(tmp_path / "masks.mp4")
+    with pytest.raises(ValueError, match=r"`sample` in \[0, 1\], got 2"):
+        trace.write_animation(tmp_path / "masks.gif", sample=2)
+    matplotlib = pytest.importorskip("matplotlib", reason="plots need it")
+    matplotlib.use("Agg")
+    figure = trace.plot()
+    figure.draw_without_rendering()  # warns where the layout does not fit
+    assert [axes.get_title() for axes in figure.axes[3:7]] == ["step 0", "step 1", "step 2", "step 3"]
+    drawn = figure.axes[0].lines[0].get_ydata()
+    assert drawn.tolist() == pytest.approx([step.score[0].item() for step in trace])
+
+
+def test_an_empty_trace_is_refused(metric):
+    with pytest.raises(ValueError, match=r"none\. Run a pipeline"):
+        MILOGuidance(metric, trace=True).trace.plot()
+
+
+def test_the_tiny_metric_is_for_any_latents():
+    assert tiny_metric().config.scaling_factor is None

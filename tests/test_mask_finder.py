@@ -1,0 +1,102 @@
+"""The mask finder: its hand-written gradient is autograd's, and it notices when its weights change."""
+
+import copy
+
+import pytest
+import torch
+
+from milo_latent.testing import generator, latent_pair, tiny_metric
+
+
+def gradients(metric, dist, ref, of=("dist", "ref")):
+    leaves = {"dist": dist.clone(), "ref": ref.clone()}
+    for name in of:
+        leaves[name].requires_grad_(True)
+    score = metric(**leaves).sum()
+    return torch.autograd.grad(score, [leaves[name] for name in of])
+
+
+@pytest.fixture
+def pair():
+    return tuple(latents[..., :37, :] for latents in latent_pair(batch=3, side=50))
+
+
+@pytest.mark.parametrize("of", [("dist",), ("ref",), ("dist", "ref")])
+@pytest.mark.parametrize("shared_ref", [False, True])
+def test_frozen_weights_change_no_gradient(metric, pair, of, shared_ref):
+    ref, dist = pair
+    ref = ref[:1] if shared_ref else ref
+    trained = copy.deepcopy(metric).requires_grad_(True)
+    for ours, autograd in zip(gradients(metric, dist, ref, of), gradients(trained, dist, ref, of), strict=True):
+        torch.testing.assert_close(ours, autograd, rtol=1e-4, atol=1e-8)
+        assert ours.abs().max() > 0
+
+
+def test_the_gradient_matches_finite_differences_in_float64(metric):
+    metric = metric.double()
+    ref, dist = (each.double() for each in latent_pair(side=17))
+    direction = torch.randn(dist.shape, generator=generator(3), dtype=torch.float64)
+    (gradient,) = gradients(metric, dist, ref, of=("dist",))
+    step = 1e-6
+    difference = (metric(dist=dist + step * direction, ref=ref) - metric(dist=dist - step * direction, ref=ref)) / (
+        2 * step
+    )
+    assert (gradient * direction).sum().item() == pytest.approx(difference.item(), rel=1e-5)
+
+
+def test_second_derivatives_are_autograds(metric):
+    ref, dist = latent_pair()
+    results = []
+    for model in (metric, copy.deepcopy(metric).requires_grad_(True)):
+        leaf = dist.clone().requires_grad_(True)
+        (first,) = torch.autograd.grad(model(dist=leaf, ref=ref).sum(), leaf, create_graph=True)
+        results.append(torch.autograd.grad(first.square().sum(), leaf)[0])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-10)
+    assert results[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("change", ["in place", "loaded", "dtype"])
+def test_changed_weights_change_the_gradient(metric, pair, change):
+    ref, dist = pair
+    gradients(metric, dist, ref)  # whatever is kept is kept now
+    other = tiny_metric(seed=5)
+    if change == "in place":
+        with torch.no_grad():
+            for ours, theirs in zip(metric.parameters(), other.parameters(), strict=True):
+                ours.copy_(theirs)
+    elif change == "loaded":
+        metric.load_state_dict(other.state_dict(), assign=True)
+        metric.requires_grad_(False)
+    else:
+        metric, other, ref, dist = metric.double(), metric.double(), ref.double(), dist.double()
+        other = copy.deepcopy(other).requires_grad_(True)
+    for ours, expected in zip(gradients(metric, dist, ref), gradients(other, dist, ref), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-8)
+
+
+def test_training_still_reaches_every_parameter(metric, pair):
+    ref, dist = pair
+    trained = metric.requires_grad_(True)
+    trained(dist=dist, ref=ref).sum().backward()
+    finder = [parameter.grad for name, parameter in trained.named_parameters() if name.startswith("mask_finder")]
+    assert len(finder) == 10
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in finder)
+
+
+def test_autocast_gives_a_score_and_a_gradient(metric):
+    ref, dist = latent_pair(side=32)
+    leaf = dist.clone().requires_grad_(True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        score = metric(dist=leaf, ref=ref)
+    (gradient,) = torch.autograd.grad(score.sum(), leaf)
+    (expected,) = gradients(metric, dist, ref, of=("dist",))
+    assert score.item() == pytest.approx(metric(dist=dist, ref=ref).item(), rel=0.01)
+    assert (gradient - expected).norm() < 0.05 * expected.norm()
+
+
+def test_inputs_of_another_dtype_or_device_than_the_metrics_are_refused(metric):
+    ref, dist = latent_pair()
+    with pytest.raises(TypeError, match=r"metric's dtype torch\.float32, got torch\.float64"):
+        metric(dist=dist.double(), ref=ref.double())
+    with pytest.raises(ValueError, match="metric's device cpu, got meta"):
+        metric(dist=dist.to("meta"), ref=ref.to("meta"))

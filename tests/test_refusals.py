@@ -1,0 +1,179 @@
+"""What people hand to a metric by mistake: refused in one line that names the way out, or warned of once."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from milo_latent import MILO
+from milo_latent.checks import ValueWatch
+from milo_latent.cli import main
+from milo_latent.encoding import decode_file, load_vae
+from milo_latent.files import write_image, write_latents
+from milo_latent.scoring import match_pairs, score_pairs
+from milo_latent.testing import latent_pair, tiny_metric, tiny_pipeline
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """Folders of metrics with random weights, for images and for latents of two VAEs."""
+    tiny_metric(channels=3).save_pretrained(tmp_path / "image")
+    tiny_metric().save_pretrained(tmp_path / "any")
+    MILO(latent_space="sd", scaling_factor=0.18215).save_pretrained(tmp_path / "sd")
+    return tmp_path
+
+
+@pytest.fixture
+def refused(capsys):
+    def run(ref, dist, *arguments):
+        assert main(["score", "--ref", str(ref), "--dist", str(dist), *map(str, arguments)]) == 1
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return captured.err
+
+    return run
+
+
+def npy(path, array):
+    np.save(path, array)
+    return path
+
+
+def noise(*shape):
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def test_images_of_a_wrong_range_are_warned_of_once(weights):
+    metric, image = MILO.from_pretrained(weights / "image"), np.abs(noise(3, 20, 20)).clip(0, 1)
+    image[0, 0, 0] = 0
+    for folder, factor in (("ref", 255), ("dist", 200)):
+        (weights / folder).mkdir()
+        for index in range(3):
+            npy(weights / folder / f"{index}.npy", image * factor)
+    with pytest.warns(UserWarning, match=r"values in \[0, 1\], got \[0, 255\] in .*0\.npy.*255") as caught:
+        rows = list(score_pairs(metric, match_pairs(weights / "ref", weights / "dist")))
+    assert len(rows) == 3
+    assert len(caught) == 1
+    npy(weights / "minus.npy", image * 2 - 1)
+    with pytest.warns(UserWarning, match=r"got \[-1, 1\]"):
+        list(score_pairs(metric, match_pairs(weights / "minus.npy", weights / "minus.npy")))
+
+
+@pytest.mark.parametrize("factor", [1 / 0.18215, 0.01])
+def test_latents_of_another_scale_are_warned_of(weights, metric, factor):
+    ref, dist = latent_pair()
+    write_latents(weights / "ref.npy", ref * factor)
+    write_latents(weights / "dist.npy", dist * factor)
+    with pytest.warns(UserWarning, match=r"root mean square in \[0\.05, 3\], got .*scaling_factor") as caught:
+        list(score_pairs(metric, match_pairs(weights / "ref.npy", weights / "dist.npy")))
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match="scaled latents"):
+        decode_file(lambda: tiny_pipeline().vae, weights / "ref.npy", weights / "a.png")
+
+
+def test_what_is_in_range_is_not_warned_of(weights, metric, shared):
+    folder = shared / "milo_official"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pairs = match_pairs(folder / "latents" / "ref.npy", folder / "latents" / "dist.npy")
+        list(score_pairs(metric, pairs))
+        pairs = match_pairs(folder / "images" / "ref.png", folder / "images" / "dist.png")
+        list(score_pairs(MILO.from_pretrained(folder / "MILO.pth"), pairs))
+        ValueWatch().look("black and white", torch.tensor([0.0, 1.0]).reshape(1, 1, 1, 2), latents=False)
+
+
+def test_the_command_line_warns_in_one_line_and_still_scores(weights, capsys):
+    latents = npy(weights / "a.npy", 6 * noise(4, 16, 16))
+    assert main(["score", "--ref", str(latents), "--dist", str(latents), "--weights", str(weights / "any")]) == 0
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("milo-latent: warning: Expected scaled")]
+    assert len(lines) == 1
+    assert ".py:" not in captured.err
+    assert "raw error 0.0" in captured.out
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_are_refused(weights, refused, value):
+    bad = noise(4, 16, 16)
+    bad[0, 0, :2] = value
+    line = refused(npy(weights / "a.npy", noise(4, 16, 16)), npy(weights / "b.npy", bad), "--weights", weights / "any")
+    assert "2 NaN or infinite values" in line
+    assert "b.npy" in line
+
+
+def test_integers_and_pickles_are_refused(weights, refused):
+    whole = npy(weights / "whole.npy", noise(4, 16, 16).astype(np.int64))
+    assert "floating point" in refused(whole, whole, "--weights", weights / "any")
+    pickled = weights / "pickled.npy"
+    np.save(pickled, np.array([{"latents": 1}], dtype=object), allow_pickle=True)
+    assert "Pickled objects are never read" in refused(pickled, pickled, "--weights", weights / "any")
+
+
+def test_small_images_and_latents_are_refused(weights, refused):
+    small = npy(weights / "small.npy", noise(4, 15, 40))
+    assert "sides of at least 16, got (15, 40)" in refused(small, small, "--weights", weights / "any")
+    write_image(weights / "small.png", torch.rand(1, 3, 30, 12))
+    image = weights / "small.png"
+    assert "sides of at least 16, got (30, 12)" in refused(image, image, "--weights", weights / "image")
+
+
+def test_pairs_of_two_sizes_are_refused(weights, refused):
+    files = npy(weights / "a.npy", noise(4, 16, 16)), npy(weights / "b.npy", noise(4, 16, 18))
+    assert "of one shape" in refused(*files, "--weights", weights / "any")
+
+
+def test_a_metric_that_does_not_know_its_input_says_what_it_takes(weights, refused):
+    write_image(weights / "a.png", torch.rand(1, 3, 64, 64))
+    photo, flux = weights / "a.png", npy(weights / "flux.npy", noise(16, 16, 16))
+    line = refused(photo, photo, "--weights", weights / "sd")
+    assert "Expected latents of sd (4 channels, scaling factor 0.18215), got 3 channels" in line
+    assert "Pass --vae" in line
+    assert "got 16 channels" in refused(flux, flux, "--weights", weights / "sd")
+    assert "Expected images of 3 channels, got 16 channels" in refused(flux, flux, "--weights", weights / "image")
+    told = weights / "told.safetensors"
+    write_latents(told, torch.rand(1, 3, 16, 16), metadata={"vae": "vq", "scaling_factor": "1.0"})
+    assert "Expected images of 3 channels, got latents of vq" in refused(told, told, "--weights", weights / "image")
+    write_latents(told, torch.rand(1, 4, 16, 16), metadata={"vae": "xl", "scaling_factor": "0.13025"})
+    assert "got those of xl (0.13025)" in refused(told, told, "--weights", weights / "sd")
+
+
+def test_a_vae_that_the_metric_does_not_know_is_refused(weights, refused):
+    write_image(weights / "a.png", torch.rand(1, 3, 128, 128))
+    photo = weights / "a.png"
+    line = refused(photo, photo, "--vae", "nano", "--weights", weights / "sd")
+    factor = load_vae("nano").config.scaling_factor
+    assert f"got one of 4 channels and scaling factor {factor:g}" in line
+    assert "metric knows, images of 3 channels" in refused(
+        photo, photo, "--vae", "nano", "--weights", weights / "image"
+    )
+    latents = npy(weights / "a.npy", noise(4, 16, 16))
+    assert "Leave --vae out" in refused(latents, latents, "--vae", "nano")
+
+
+def test_mixed_devices_and_dtypes_are_refused(metric):
+    ref, dist = latent_pair()
+    with pytest.raises(ValueError, match="on one device, got cpu and meta"):
+        metric(ref=ref, dist=dist.to("meta"))
+    with pytest.raises(TypeError, match=r"one dtype, got torch\.float32 and torch\.bfloat16"):
+        metric(ref=ref, dist=dist.bfloat16())
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.9])
+def test_truncated_weights_are_refused(weights, refused, kept):
+    latents = npy(weights / "a.npy", noise(4, 16, 16))
+    torch.save(tiny_metric().state_dict(), weights / "whole.pth")
+    for source in (weights / "whole.pth", weights / "any" / "diffusion_pytorch_model.safetensors"):
+        content = source.read_bytes()
+        source.write_bytes(content[: int(kept * len(content))])
+    assert "Expected a complete checkpoint" in refused(latents, latents, "--weights", weights / "whole.pth")
+    assert "Expected MILO weights" in refused(latents, latents, "--weights", weights / "any")
+
+
+def test_foreign_weights_are_refused(weights, refused):
+    latents = npy(weights / "a.npy", noise(4, 16, 16))
+    torch.save({"conv.weight": torch.rand(4, 4)}, weights / "other.pth")
+    assert "Expected an official MILO checkpoint" in refused(latents, latents, "--weights", weights / "other.pth")
+    tiny_pipeline().vae.save_pretrained(weights / "vae")
+    assert "Expected every weight in" in refused(latents, latents, "--weights", weights / "vae")
+    assert "neither a shipped set" in refused(latents, latents, "--weights", "absent")

@@ -1,0 +1,182 @@
+"""DiffBIR's restoration guidance: the official gradients and runs on request, and by default any size and scheduler."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from golden import golden, golden_pipeline, numbered, part, relative, scheduler_for, tiny_networks
+
+from milo_latent.codec import scale_latents
+from milo_latent.diffbir.sampling import controlled_output
+from milo_latent.guidance.restoration import RestorationGuidance, flatness, official_step, posterior_mean_coefficient
+from milo_latent.testing import generator, replayed_noise
+
+CLOSE = 1e-4
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0])
+@pytest.mark.parametrize("loss", ["mse", "w_mse"])
+def test_the_gradient_is_the_official_one(shared, loss, scale):
+    tensors = part(golden(shared, "guidance"), "rgb.")
+    weight = flatness(tensors["target"] / 2 + 0.5) if loss == "w_mse" else 1.0
+    step = official_step(tensors["target"] - tensors["pred_x0"], weight, scale)
+    assert relative(step, tensors[f"{loss}.scale{scale:g}.gradient"]) < 1e-5
+    if loss == "w_mse":
+        assert relative(weight, tensors["w_mse.weight_map"]) < 1e-5
+
+
+def test_the_gradient_in_latents_is_the_official_one(shared):
+    tensors = part(golden(shared, "guidance"), "latent.")
+    step = official_step(tensors["target"] - tensors["pred_x0"], 1.0, 0.5)
+    assert relative(step, tensors["mse.scale0.5.gradient"]) < 1e-5
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+@pytest.mark.parametrize("parameterization", ["eps", "v_zsnr"])
+def test_the_posterior_mean_coefficient_is_the_official_one(shared, parameterization, steps):
+    scheduler = scheduler_for(parameterization)
+    scheduler.set_timesteps(steps)
+    expected = golden(shared, "sampler_schedules")[f"{parameterization}.steps{steps}.posterior_mean_coef1"].tolist()
+    ours = [posterior_mean_coefficient(scheduler, int(timestep)) for timestep in scheduler.timesteps.flip(0)]
+    assert ours == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def networks(shared):
+    return tiny_networks(shared)
+
+
+RUNS = {
+    "none": {"scale": 0.0, "loss": "mse", "space": "rgb"},
+    "rgb_mse": {"scale": 5.0, "loss": "mse", "space": "rgb"},
+    "rgb_w_mse": {"scale": 5.0, "loss": "w_mse", "space": "rgb"},
+    "rgb_w_mse_repeat2_window": {
+        "scale": 5.0, "loss": "w_mse", "space": "rgb", "repeat": 2, "t_start": 800, "t_stop": 200,
+    },
+    "latent_mse": {"scale": 0.002, "loss": "mse", "space": "latent"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_guided_runs_are_those_of_the_release_that_applied_it(shared, networks, name):
+    tensors = golden(shared, "guided_runs_v2.0.0")
+    expected, inputs, target = part(tensors, f"{name}."), part(tensors, "inputs."), tensors["target"]
+    vae, draws, scheduler = networks["vae"], numbered(expected, "draw_"), scheduler_for("eps")
+    guide = RestorationGuidance(vae, target=target / 2 + 0.5, compatibility="official", **RUNS[name])
+    scheduler.set_timesteps(5)
+    latents = inputs["x_T"]
+    with torch.no_grad():
+        posterior = vae.encode(target).latent_dist
+    for index, timestep in enumerate(scheduler.timesteps):
+        reference = scale_latents(vae, posterior.mode())
+        if name == "latent_mse":  # the official code draws the target anew in each step
+            reference, draws = scale_latents(vae, posterior.mean + posterior.std * draws[0]), draws[1:]
+        with torch.no_grad():
+            output = controlled_output(
+                networks["unet"], networks["controlnet"], latents, inputs["c_img"], timestep=timestep,
+                prompt_embeds=inputs["c_txt"], negative_prompt_embeds=inputs["uc_txt"], conditioning_scale=1.0,
+                scale=4.0, rescale=0.0,
+            )  # fmt: skip
+        with guide.run(reference, 5):
+            output = guide.guided_model_output(scheduler, output, timestep, latents)
+        with replayed_noise(draws[:1]):
+            stepped = scheduler.step(output, timestep, latents)
+        latents, draws = stepped.prev_sample, draws[1:]
+        assert relative(stepped.pred_original_sample, expected[f"pred_x0_{index}"]) < CLOSE
+        assert relative(latents, expected[f"x_{index}"]) < CLOSE
+
+
+@torch.no_grad()
+def run(pipeline, guide=None, size=(40, 56), **options):
+    image = torch.rand(1, 3, *size, generator=generator(5))
+    options = {"num_inference_steps": 4, "output_type": "latent", "generator": generator()} | options
+    return pipeline(image=image, callback_on_step_end=guide, **options).images
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
+@pytest.mark.parametrize("space", ["latent", "rgb"])
+@pytest.mark.parametrize("loss", ["mse", "w_mse"])
+def test_it_pulls_the_result_towards_the_cleaned_image(pipeline, scheduler, space, loss):
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    kept = []
+
+    class Keeping(RestorationGuidance):
+        def begin_run(self, reference_latents, *args, **kwargs):
+            started = super().begin_run(reference_latents, *args, **kwargs)
+            kept.append(reference_latents if self.space == "latent" else self._target)
+            return started
+
+    guide = Keeping(pipeline.vae, 0.5, loss=loss, space=space)
+    guided, free = run(pipeline, guide), run(pipeline)
+    if space == "rgb":
+        with torch.no_grad():
+            guided, free = (pipeline.vae.decode(each).sample for each in (guided, free))
+    limit = 0.9 if space == "latent" else 0.99  # a random decoder cannot come near an image
+    assert (guided - kept[0]).square().mean() < limit * (free - kept[0]).square().mean()
+    assert not guide.is_running
+
+
+def test_a_strength_of_one_in_latents_gives_the_reference_and_zero_changes_no_bit(pipeline):
+    reference = torch.randn(1, 4, 16, 16, generator=generator(3))
+    whole = RestorationGuidance(scale=1.0, loss="mse", reference_latents=reference)
+    assert torch.allclose(run(pipeline, whole), reference, atol=1e-4)
+    assert torch.equal(run(pipeline, RestorationGuidance(scale=0.0, loss="mse")), run(pipeline))
+
+
+def test_the_default_strength_does_not_shrink_with_the_image():
+    target = torch.full((1, 3, 128, 128), 0.25)
+    for side in (16, 64):
+        towards = torch.ones(1, 4, side, side)
+        guide = RestorationGuidance(scale=0.5, loss="mse", target=target)
+        with guide.run(towards, 1):
+            assert torch.allclose(guide._push(torch.zeros_like(towards), towards), towards / 2)
+    small, large = (official_step(torch.ones(1, 4, side, side), 1.0, 1.0).mean() for side in (16, 64))
+    assert large < small / 15  # the official one does
+
+
+def test_it_attaches_to_other_pipelines(pipeline):
+    reference = torch.randn(1, 4, 16, 16, generator=generator(3))
+    guide = RestorationGuidance(scale=1.0, loss="mse", reference_latents=reference)
+    with guide.attach(pipeline):
+        guided = run(pipeline)
+    assert torch.allclose(guided, reference, atol=1e-4)
+
+
+def test_each_result_of_an_image_is_guided(pipeline):
+    guide = RestorationGuidance(pipeline.vae, 0.5, loss="w_mse", space="rgb")
+    generators = [generator(0), generator(1)]
+    both = run(pipeline, guide, num_images_per_prompt=2, generator=generators)
+    assert torch.allclose(both[1:], run(pipeline, guide, generator=generator(1)), atol=1e-4)
+
+
+def test_flat_regions_weigh_one_and_edges_less():
+    image = torch.zeros(1, 3, 9, 11)
+    image[..., 6:] = 1.0
+    weight = flatness(image)
+    assert weight.shape == (1, 1, 9, 11)
+    assert (weight[..., :4] == 1).all()
+    assert weight[..., 5:7].max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"loss": "l1"}, "`loss`"),
+        ({"space": "pixels"}, "`space`"),
+        ({"scale": 2.0, "loss": "mse"}, "fraction of the way"),
+        ({"loss": "w_mse"}, "`vae`"),
+        ({"space": "rgb", "loss": "mse"}, "`vae`"),
+        ({"repeat": 0, "loss": "mse"}, "number of pushes"),
+        ({"loss": "mse", "compatibility": "old"}, "`compatibility`"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        RestorationGuidance(**options)
+
+
+def test_the_official_scaling_needs_a_ddpm_scheduler(shared, networks):
+    guide = RestorationGuidance(scale=0.5, loss="mse", compatibility="official")
+    pipeline = golden_pipeline(networks, "v_zsnr", "ddim")
+    embeds = torch.zeros(1, 77, 32)
+    with pytest.raises(ValueError, match="DDPM"):
+        run(pipeline, guide, prompt_embeds=embeds)

@@ -1,0 +1,61 @@
+"""The table of versions says what the official program says."""
+
+import json
+
+import pytest
+
+from milo_latent.diffbir.versions import COMMAND_LINE, FILES, TILING, UPSCALE, VERSIONS, version_of
+
+
+@pytest.fixture(scope="module")
+def facts(shared):
+    return json.loads((shared / "diffbir_golden" / "official_facts.json").read_text())
+
+
+def test_addresses_are_the_official_ones(facts):
+    assert {name: file.url for name, file in FILES.items()} == facts["checkpoints"]
+
+
+def test_the_command_lines_defaults_are_the_official_ones(facts):
+    options = facts["command_line"]
+    renamed = {"prompt": "pos_prompt", "negative_prompt": "neg_prompt"}
+    for name, value in vars(COMMAND_LINE).items():
+        assert value == options[renamed.get(name, name)]["default"], name
+    assert TILING.cleaner_size == options["cleaner_tile_size"]["default"]
+    assert TILING.cleaner_stride == options["cleaner_tile_stride"]["default"]
+    assert TILING.vae_encoder_size == options["vae_encoder_tile_size"]["default"]
+    assert TILING.vae_decoder_size == options["vae_decoder_tile_size"]["default"]
+    assert TILING.diffusion_size == options["cldm_tile_size"]["default"]
+    assert TILING.diffusion_stride == options["cldm_tile_stride"]["default"]
+    assert UPSCALE["sr"] == options["upscale"]["default"]
+    assert set(UPSCALE) == set(options["task"]["choices"])
+
+
+def test_every_named_checkpoint_is_a_file_of_its_kind():
+    for version in VERSIONS.values():
+        assert FILES[version.sd].cleaner is None
+        for checkpoints in version.tasks.values():
+            assert FILES[checkpoints.controlnet].cleaner is None
+            assert checkpoints.cleaner_kind == FILES[checkpoints.cleaner].cleaner
+            assert checkpoints.background is None or FILES[checkpoints.background].cleaner is not None
+    assert {file.file for file in FILES.values()} >= {"DiffBIR_v2.1.pt", "v2.pth", "face_swinir_v1.ckpt"}
+
+
+def test_only_v2_1_predicts_v_and_ends_without_signal():
+    for name, version in VERSIONS.items():
+        assert (version.prediction_type == "v_prediction") == version.zero_snr == (name == "v2.1")
+        assert version.scheduler_config["rescale_betas_zero_snr"] == version.zero_snr
+
+
+def test_cleaners_are_those_of_the_official_table():
+    kinds = {(name, task): row.cleaner_kind for name, v in VERSIONS.items() for task, row in v.tasks.items()}
+    assert kinds[("v2", "sr")] == "BSRNet"
+    assert kinds[("v2", "denoise")] == "SCUNet"
+    assert {kind for key, kind in kinds.items() if key[0] != "v2"} == {"SwinIR"}
+
+
+def test_unknown_versions_and_tasks_are_refused():
+    with pytest.raises(ValueError, match="v3"):
+        version_of("v3")
+    with pytest.raises(ValueError, match="unaligned_face"):
+        version_of("v1").checkpoints("unaligned_face")
