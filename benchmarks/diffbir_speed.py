@@ -4,13 +4,13 @@
     pip install einops ftfy regex scipy torchsde
     python benchmarks/diffbir_speed.py --official diffbir_official
 
-Both sides hold the same full-size random weights (DiffBIR v1: SwinIR, IRControlNet, UNet, VAE, text encoder) and get the
-same image on the same CPU. They take turns, the first to go alternates, figures are medians; the ratio is the official
-time over ours, so above 1 is faster. On a machine that others use, take `--threads 1 --processor-time`: what others do
-then counts for little. The official code runs as it runs on a GPU, its memory monitor apart; in bfloat16
-under `torch.autocast` with the networks cast as its own `--precision bf16` does. Peak memory is what a call adds to the
-process (Linux only). The whole restoration is that of a 512x512 image, the least that the official code takes, and both
-results are compared.
+Both sides hold the same full-size random weights (DiffBIR v1: SwinIR, IRControlNet, UNet, VAE, text encoder) and get
+the same image on the same CPU. They take turns, the first to go alternates, figures are medians; the ratio is the
+official time over ours, so above 1 is faster. On a machine that others use, take `--threads 1 --processor-time`: what
+others do then counts for little. The official code runs as on a GPU, but for its memory monitor; in bfloat16 under
+`torch.autocast`, with the networks cast as its own `--precision bf16` does. Peak memory is what a call adds to the
+process (Linux only). The whole restoration is that of a 512x512 image, the least that the official code takes, and the
+two results are compared.
 """
 
 from __future__ import annotations
@@ -226,7 +226,10 @@ def compare(name: str, sides: tuple[Side, Side], *, rounds: int, budget: float, 
         [statistics.median(column) for column in zip(*rows, strict=True)] for rows in measured
     )
     ratio = f"{theirs / mine:.2f}" if theirs < 100 * mine else "above 100"
-    print(f"| {name} | {theirs:.3g} | {mine:.3g} | {ratio} | {their_peak:.0f} | {my_peak:.0f} | {len(measured[0])} |", flush=True)
+    print(
+        f"| {name} | {theirs:.3g} | {mine:.3g} | {ratio} | {their_peak:.0f} | {my_peak:.0f} | {len(measured[0])} |",
+        flush=True,
+    )
     return results[0], results[1]
 
 
