@@ -1,6 +1,7 @@
 """Guidance as a whole, on a bare scheduler: modes, strengths, regions, dtypes, batches, the hook, the trace."""
 
 import inspect
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -157,6 +158,17 @@ def test_replacing_the_scheduler_inside_the_block_is_told(metric):
         MILOGuidance(metric, reference_latents=REFERENCE).attach(pipe),
     ):
         pipe.scheduler = DDIMScheduler(**OPTIONS)
+
+
+@pytest.mark.parametrize("option", ["clip_sample", "thresholding"])
+def test_a_scheduler_that_clips_after_guidance_is_told_of_with_the_way_out(metric, option):
+    guide = MILOGuidance(metric, reference_latents=REFERENCE)
+    pipe = pipeline_with(DDIMScheduler(**OPTIONS | {option: True}))
+    with pytest.warns(UserWarning, match=rf"DDIMScheduler has {option} on.*{option}=False"), guide.attach(pipe):
+        pass
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **{option: False})
+    with warnings.catch_warnings(action="error"), guide.attach(pipe):
+        pass
 
 
 def test_noise_added_inside_the_step_is_refused(metric):

@@ -16,6 +16,8 @@ from torch import Tensor
 from milo_latent.guidance.coefficients import scheduler_family, step_index
 from milo_latent.guidance.hook import add_hook
 
+CLIPPING = ("clip_sample", "thresholding")  # of schedulers' configurations
+
 
 @dataclass
 class GuidedRun:
@@ -105,8 +107,9 @@ class SchedulerGuidance(PipelineCallback):
         """Return the model output that predicts the guided clean latents; counts as one step of the run."""
 
     def check_pipeline(self, pipeline: DiffusionPipeline) -> None:
-        """Raise ValueError unless the pipeline's scheduler is known."""
+        """Raise ValueError unless the pipeline's scheduler is known; warn of one that clips what guidance makes."""
         scheduler_family(pipeline.scheduler)
+        warn_of_clipping(pipeline.scheduler)
 
     # One run
 
@@ -218,3 +221,16 @@ class SchedulerGuidance(PipelineCallback):
         attachment.detach()
         if attachment in self._attachments:
             self._attachments.remove(attachment)
+
+
+def warn_of_clipping(scheduler: SchedulerMixin) -> None:
+    """Warn if `scheduler` clips the clean estimate: it does so after guidance, and to a range that latents leave."""
+    active = [name for name in CLIPPING if scheduler.config.get(name)]
+    if active:
+        off = ", ".join(f"{name}=False" for name in active)
+        name = type(scheduler).__name__
+        warnings.warn(
+            f"{name} has {' and '.join(active)} on, which clips the clean estimate after guidance; latents reach "
+            f"beyond that range. Switch it off: pipe.scheduler = {name}.from_config(pipe.scheduler.config, {off}).",
+            stacklevel=4,
+        )
