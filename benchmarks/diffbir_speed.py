@@ -97,8 +97,7 @@ def convert(official: Any, checkout: Path, dtype: torch.dtype, *, channels_last:
     }
     loaded = {name: network.load(dtype) for name, network in networks.items()}
     if channels_last:
-        for name in ("unet", "controlnet", "vae", "cleaner"):
-            loaded[name].to(memory_format=torch.channels_last)
+        loaded["vae"].to(memory_format=torch.channels_last)
     pipeline = DiffBIRPipeline(
         **loaded,
         scheduler=official_scheduler("spaced", prediction_type="epsilon", rescale_betas_zero_snr=False),
@@ -244,7 +243,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=20.0, help="seconds for a row; at least one round is run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--processor-time", action="store_true", help="count the processor's seconds, not the clock's")
-    parser.add_argument("--channels-last", action="store_true", help="our convolutions with channels last")
+    parser.add_argument("--channels-last", action="store_true", help="our VAE with channels last")
     parser.add_argument("--only", help="rows whose name has this in it, such as VAE, step, whole")
     return parser.parse_args()
 
@@ -267,7 +266,7 @@ def main() -> None:
     rows = stages(official, ours, options.size)
     rows[f"whole, {side}x{side}, {options.steps} steps"] = whole(official, ours, side, options.steps)
     clock = time.process_time if options.processor_time else time.perf_counter
-    layout = ", ours channels last" if options.channels_last else ""
+    layout = ", our VAE channels last" if options.channels_last else ""
     kind = ", processor time" if options.processor_time else ""
     print(f"torch {torch.__version__}, {options.dtype}, {options.threads} threads{kind}, {options.size} px{layout}\n")
     print("| stage | official, s | ours, s | ratio | official peak, MiB | ours peak, MiB | rounds |")
