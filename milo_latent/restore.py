@@ -139,10 +139,7 @@ def _guide(
 def _call_arguments(restorer: Restorer, defaults: Task, steps: int | None) -> dict[str, Any]:
     """Return what the pipeline is given besides the image: an official DiffBIR's own settings, or the steps alone."""
     release = restorer.release
-    chosen: dict[str, Any] = {"num_inference_steps": defaults.steps}
-    if release is not None:
-        chosen = release.call_arguments(has_tokenizer=restorer.pipeline.tokenizer is not None)
-        chosen["num_inference_steps"] = release.sampling.steps
+    chosen = {"num_inference_steps": defaults.steps} if release is None else release.call_arguments
     return chosen if steps is None else chosen | {"num_inference_steps": steps}
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import ModelMixin
+from diffusers import AutoencoderKL, ModelMixin
 
 from milo_latent.diffbir.loading import open_cleaner
 from milo_latent.diffbir.release import Release, read_release
@@ -89,6 +89,8 @@ def load_restorer(
             prediction_type=release.version.prediction_type,
             rescale_betas_zero_snr=release.version.zero_snr,
         )
+    if target == "cpu" and isinstance(pipeline.vae, AutoencoderKL):
+        pipeline.vae.to(memory_format=torch.channels_last)  # 5 % faster there (docs/diffbir.md); slower for the UNet
     background = None
     if (folder / BACKGROUND_FOLDER).is_dir():
         background = open_cleaner(folder / BACKGROUND_FOLDER, dtype=dtype or torch.float32).to(target)

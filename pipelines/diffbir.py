@@ -24,7 +24,7 @@ from milo_latent.diffbir.colour import ColorFix
 from milo_latent.diffbir.inputs import check_call, explained_memory, images_to_tensor, scaled_size, to_output, truncate
 from milo_latent.diffbir.ircontrolnet import IRControlNet
 from milo_latent.diffbir.loading import pipeline_folder
-from milo_latent.diffbir.prompt_cache import PromptCache, repeat_prompts
+from milo_latent.diffbir.prompt_cache import PromptCache, listed, repeat_prompts
 from milo_latent.diffbir.prompts import read_prompt_embeds
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner  # noqa: F401 (likewise)
 from milo_latent.diffbir.stages import TilingMixin, pad, predict, put_colour
@@ -180,6 +180,8 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
         """
         count, repeats = num_images, num_images_per_prompt
         if self.takes_prompts:
+            if guided and prompt_embeds is None and negative_prompt_embeds is None:
+                self._encode_text([*listed(prompt), *listed(negative_prompt)])  # both at once, kept for below
             prompt_embeds = self._encode_text(prompt) if prompt_embeds is None else prompt_embeds
             count = count or prompt_embeds.shape[0]
             prompt_embeds = repeat_prompts(prompt_embeds, count, repeats)
@@ -192,8 +194,7 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
         return prompt_embeds, negative_prompt_embeds  # the only return: diffusers' tests read the names off it
 
     def _encode_text(self, text: str | list[str] | None) -> Tensor:
-        texts = text if isinstance(text, list) else [text or ""]
-        return self.prompt_cache.encode(texts, self.text_encoder, self.tokenizer, self._execution_device)
+        return self.prompt_cache.encode(listed(text), self.text_encoder, self.tokenizer, self._execution_device)
 
     @torch.no_grad()
     def clean(

@@ -13,12 +13,13 @@ from official_checkpoints import SWINIR, make_files, official_states
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
-from milo_latent import DiffBIRPipeline
+from milo_latent import DiffBIRPipeline, load_restorer
 from milo_latent.checkpoints import read_checkpoint
 from milo_latent.cli import main
 from milo_latent.convert.diffbir import convert_diffbir
 from milo_latent.convert.tokenizer import VOCABULARY_SIZE, open_tokenizer
 from milo_latent.diffbir.prompts import PROMPT_TOKENS, prompt_tokens, read_prompt_embeds
+from milo_latent.diffbir.release import read_release
 from milo_latent.diffbir.versions import NEGATIVE_PROMPT, VERSIONS
 
 
@@ -55,6 +56,21 @@ def test_the_folder_opens_and_holds_every_value(tiny, folder):
         assert all(torch.equal(converted[key], original[key]) for key in original), name
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "DiffBIRPipeline"
     assert "DiffBIR v2.1, task sr" in (folder / "README.md").read_text()
+
+
+def test_a_converted_folder_is_restored_with_by_the_versions_own_settings(folder):
+    restorer = load_restorer(folder, device="cpu")
+    assert restorer.release is not None
+    assert restorer.release.version is VERSIONS["v2.1"]
+    assert restorer.release.task == "sr"
+    assert restorer.pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert type(restorer.pipeline.scheduler).__name__ == "SolverScheduler"
+
+
+def test_a_folder_that_tells_an_unknown_version_is_refused(tmp_path):
+    (tmp_path / "diffbir.json").write_text('{"version": "v9", "task": "sr"}')
+    with pytest.raises(ValueError, match="Expected DiffBIR's version and task"):
+        read_release(tmp_path)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

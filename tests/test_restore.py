@@ -125,7 +125,7 @@ def test_a_seed_for_each_image_is_that_of_the_image_alone(restorer):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_an_official_diffbir_samples_as_its_readme_says(restorer, monkeypatch, version):
-    release = Release(VERSIONS[version], "sr", {})
+    release = Release(VERSIONS[version], "sr")
     arguments = {}
 
     def call(pipeline, *, image, **given):
@@ -145,6 +145,6 @@ def test_an_official_diffbir_samples_as_its_readme_says(restorer, monkeypatch, v
 
 
 def test_a_release_is_not_used_for_a_task_that_takes_another_cleaner(restorer):
-    official = dataclasses.replace(restorer, release=Release(VERSIONS["v2"], "sr", {}))
+    official = dataclasses.replace(restorer, release=Release(VERSIONS["v2"], "sr"))
     with pytest.raises(ValueError, match="Convert a folder with --task denoise"):
         restore_image(torch.rand(1, 3, 20, 20), model=official, task="denoise")

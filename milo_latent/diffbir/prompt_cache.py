@@ -72,6 +72,11 @@ def encode_texts(texts: list[str], text_encoder: Any, tokenizer: Any, device: to
     return text_encoder(tokens.input_ids.to(device))[0]
 
 
+def listed(text: str | list[str] | None) -> list[str]:
+    """Return prompts as a list; None is the empty prompt."""
+    return text if isinstance(text, list) else [text or ""]
+
+
 def repeat_prompts(embeds: Tensor, num_images: int, num_images_per_prompt: int) -> Tensor:
     """Give each image its prompt, and each of its results.
 

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from milo_latent.checks import check_choice
-from milo_latent.diffbir.prompts import read_prompt_embeds
 from milo_latent.diffbir.versions import UPSCALE, Sampling, TaskName, Version, version_of
 
 RELEASE_FILE = "diffbir.json"
@@ -23,12 +20,10 @@ class Release:
     Args:
         version: its version.
         task: the task whose cleaner it has.
-        prompt_embeds: official prompts to their embeddings, (1, 77, width); empty where there is a tokenizer.
     """
 
     version: Version
     task: TaskName
-    prompt_embeds: dict[str, Tensor]
 
     @property
     def sampling(self) -> Sampling:
@@ -47,24 +42,14 @@ class Release:
                 f"{task!r}, which takes another cleaner. Convert a folder with --task {task}."
             )
 
-    def call_arguments(self, *, has_tokenizer: bool) -> dict[str, Any]:
-        """Return what the pipeline's call is given besides the image.
-
-        Args:
-            has_tokenizer: whether prompts can be encoded.
-
-        Returns:
-            Arguments of `DiffBIRPipeline.__call__`.
-        """
+    @property
+    def call_arguments(self) -> dict[str, Any]:
+        """What `DiffBIRPipeline`'s call is given besides the image."""
         chosen = self.sampling
-        prompts: dict[str, Any] = {"prompt": chosen.prompt, "negative_prompt": chosen.negative_prompt}
-        if not has_tokenizer:
-            prompts = {
-                f"{name}_embeds": self.prompt_embeds[text]
-                for name, text in prompts.items()
-                if text in self.prompt_embeds
-            }
-        return prompts | {
+        return {
+            "num_inference_steps": chosen.steps,
+            "prompt": chosen.prompt,
+            "negative_prompt": chosen.negative_prompt,
             "guidance_scale": chosen.cfg_scale,
             "rescale_cfg": chosen.rescale_cfg,
             "controlnet_conditioning_scale": chosen.strength,
@@ -99,4 +84,4 @@ def read_release(folder: str | Path) -> Release | None:
         check_choice("task", task, version.tasks)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"Expected DiffBIR's version and task in {path}: {error}") from error
-    return Release(version, task, read_prompt_embeds(folder))
+    return Release(version, task)
