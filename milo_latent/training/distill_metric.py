@@ -29,13 +29,25 @@ LEAST_VARIANCE = 0.003  # of a mask, under which flat masks would weigh too much
 
 
 def levels_and_mask(metric: MILO, *, ref: Tensor, dist: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Return the mask finder's logits at each level, coarse to fine, (B, 1, h_l, w_l) each, and the mask."""
-    found: list[Tensor] = []
-    handle = metric.mask_finder[-2].register_forward_hook(lambda module, inputs, output: found.append(output.float()))
-    try:
-        mask = metric.mask(dist=dist, ref=ref).float()
-    finally:
-        handle.remove()
+    """Return the mask finder's logits at each level, coarse to fine, (B, 1, h_l, w_l) each, and the mask.
+
+    `MILO.mask` gives the same mask, and no logits.
+    """
+    layers = list(metric.mask_finder)[:-1]  # without the sigmoid
+    pyramid = [torch.cat([dist, ref], dim=1).contiguous(memory_format=torch.channels_last)]
+    for _ in range(metric.config.levels - 1):
+        pyramid.append(F.avg_pool2d(pyramid[-1], 2))
+    height, width = (side // 2 for side in pyramid[-1].shape[2:])
+    mask, found = dist.new_zeros(dist.shape[0], 1, height, width), []
+    for level in reversed(pyramid):
+        mask = F.interpolate(mask, scale_factor=2, mode="bilinear", align_corners=True)
+        missing = (0, level.shape[3] - mask.shape[3], 0, level.shape[2] - mask.shape[2])
+        mask = F.pad(mask, missing, mode="replicate")
+        hidden = torch.cat([level, mask], dim=1)
+        for layer in layers:
+            hidden = layer(hidden)
+        found.append(hidden.float())
+        mask = mask + found[-1].sigmoid()
     return found, mask
 
 
