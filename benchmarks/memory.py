@@ -36,7 +36,7 @@ def one(size: int, options: argparse.Namespace) -> None:
     """Restore in this process and print its figures."""
     import torch
 
-    from milo_latent.restore import load_restorer
+    from milo_latent.restorer import load_restorer
 
     torch.set_num_threads(options.threads)
     pipeline = load_restorer(options.model, device="cpu").pipeline

@@ -23,7 +23,8 @@ from milo_latent.codec import decode_latents, encode_image, pad_image
 from milo_latent.files import read_image
 from milo_latent.guidance.curriculum import SCHEDULES
 from milo_latent.metric.network import MILO
-from milo_latent.restore import Restorer, load_restorer, restore_image
+from milo_latent.restore import restore_image
+from milo_latent.restorer import Restorer, load_restorer
 from milo_latent.training.dataset import list_images
 
 COLUMNS = ("psnr", "ssim", "milo_i", "seconds")

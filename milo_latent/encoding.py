@@ -15,6 +15,7 @@ from milo_latent.codec import VAE, decode_latents, encode_image, vae_scale_facto
 from milo_latent.files import (
     IMAGE_SUFFIXES,
     LATENT_SUFFIXES,
+    list_files,
     read_image,
     read_latents,
     read_latents_metadata,
@@ -164,7 +165,7 @@ def encode_folder(
         FileNotFoundError: if there is no image in the folder.
         ValueError: if a photo is damaged, or two differ in their suffix only.
     """
-    paths = _files(photos, IMAGE_SUFFIXES)
+    paths = list_files(photos, IMAGE_SUFFIXES)
     return _each(
         paths, output, suffix, lambda path, to: encode_file(lambda: vae, path, to, vae_name=vae_name, tile=tile)
     )
@@ -186,18 +187,9 @@ def decode_folder(vae: VAE, latents: Path, output: Path, *, tile: int | None = N
         FileNotFoundError: if there are no latents in the folder.
         ValueError: if a file is damaged or of another VAE, or two differ in their suffix only.
     """
-    paths = _files(latents, LATENT_SUFFIXES)
+    paths = list_files(latents, LATENT_SUFFIXES)
     watch = ValueWatch()
     return _each(paths, output, "png", lambda path, to: decode_file(lambda: vae, path, to, tile=tile, watch=watch))
-
-
-def _files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
-    if not paths:
-        raise FileNotFoundError(f"Expected files of {sorted(suffixes)} in {folder}, found none.")
-    if len({path.stem for path in paths}) < len(paths):
-        raise ValueError(f"Expected each name once in {folder}, whatever its suffix; two would become one file.")
-    return paths
 
 
 def _each(paths: list[Path], output: Path, suffix: str, work: Callable[[Path, Path], object]) -> tuple[int, int]:

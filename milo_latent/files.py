@@ -243,3 +243,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def list_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
+    """Return the files of a folder with one of `suffixes`, sorted by name.
+
+    Raises:
+        FileNotFoundError: if there are none.
+        ValueError: if two differ in their suffix only, so that their results would have one name.
+    """
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+    if not paths:
+        raise FileNotFoundError(f"Expected files of {sorted(suffixes)} in {folder}, found none.")
+    if len({path.stem for path in paths}) < len(paths):
+        raise ValueError(f"Expected each name once in {folder}, whatever its suffix; two would become one file.")
+    return paths

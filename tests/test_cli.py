@@ -50,6 +50,40 @@ def test_sr_enlarges_four_times(restore, photo, tmp_path):
     assert read_image(tmp_path / "large.png").shape == (1, 3, 180, 244)
 
 
+def test_a_folder_is_restored_and_gone_on_with(restore, photo, tmp_path, capsys):
+    folder, output = tmp_path / "photos", tmp_path / "results"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes(photo.read_bytes())
+    (folder / "broken.png").write_bytes(b"no image")
+    assert restore(folder, "-o", output) == 1
+    message = capsys.readouterr().err
+    assert "2 photos" in message
+    assert "1 failed: broken.png" in message
+    assert restore(photo, "-o", tmp_path / "alone.png") == 0
+    assert (output / "a.png").read_bytes() == (tmp_path / "alone.png").read_bytes()
+    (folder / "broken.png").unlink()
+    before = (output / "a.png").stat().st_mtime_ns
+    (output / "b.png").unlink()
+    capsys.readouterr()
+    assert restore(folder, "-o", output) == 0
+    assert "1 photos" in (line := capsys.readouterr().out)
+    assert "1 were there already" in line
+    assert (output / "a.png").stat().st_mtime_ns == before
+    assert (output / "b.png").exists()
+
+
+def test_the_photo_is_enlarged_as_asked(restore, photo, tmp_path):
+    assert restore(photo, "-o", tmp_path / "large.png", "--upscale", 1.5) == 0
+    assert Image.open(tmp_path / "large.png").size == (92, 68)
+
+
+def test_a_metric_of_ones_own_is_used_and_must_fit(restore, photo, tmp_path, capsys):
+    tiny_metric(channels=3).save_pretrained(tmp_path / "metric")
+    assert restore(photo, "--metric", tmp_path / "metric") == 1
+    assert "3 channels" in one_error_line(capsys)
+
+
 def test_the_same_seed_gives_the_same_file(restore, photo, tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         assert restore(photo, "-o", tmp_path / f"{name}.png", "--seed", seed) == 0

@@ -166,7 +166,7 @@ def test_truncated_weights_are_refused(weights, refused, kept):
     for source in (weights / "whole.pth", weights / "any" / "diffusion_pytorch_model.safetensors"):
         content = source.read_bytes()
         source.write_bytes(content[: int(kept * len(content))])
-    assert "cannot be read" in refused(latents, latents, "--weights", weights / "whole.pth")
+    assert "Expected a complete checkpoint" in refused(latents, latents, "--weights", weights / "whole.pth")
     assert "Expected MILO weights" in refused(latents, latents, "--weights", weights / "any")
 
 

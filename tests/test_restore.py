@@ -1,9 +1,14 @@
 """The one call: defaults of each task, batches, refusals."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from milo_latent import Restorer, load_restorer
+from milo_latent.diffbir.release import Release
+from milo_latent.diffbir.versions import VERSIONS
+from milo_latent.faces import TEMPLATE, Face
 from milo_latent.restore import TASKS, restore_image
 from milo_latent.testing import generator
 
@@ -15,7 +20,8 @@ def restorer(pipeline, metric):
 
 def test_every_task_runs_with_its_defaults(restorer):
     image = torch.rand(1, 3, 20, 24)
-    for name, task in TASKS.items():
+    for name in ("denoise", "sr", "face"):
+        task = TASKS[name]
         restored = restore_image(image, model=restorer, task=name)
         assert restored.shape == (1, 3, 20 * task.upscale, 24 * task.upscale)
 
@@ -68,3 +74,77 @@ def test_a_model_without_a_metric_restores_without_guidance(pipeline):
     image = torch.rand(1, 3, 30, 30)
     restored = restore_image(image, model=Restorer(pipeline, None), steps=1)
     assert restored.shape == image.shape
+
+
+def a_face(image):
+    """Say that there is one face, where its landmarks are those of the template, shrunk to the photo."""
+    landmarks = torch.tensor(TEMPLATE) * (image.shape[3] / 512)
+    return [Face((0.0, 0.0, float(image.shape[3]), float(image.shape[2])), landmarks)]
+
+
+def test_faces_and_background_are_restored_by_their_own_cleaners(restorer, monkeypatch):
+    seen = []
+
+    def call(pipeline, *, image, **arguments):
+        seen.append((tuple(image.shape[2:]), arguments["upscale"], type(pipeline.cleaner).__name__))
+        size = [round(side * arguments["upscale"]) for side in image.shape[2:]]
+        return type("Result", (), {"images": torch.full((1, 3, *size), 0.5)})
+
+    monkeypatch.setattr(type(restorer.pipeline), "__call__", call)
+    other = type(restorer.pipeline.cleaner)(channels=(4, 4), blocks=(1, 1))
+    both = dataclasses.replace(restorer, background_cleaner=other)
+    photo = torch.rand(1, 3, 128, 128)
+    restored = restore_image(photo, model=both, task="unaligned_face", detector=a_face)
+    assert restored.shape == (1, 3, 256, 256)
+    assert [entry[:2] for entry in seen] == [((128, 128), 2.0), ((512, 512), 1.0)]
+    assert both.for_background().pipeline.cleaner is other
+    assert both.for_background().pipeline.unet is restorer.pipeline.unet
+
+
+def test_faces_need_a_detector_and_a_face(restorer):
+    photo = torch.rand(1, 3, 64, 64)
+    with pytest.raises(ValueError, match="`detector`"):
+        restore_image(photo, model=restorer, task="unaligned_face")
+    with pytest.raises(ValueError, match="found none"):
+        restore_image(photo, model=restorer, task="unaligned_face", detector=lambda image: [])
+
+
+def test_a_seed_for_each_image_is_that_of_the_image_alone(restorer):
+    images = torch.rand(2, 3, 30, 30, generator=generator())
+    batch = restore_image(images, model=restorer, steps=2, seed=[3, 8])
+    alone = torch.cat(
+        [
+            restore_image(image[None], model=restorer, steps=2, seed=seed)
+            for image, seed in zip(images, (3, 8), strict=True)
+        ]
+    )
+    assert torch.allclose(batch, alone, atol=1e-4)
+    with pytest.raises(ValueError, match="2, one for each"):
+        restore_image(images, model=restorer, steps=1, seed=[1, 2, 3])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_official_diffbir_samples_as_its_readme_says(restorer, monkeypatch, version):
+    release = Release(VERSIONS[version], "sr", {})
+    arguments = {}
+
+    def call(pipeline, *, image, **given):
+        arguments.update(given)
+        return type("Result", (), {"images": image})
+
+    monkeypatch.setattr(type(restorer.pipeline), "__call__", call)
+    official = dataclasses.replace(restorer, release=release)
+    restore_image(torch.rand(1, 3, 20, 20), model=official, noise_aug=5)
+    recommended = VERSIONS[version].recommended
+    assert arguments["upscale"] == 4.0
+    assert arguments["num_inference_steps"] == recommended.steps
+    assert arguments["guidance_scale"] == recommended.cfg_scale
+    assert arguments["noise_aug"] == 5  # the caller's
+    restore_image(torch.rand(1, 3, 20, 20), model=official, steps=3)
+    assert arguments["num_inference_steps"] == 3
+
+
+def test_a_release_is_not_used_for_a_task_that_takes_another_cleaner(restorer):
+    official = dataclasses.replace(restorer, release=Release(VERSIONS["v2"], "sr", {}))
+    with pytest.raises(ValueError, match="Convert a folder with --task denoise"):
+        restore_image(torch.rand(1, 3, 20, 20), model=official, task="denoise")

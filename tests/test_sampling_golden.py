@@ -178,6 +178,7 @@ def test_the_pipeline_gives_the_official_pictures(shared, networks, name):
     assert (result - official).mean() < 0  # cut, not rounded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "cleaner", "parameterization", "upscale"),
     [

@@ -11,7 +11,7 @@ from torch import nn
 from milo_latent import load_restorer
 from milo_latent.files import read_image
 from milo_latent.restore import restore_image
-from milo_latent.training import assemble, train_autoencoder, train_cleaner, train_metric, train_restorer
+from milo_latent.training import assemble, train_autoencoder, train_cleaner, train_metric_online, train_restorer
 from milo_latent.training.dataset import ImageCrops, list_images
 from milo_latent.training.degradations import add_noise, blur, compress_jpeg, degrade, downscale_and_back
 from milo_latent.training.loop import RunConfig, fit, learning_rate_factor
@@ -130,7 +130,7 @@ def test_the_commands_train_a_pipeline_that_restores(images, tmp_path):
 
     tiny_metric(channels=3).save_pretrained(tmp_path / "teacher")
     teacher = ["--teacher", str(tmp_path / "teacher"), "--latent-space", "test"]
-    train_metric.main([*common, *validation, "--vae", str(vae), *teacher, "--output", str(tmp_path / "m")])
+    train_metric_online.main([*common, *validation, "--vae", str(vae), *teacher, "--output", str(tmp_path / "m")])
     assemble.assemble(vae, cleaner, tmp_path / "r", tmp_path / "m" / "metric", tmp_path / "model")
     restorer = load_restorer(tmp_path / "model", device="cpu")
     image = read_image(images / "0.png")

@@ -4,76 +4,125 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from milo_latent.cli.loading import hide_loading_bar
+
+PIPELINE_OPTIONS = {  # of the command: of the pipeline's call
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "cfg_scale": "guidance_scale",
+    "control_scale": "controlnet_conditioning_scale",
+    "start_point": "start_point",
+    "noise_aug": "noise_aug",
+    "color_fix": "color_fix",
+}
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Add the command to the parser."""
     command = commands.add_parser(
         "restore",
-        help="restore a degraded photo",
-        description="Restore a degraded photo. Without --model nothing is downloaded: the embedded models are used.",
+        help="restore a degraded photo, or a folder of them",
+        description="Restore a degraded photo, or a folder of them. Without --model nothing is downloaded: the "
+        "embedded models are used. Of a folder, photos whose results are there already are left alone.",
     )
     command.set_defaults(run=run)
-    command.add_argument("input", type=Path, metavar="IN", help="the photo")
-    command.add_argument("-o", "--output", type=Path, metavar="OUT", help="the result (default: IN_restored.png)")
+    command.add_argument("input", type=Path, metavar="IN", help="the photo, or a folder of photos")
     command.add_argument(
-        "--task", choices=["denoise", "sr"], default="denoise", help="default: denoise; sr enlarges four times"
+        "-o", "--output", type=Path, metavar="OUT", help="the result (default: IN_restored.png, or folder IN_restored)"
+    )
+    command.add_argument(
+        "--task",
+        choices=["denoise", "sr", "face", "unaligned_face"],
+        help="default: the model's, or denoise; sr enlarges four times; face: an aligned face; unaligned_face: faces "
+        "in a photo, with --detector",
     )
     command.add_argument("--model", default="nano", help="shipped weights, a folder, or a hub id (default: nano)")
+    command.add_argument("--metric", help="MILO_L instead of the model's own: a name, a folder, or an official .pth")
     command.add_argument(
         "--guidance", type=float, metavar="S", help="strength of MILO guidance, 0 (off) to 1 (default: the task's)"
     )
     command.add_argument(
         "--curriculum", choices=["constant", "linear", "cosine"], help="schedule of the guidance (default: the task's)"
     )
-    command.add_argument("--steps", type=int, help="denoising steps (default: the task's)")
+    command.add_argument("--steps", type=int, help="denoising steps (default: the model's or the task's)")
+    command.add_argument("--upscale", type=float, metavar="N", help="how much larger (default: the task's)")
     command.add_argument("--seed", type=int, default=0, help="the same seed gives the same file (default: 0)")
+    command.add_argument(
+        "--tile", type=int, metavar="N", help="restore in tiles of N pixels, 512 say: large images at little memory"
+    )
+    command.add_argument("--detector", type=Path, metavar="FILE", help="YuNet's .onnx file, for unaligned_face")
     command.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    command.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="of the networks")
+    diffusion = command.add_argument_group("diffusion", "for models with prompts (default: the model's own values)")
+    diffusion.add_argument("--prompt", metavar="TEXT", help="what the photo shows")
+    diffusion.add_argument("--negative-prompt", metavar="TEXT", help="what the result should not be")
+    diffusion.add_argument("--cfg-scale", type=float, metavar="S", help="scale of classifier-free guidance, 1 = off")
+    diffusion.add_argument("--control-scale", type=float, metavar="S", help="how strictly to follow the cleaned photo")
+    diffusion.add_argument("--start-point", choices=["noise", "cond"], help="pure noise, or the noised cleaned photo")
+    diffusion.add_argument("--noise-aug", type=int, metavar="T", help="timestep to which the condition is noised")
+    diffusion.add_argument("--color-fix", choices=["wavelet", "adain", "none"], help="colours of the cleaned photo")
 
 
 def run(options: argparse.Namespace) -> str:
-    """Restore a photo; return the line to print."""
-    from milo_latent.files import ALPHA_SUFFIXES, IMAGE_SUFFIXES, read_alpha, read_image, write_image
-    from milo_latent.restore import TASKS, load_restorer, restore_image
+    """Restore; return the line to print."""
+    import torch
 
-    image, alpha = read_image(options.input), read_alpha(options.input)
-    output = options.output or options.input.with_name(f"{options.input.stem}_restored.png")
-    if output.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"Expected an image suffix, one of {sorted(IMAGE_SUFFIXES)}, got {output.name!r}.")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"Expected a folder to write into, got {output.parent}, which does not exist.")
+    from milo_latent.restore import TASKS, restore_image
+    from milo_latent.restore_files import check_image_output, restore_file, restore_folder
+    from milo_latent.restorer import load_restorer
+
+    folder = options.input.is_dir()
+    output = options.output or options.input.with_name(f"{options.input.stem}_restored{'' if folder else '.png'}")
+    if not folder:
+        if not options.input.is_file():
+            raise FileNotFoundError(f"Expected a photo or a folder of photos, got {options.input}, which is not there.")
+        check_image_output(output)
     hide_loading_bar()
-    restorer = load_restorer(options.model, device=options.device)
-    task = TASKS[options.task]
-    guidance = task.milo_scale if options.guidance is None else options.guidance
-    curriculum, steps = options.curriculum or task.schedule, task.steps if options.steps is None else options.steps
-    began = time.perf_counter()
-    restored = restore_image(
-        image,
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    restorer = load_restorer(options.model, device=options.device, dtype=dtype, metric=options.metric)
+    task = options.task or (restorer.release.task if restorer.release is not None else "denoise")
+    restore = partial(
+        restore_image,
         model=restorer,
-        task=options.task,
-        milo_scale=guidance,
-        schedule=curriculum,
-        steps=steps,
+        task=task,
+        milo_scale=options.guidance,
+        schedule=options.curriculum,
+        steps=options.steps,
         seed=options.seed,
+        tile=options.tile,
+        upscale=options.upscale,
+        detector=_detector(options.detector),
+        **_pipeline_options(options),
     )
+    began = time.perf_counter()
+    if folder:
+        report = restore_folder(options.input, output, restore)
+        line = f"{report.restored} photos of {options.input} -> {output} ({report.skipped} were there already"
+        if report.failed:
+            raise ValueError(f"{line}); {len(report.failed)} failed: {'; '.join(report.failed)}")
+    else:
+        line = "{} -> {} ({} to {}".format(options.input, output, *restore_file(options.input, output, restore))
+    scale = TASKS[task].milo_scale if options.guidance is None else options.guidance
+    guided = f"MILO guidance {scale:g} {options.curriculum or TASKS[task].schedule}"
+    if restorer.metric is None or scale == 0:
+        guided = "no guidance"
+    steps = "" if options.steps is None else f"{options.steps} steps, "
     seconds = time.perf_counter() - began
-    if alpha is not None and output.suffix.lower() in ALPHA_SUFFIXES:
-        alpha = _resize_alpha(alpha, restored.shape[2:])
-    write_image(output, restored, alpha=alpha if output.suffix.lower() in ALPHA_SUFFIXES else None)
-    sizes = "{}x{} to {}x{}".format(*image.shape[:1:-1], *restored.shape[:1:-1])
-    guided = f"MILO guidance {guidance:g} {curriculum}" if guidance else "no guidance"
-    return (
-        f"{options.task}: {options.input} -> {output} ({sizes}, {options.model}, {steps} steps, {guided}, "
-        f"seed {options.seed}) in {seconds:.1f} s"
-    )
+    return f"{task}: {line}, {options.model}, {steps}{guided}, seed {options.seed}) in {seconds:.1f} s"
 
 
-def _resize_alpha(alpha: Any, size: Any) -> Any:
-    from torch.nn.functional import interpolate
+def _detector(path: Path | None) -> Any:
+    if path is None:
+        return None
+    from milo_latent.face_detector import YuNet
 
-    return interpolate(alpha, size=size, mode="bilinear", align_corners=False)
+    return YuNet(path)
+
+
+def _pipeline_options(options: argparse.Namespace) -> dict[str, Any]:
+    given = {theirs: getattr(options, ours) for ours, theirs in PIPELINE_OPTIONS.items()}
+    return {name: value for name, value in given.items() if value is not None}

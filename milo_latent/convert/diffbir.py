@@ -23,6 +23,7 @@ from milo_latent.convert.networks import Config, Network, find_controlnet, find_
 from milo_latent.convert.tokenizer import HUB_TOKENIZER, WAY_OUT, open_tokenizer
 from milo_latent.convert.writing import write_safetensors
 from milo_latent.diffbir.prompts import PROMPT_EMBEDS_FILE, PROMPT_TOKENS, prompt_tokens
+from milo_latent.diffbir.release import RELEASE_FILE, release_text
 from milo_latent.diffbir.versions import FILES, TaskName, Version, VersionName, version_of
 from milo_latent.files import write_text
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
@@ -106,6 +107,7 @@ def convert_diffbir(
         _save(parts, release, partial, opened, dtype)
         if opened is None:
             _save_prompt_embeds(parts.text_encoder, partial, dtype)
+        write_text(partial / RELEASE_FILE, release_text(release, task))
         write_text(partial / "README.md", diffbir_card(folder.name, release, task, files, dtype=dtype))
     return folder
 

@@ -1,13 +1,22 @@
-"""Where a saved pipeline is: a folder, or a hub repository that is fetched into one."""
+"""Where a saved pipeline is: a folder, or a hub repository that is fetched into one; saved cleaners."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers import ModelMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from milo_latent.diffbir.bsrnet import BSRNet
+from milo_latent.diffbir.cleaner import Cleaner
+from milo_latent.diffbir.residual_cleaner import ResidualCleaner
+from milo_latent.diffbir.scunet import SCUNet
+from milo_latent.diffbir.swinir import SwinIR
+
+CLEANERS = {cls.__name__: cls for cls in (BSRNet, ResidualCleaner, SCUNet, SwinIR)}
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
@@ -34,3 +43,22 @@ def pipeline_folder(name: str | Path, arguments: dict[str, Any]) -> Path:
             f"Expected a pipeline folder or a hub id, got {str(name)!r}, which is no folder here and could not be "
             f"fetched ({type(error).__name__}). Pass a folder downloaded by hand."
         ) from error
+
+
+def open_cleaner(folder: str | Path, *, dtype: torch.dtype) -> ModelMixin:
+    """Open a saved cleaner, whichever it is.
+
+    Args:
+        folder: with its configuration.
+        dtype: of its weights.
+
+    Returns:
+        The cleaner.
+
+    Raises:
+        ValueError: if it is of another class.
+    """
+    name = str(Cleaner.load_config(folder).get("_class_name"))
+    if name not in CLEANERS:
+        raise ValueError(f"Expected a cleaner of the classes {sorted(CLEANERS)} in {folder}, got {name}.")
+    return CLEANERS[name].from_pretrained(folder, dtype=dtype).eval()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -84,6 +85,17 @@ class TilingMixin:
     def disable_tiling(self) -> None:
         """Process whole images again."""
         self._tiles.clear()
+
+    @contextmanager
+    def tiling(self, tile: int | None) -> Iterator[None]:
+        """Run all stages in tiles inside this block; None changes nothing."""
+        kept = dict(self._tiles)
+        if tile is not None:
+            self.enable_tiling(tile)
+        try:
+            yield
+        finally:
+            self._tiles = kept
 
     def enable_vae_tiling(self, tile: int = 512, overlap: int | None = None) -> None:
         """Encode and decode in tiles; see `enable_tiling`."""

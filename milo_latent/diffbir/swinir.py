@@ -197,9 +197,10 @@ class SwinIR(Cleaner):
         deep = _convolve(self.conv_after_body, self._body(shallow.permute(0, 2, 3, 1)))
         hidden = self.conv_before_upsample(shallow + deep.permute(0, 3, 1, 2))
         for index in range(1, self.doublings + 1):
-            larger = F.interpolate(hidden, scale_factor=2.0, mode="nearest")
-            hidden = F.leaky_relu(self.get_submodule(f"conv_up{index}")(larger), SLOPE)
-        cleaned = self.conv_last(F.leaky_relu(self.conv_hr(hidden), SLOPE)) + mean
+            hidden = F.interpolate(hidden, scale_factor=2.0, mode="nearest")  # one name: the smaller one goes
+            hidden = F.leaky_relu(self.get_submodule(f"conv_up{index}")(hidden), SLOPE, inplace=True)
+        hidden = F.leaky_relu(self.conv_hr(hidden), SLOPE, inplace=True)
+        cleaned = self.conv_last(hidden) + mean
         return cleaned[..., : self.scale * height, : self.scale * width]
 
     def _body(self, hidden: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shutil
 import time
@@ -18,8 +17,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from milo_latent.files import write_text
+from milo_latent.training.run_logs import RunLogs
 
 LOG_EVERY = 50  # steps, over which the logged loss is a mean
+LOSS_FILE = "loop.json"  # in a checkpoint
 Precision = Literal["no", "bf16", "fp16"]
 
 
@@ -39,6 +40,11 @@ class RunConfig:
         seed: start of every random draw.
         precision: of the forward pass.
         checkpoint_minutes: time between checkpoints.
+        checkpoint_steps: steps between checkpoints, in place of the time; then validation comes at the same steps too.
+        betas: of AdamW.
+        schedule: "linear" rises, holds and falls; "step" multiplies the learning rate every so often.
+        step_size: steps between the multiplications.
+        step_factor: what is multiplied by.
     """
 
     output: Path
@@ -52,6 +58,11 @@ class RunConfig:
     seed: int = 0
     precision: Precision = "bf16"
     checkpoint_minutes: float = 4.0
+    checkpoint_steps: int | None = None
+    betas: tuple[float, float] = (0.9, 0.99)
+    schedule: Literal["linear", "step"] = "linear"
+    step_size: int = 1000
+    step_factor: float = 1.0
 
 
 def add_run_options(
@@ -95,6 +106,8 @@ def learning_rate_factor(step: int, config: RunConfig) -> float:
     shorter run, as long as it had not begun to fall.
     """
     rise = min(1.0, (step + 1) / max(config.warmup, 1))
+    if config.schedule == "step":
+        return rise * config.step_factor ** (step // config.step_size)
     fall = (config.steps - step) / max(config.decay * config.steps, 1.0)
     return min(rise, fall, 1.0)
 
@@ -123,10 +136,11 @@ def fit(
     accelerator = Accelerator(mixed_precision=config.precision)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
+        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )
     prepared, optimizer = accelerator.prepare(module, optimizer)
-    start = _resume(accelerator, config)
+    logs = RunLogs(config.output, active=accelerator.is_main_process)
+    start, total = _resume(accelerator, config, logs)
     _write_config(accelerator, config)
     progress = tqdm(
         total=config.steps,
@@ -137,45 +151,54 @@ def fit(
     )
     due, began = time.monotonic() + 60 * config.checkpoint_minutes, time.monotonic()
     figures: dict[str, float] = {}
-    total = torch.zeros((), device=accelerator.device)
     for step in range(start, config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(step, config)
         batch = tuple(tensor.to(accelerator.device) for tensor in draw(step, accelerator.process_index))
         with accelerator.autocast():
             loss = prepared(*batch)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"The loss is {loss.item()} at step {step}. Resume with a lower learning rate.")
+        _check_finite(accelerator, loss.detach(), "loss", step)
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+        if config.precision != "fp16" and norm is not None:  # whose scaler skips such steps itself
+            _check_finite(accelerator, torch.as_tensor(norm), "gradient", step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         progress.update()
-        total += loss.detach()
-        if (step + 1) % LOG_EVERY == 0 and accelerator.is_main_process:
+        total += loss.detach().float()
+        if (step + 1) % LOG_EVERY == 0:
             mean = total.item() / LOG_EVERY
             total.zero_()
-            row = {"step": step + 1, "loss": round(mean, 6), "minutes": round((time.monotonic() - began) / 60, 2)}
-            _append_log(config.output / "log.csv", row)
-            progress.set_postfix(row | figures)
-        if time.monotonic() > due or step + 1 == config.steps:
+            minutes = round((time.monotonic() - began) / 60, 2)
+            logs.write("log.csv", {"step": step + 1, "loss": round(mean, 6), "minutes": minutes})
+            progress.set_postfix({"step": step + 1, "loss": mean} | figures)
+        if _is_due(config, step + 1, due):
             if validate is not None and accelerator.is_main_process:
                 figures = validate(accelerator.unwrap_model(prepared))
-                _append_log(config.output / "validation.csv", {"step": step + 1} | figures)
-            _checkpoint(accelerator, config, step + 1)
+                logs.write("validation.csv", {"step": step + 1} | figures)
+            _checkpoint(accelerator, config, step + 1, total)
             due = time.monotonic() + 60 * config.checkpoint_minutes
     progress.close()
+    logs.close()
     accelerator.wait_for_everyone()
     return accelerator.unwrap_model(prepared)
 
 
-def _append_log(path: Path, row: dict[str, float]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+def _is_due(config: RunConfig, done: int, due: float) -> bool:
+    if config.checkpoint_steps is not None:
+        return done % config.checkpoint_steps == 0 or done == config.steps
+    return time.monotonic() > due or done == config.steps
+
+
+def _check_finite(accelerator: Accelerator, value: Tensor, what: str, step: int) -> None:
+    """Stop all processes together if one of them meets NaN or infinity, before anything is changed."""
+    bad = (~torch.isfinite(value)).any().float()
+    if accelerator.num_processes > 1:
+        bad = accelerator.reduce(bad.to(accelerator.device), reduction="sum")
+    if bad.item():
+        raise FloatingPointError(
+            f"The {what} is not finite at step {step}. The last checkpoint is good. Resume with a lower learning rate."
+        )
 
 
 def _write_config(accelerator: Accelerator, config: RunConfig) -> None:
@@ -184,12 +207,13 @@ def _write_config(accelerator: Accelerator, config: RunConfig) -> None:
         write_text(config.output / "run.json", json.dumps(record, indent=2) + "\n")
 
 
-def _checkpoint(accelerator: Accelerator, config: RunConfig, step: int) -> None:
+def _checkpoint(accelerator: Accelerator, config: RunConfig, step: int, total: Tensor) -> None:
     """Save beside the last checkpoint, then take its place, so that a kill at any point leaves one whole."""
     accelerator.wait_for_everyone()
     partial = config.output / "checkpoint.partial"
     accelerator.save_state(str(partial), safe_serialization=True)
     if accelerator.is_main_process:
+        write_text(partial / LOSS_FILE, json.dumps({"loss_since_log": total.item()}))
         final = config.output / f"checkpoint-{step:08d}"
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -198,10 +222,18 @@ def _checkpoint(accelerator: Accelerator, config: RunConfig, step: int) -> None:
     accelerator.wait_for_everyone()
 
 
-def _resume(accelerator: Accelerator, config: RunConfig) -> int:
+def _resume(accelerator: Accelerator, config: RunConfig, logs: RunLogs) -> tuple[int, Tensor]:
+    """Return the first step to run and the loss summed since the last line of the log."""
     config.output.mkdir(parents=True, exist_ok=True)
     checkpoints = sorted(config.output.glob("checkpoint-*"))
+    total = torch.zeros((), device=accelerator.device)
     if not checkpoints:
-        return 0
+        logs.keep_until(0)
+        return 0, total
     accelerator.load_state(str(checkpoints[-1]))
-    return int(checkpoints[-1].name.removeprefix("checkpoint-"))
+    step = int(checkpoints[-1].name.removeprefix("checkpoint-"))
+    logs.keep_until(step)
+    record = checkpoints[-1] / LOSS_FILE
+    if record.is_file() and accelerator.is_main_process:
+        total += json.loads(record.read_text())["loss_since_log"]
+    return step, total

@@ -1,136 +1,293 @@
-"""Train MILO_L for an autoencoder's latents, first version: a few distortions, labelled by a MILO_I as the teacher."""
+"""Train MILO_L or MILO_I on a training set of `build_dataset`; the default recipe is the paper's.
+
+One process: `python -m milo_latent.training.train_metric`; several: `accelerate launch -m` in place of `python -m`.
+The same command resumes.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
+import tomllib
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from milo_latent.codec import VAE, encode_image
+from milo_latent.files import write_text
 from milo_latent.metric.network import MILO
-from milo_latent.training.dataset import ImageCrops
-from milo_latent.training.degradations import add_noise, blur, compress_jpeg, downscale_and_back
-from milo_latent.training.loop import add_run_options, fit, run_config
+from milo_latent.training.build_dataset import CONFIG_FILE
+from milo_latent.training.correlation import pearson, spearman
+from milo_latent.training.full_reference import load_vae
+from milo_latent.training.initialise import initialise
+from milo_latent.training.loop import Precision, RunConfig, fit
+from milo_latent.training.run_logs import read_log
+from milo_latent.training.shards import PairSet
 
-SCALER_SLOPE = 4.0  # of the untrained scaler's logit, per unit of raw error
-MAP_WEIGHT = 1.0  # of the error map's loss beside that of the score
-
-
-def distort(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Distort (3, H, W), in [0, 1], by one or two of noise, blur, downscaling, JPEG, brightness and contrast."""
-    kinds: list[Callable[[Tensor], Tensor]] = [
-        lambda each: add_noise(each, rng.uniform(2, 60), rng),
-        lambda each: blur(each, rng.uniform(0.4, 4.0)),
-        lambda each: downscale_and_back(each, rng.uniform(1.3, 6.0)),
-        lambda each: compress_jpeg(each, int(rng.integers(5, 90))),
-        lambda each: each + rng.uniform(-0.15, 0.15),
-        lambda each: (each - each.mean()) * rng.uniform(0.4, 1.6) + each.mean(),
-    ]
-    for index in rng.choice(len(kinds), size=rng.integers(1, 3), replace=False):
-        image = kinds[index](image).clamp(0, 1)
-    return image
+VALIDATION_BATCH = 16
 
 
-@torch.no_grad()
-def initialise(metric: MILO) -> None:
-    """Start from a scaler that rises over the errors of latents and a mask in the middle of its range.
-
-    With the layers' usual start the scaler is flat, the fastest way to larger errors is a larger mask, and within a few
-    hundred steps the mask is saturated everywhere, where no gradient reaches it any more (seen so).
-    """
-    first, middle, last = (layer for layer in metric.scaler if isinstance(layer, nn.Conv2d))
-    nn.init.ones_(first.weight)
-    middle.weight.mul_(0.1).add_(torch.eye(middle.out_channels)[:, :, None, None])
-    nn.init.constant_(last.weight, SCALER_SLOPE / last.in_channels)
-    third_of_the_range = -0.7  # before the mask's sigmoid
-    for layer, bias in ((first, 0.0), (middle, 0.0), (last, -2.0), (metric.mask_finder[-2], third_of_the_range)):
-        assert isinstance(layer.bias, Tensor)
-        nn.init.constant_(layer.bias, bias)
-
-
-class DistillationLoss(nn.Module):
-    """Squared error of MILO_L's score and error map against those of MILO_I on the same pairs.
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; the defaults are the paper's where it states them (supplement, section 1).
 
     Args:
-        metric: MILO_L, trained.
-        teacher: MILO_I, frozen.
-        vae: whose latents MILO_L learns, frozen.
+        steps: iterations in all; the paper's cost is stated for 100,000.
+        batch_size: pairs per iteration, over all processes.
+        learning_rate: **own**, the supplement gives none.
+        betas: of AdamW: its defaults.
+        weight_decay: of AdamW.
+        schedule: "step", the paper's MultiStepLR, or "linear".
+        step_size: iterations between two steps of the learning rate.
+        step_factor: of the learning rate at each step; **own**.
+        decay: of "linear": share of the run in which the learning rate falls to zero.
+        warmup: iterations in which the learning rate rises; **own**.
+        max_grad_norm: gradients are clipped to this norm; **own**.
+        map_weight: weight of the loss of the error map, where the training set has maps; 0 as in the paper.
+        mirror: flip and transpose pairs at random, which few images need; **own**, off as in the paper.
+        validate_every: iterations between validations, each with a checkpoint; the paper: 100,000.
+        precision: "no", "bf16" or "fp16".
+        seed: of the initial weights and the order of the pairs.
     """
 
-    def __init__(self, metric: MILO, *, teacher: MILO, vae: VAE) -> None:
-        super().__init__()
-        self.metric, self.teacher, self.vae = metric, teacher, vae.requires_grad_(False)
+    steps: int = 100_000
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-6
+    schedule: Literal["linear", "step"] = "step"
+    step_size: int = 1000
+    step_factor: float = 0.96
+    decay: float = 0.5
+    warmup: int = 100
+    max_grad_norm: float = 1.0
+    map_weight: float = 0.0
+    mirror: bool = False
+    validate_every: int = 1000
+    precision: Precision = "no"
+    seed: int = 0
 
-    def forward(self, ref: Tensor, dist: Tensor) -> Tensor:
-        """Return the loss for images (B, 3, H, W) in [0, 1]."""
-        with torch.no_grad():
-            teacher_map = self.teacher.error_map(dist=dist, ref=ref).float()  # (B, 1, H, W)
-            latents = encode_image(self.vae, torch.cat([ref, dist])).float()
-        ref_latents, dist_latents = latents.chunk(2)  # (B, C, h, w) each
-        target = F.interpolate(teacher_map, size=ref_latents.shape[2:], mode="area")  # (B, 1, h, w)
-        predicted = self.metric.error_map(dist=dist_latents, ref=ref_latents).float()
-        score_error = (predicted.mean(dim=(1, 2, 3)) - target.mean(dim=(1, 2, 3))).square().mean()
-        return score_error + MAP_WEIGHT * (predicted - target).square().mean()
+    def run(self, output: Path, processes: int) -> RunConfig:
+        """Return the run of the loop, for each of `processes`."""
+        if self.batch_size % processes:
+            raise ValueError(f"Expected batch_size to be a multiple of {processes} processes, got {self.batch_size}.")
+        return RunConfig(
+            output=output,
+            steps=self.steps,
+            batch_size=self.batch_size // processes,
+            learning_rate=self.learning_rate,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            schedule=self.schedule,
+            step_size=self.step_size,
+            step_factor=self.step_factor,
+            decay=self.decay,
+            warmup=self.warmup,
+            max_grad_norm=self.max_grad_norm,
+            checkpoint_steps=self.validate_every,
+            precision=self.precision,
+            seed=self.seed,
+        )
+
+
+def read_recipe(path: str | Path | None) -> Recipe:
+    """Read a recipe from TOML; what it leaves out is the paper's, None is all of the paper's.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for names that are none of `Recipe`'s, or no TOML.
+    """
+    if path is None:
+        return Recipe()
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a recipe, got {path}, which does not exist.")
+    try:
+        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"Expected TOML in {path}: {error}") from error
+    known = {field.name for field in fields(Recipe)}
+    if set(content) - known:
+        raise ValueError(f"Expected only {sorted(known)} in {path}, got {sorted(set(content) - known)}.")
+    if "betas" in content:
+        content["betas"] = tuple(content["betas"])
+    return Recipe(**content)
+
+
+class OpinionLoss(nn.Module):
+    """Squared error of the quality score against the label, and of the error map where there is one to compare with.
+
+    Args:
+        metric: trained.
+        map_weight: of the map's loss.
+
+    Source: supplement, section 1: the L2 loss of predicted and (pseudo-)MOS.
+    """
+
+    def __init__(self, metric: MILO, *, map_weight: float = 0.0) -> None:
+        super().__init__()
+        self.metric, self.map_weight = metric, map_weight
+
+    def forward(self, ref: Tensor, dist: Tensor, mos: Tensor, target_map: Tensor | None = None) -> Tensor:
+        """Return the loss.
+
+        Args:
+            ref: (B, C, H, W).
+            dist: (B, C, H, W).
+            mos: labels, (B,), 0 = identical.
+            target_map: where the damage is, (B, 1, H, W); how much is for `mos` to say.
+        """
+        predicted = self.metric.error_map(ref=ref, dist=dist).float()
+        loss = (predicted.mean(dim=(1, 2, 3)) - mos).square().mean()
+        if target_map is not None and self.map_weight:
+            loss = loss + self.map_weight * (predicted - scale_map(target_map, mos)).square().mean()
+        return loss
+
+
+def scale_map(target_map: Tensor, mos: Tensor) -> Tensor:
+    """Scale maps, (B, 1, H, W), so that their means are the labels, (B,), by a factor of at most 5; all under 1."""
+    factor = (mos / target_map.mean(dim=(1, 2, 3)).clamp_min(1e-4)).clamp_max(5.0)
+    return (target_map * factor.view(-1, 1, 1, 1)).clamp_max(0.95)
 
 
 @torch.no_grad()
-def agreement(metric: MILO, teacher: MILO, vae: VAE, folder: Path, *, crop_size: int, batches: int = 12) -> float:
-    """Return the Spearman correlation of MILO_L's and the teacher's quality scores over distorted crops of `folder`."""
-    crops = ImageCrops([folder], crop_size=crop_size, seed=10_000)
-    pairs = []
-    for step in range(batches):
-        rng = crops.generator(step)
-        ref = crops.batch(rng, 16)
-        dist = torch.stack([distort(image, rng) for image in ref])
-        student_map = metric.error_map(dist=encode_image(vae, dist).float(), ref=encode_image(vae, ref).float())
-        scores = (student_map.mean(dim=(1, 2, 3)), teacher.error_map(dist=dist, ref=ref).mean(dim=(1, 2, 3)))
-        pairs.append(torch.stack(scores))
-    ranks = torch.cat(pairs, dim=1).argsort(dim=1).argsort(dim=1).float()
-    return torch.corrcoef(ranks)[0, 1].item()
+def validation_figures(metric: MILO, pairs: PairSet) -> dict[str, float]:
+    """Return SRCC and PLCC of the quality scores with the labels of all pairs."""
+    device = next(metric.parameters()).device
+    scores = []
+    for indices in torch.arange(len(pairs)).split(VALIDATION_BATCH):
+        ref, dist, _ = pairs.pairs(indices)
+        scores.append(metric.error_map(ref=ref.to(device), dist=dist.to(device)).mean(dim=(1, 2, 3)).cpu())
+    predicted = torch.cat(scores)
+    return {"srcc": round(spearman(predicted, pairs.mos), 6), "plcc": round(pearson(predicted, pairs.mos), 6)}
+
+
+def keep_best(metric: MILO, output: Path, figures: dict[str, float]) -> None:
+    """Keep `metric` in `output/best` if no validation before had a higher SRCC."""
+    before = [row["srcc"] for row in read_log(output / "validation.csv")]
+    if before and max(before) >= figures["srcc"]:
+        return
+    partial, best = output / "best.partial", output / "best"
+    shutil.rmtree(partial, ignore_errors=True)
+    metric.save_pretrained(partial)
+    write_text(partial / "validation.json", json.dumps(figures) + "\n")
+    shutil.rmtree(best, ignore_errors=True)
+    partial.rename(best)
+
+
+def new_metric(dataset: Path, *, space: str, latent_space: str | None) -> MILO:
+    """Return an untrained metric for the pairs of `dataset`, which knows its autoencoder."""
+    if space == "images":
+        metric = MILO(channels=3)
+    else:
+        vae_name = json.loads((dataset / CONFIG_FILE).read_text(encoding="utf-8"))["vae"]
+        vae = load_vae(vae_name)
+        metric = MILO(
+            channels=vae.config.latent_channels,
+            latent_space=latent_space or Path(vae_name).name,
+            scaling_factor=vae.config.scaling_factor,
+        )
+    initialise(metric)
+    return metric.to(memory_format=torch.channels_last)
+
+
+def mirrored(batch: Tensor, choice: int) -> Tensor:
+    """Return one of the eight orientations of squares, (B, C, n, n)."""
+    for bit, axis in ((1, 2), (2, 3)):
+        batch = batch.flip(axis) if choice & bit else batch
+    return batch.transpose(2, 3) if choice & 4 else batch
+
+
+def draw_from(
+    pairs: PairSet, *, batch_size: int, seed: int, processes: int, maps: bool, mirror: bool = False
+) -> Callable[[int, int], tuple[Tensor, ...]]:
+    """Return the function from (step, process) to a batch for `OpinionLoss`."""
+
+    def draw(step: int, process_index: int) -> tuple[Tensor, ...]:
+        indices = pairs.draw(batch_size, seed=seed, step=step, process_index=process_index, processes=processes)
+        ref, dist, mos = pairs.pairs(indices)
+        spatial = [ref, dist, pairs.maps[indices]] if maps and pairs.maps is not None else [ref, dist]
+        if mirror:
+            choice = int(np.random.default_rng((seed, step, process_index)).integers(8))
+            spatial = [mirrored(each, choice) for each in spatial]
+        return (*spatial[:2], mos, *spatial[2:])
+
+    return draw
+
+
+def train(
+    dataset: Path,
+    validation: Path,
+    output: Path,
+    recipe: Recipe,
+    *,
+    space: str,
+    latent_space: str | None,
+    start: str | None,
+) -> MILO:
+    """Train, or go on training.
+
+    Args:
+        dataset: training set of `build_dataset`.
+        validation: another one, of other images.
+        output: folder of checkpoints, logs, `best` and `metric`.
+        recipe: how.
+        space: "latents" (MILO_L) or "images" (MILO_I).
+        latent_space: name of the autoencoder, kept in the configuration.
+        start: weights to start from; None starts from random ones.
+
+    Returns:
+        The metric after the last step.
+    """
+    from accelerate import PartialState
+
+    processes = PartialState().num_processes
+    config = recipe.run(output, processes)
+    torch.manual_seed(recipe.seed)
+    metric = MILO.from_pretrained(start) if start else new_metric(dataset, space=space, latent_space=latent_space)
+    metric.requires_grad_(True)
+    pairs, unseen = PairSet(dataset, space=space), PairSet(validation, space=space)
+    draw = draw_from(
+        pairs,
+        batch_size=config.batch_size,
+        seed=recipe.seed,
+        processes=processes,
+        maps=recipe.map_weight > 0,
+        mirror=recipe.mirror,
+    )
+
+    def validate(_: nn.Module) -> dict[str, float]:
+        figures = validation_figures(metric, unseen)
+        keep_best(metric, output, figures)
+        return figures
+
+    fit(OpinionLoss(metric, map_weight=recipe.map_weight), draw, config, validate=validate)
+    if PartialState().is_main_process:
+        metric.save_pretrained(output / "metric")
+        write_text(output / "recipe.json", json.dumps(asdict(recipe), indent=2) + "\n")
+    return metric
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train and save the metric."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_run_options(parser, steps=6_000, crop_size=128, learning_rate=5e-4)
-    parser.add_argument("--validation", type=Path, required=True, help="folder of clean validation images")
-    parser.add_argument("--vae", type=Path, required=True, help="folder of the autoencoder")
-    parser.add_argument("--teacher", required=True, help="MILO_I weights, such as the official MILO.pth")
-    parser.add_argument("--latent-space", required=True, help="name of the autoencoder, kept in the configuration")
-    options = parser.parse_args(arguments)
-    torch.manual_seed(options.seed)
-    vae = AutoencoderTiny.from_pretrained(options.vae).eval()
-    metric = MILO(
-        channels=vae.config.latent_channels,
-        latent_space=options.latent_space,
-        scaling_factor=vae.config.scaling_factor,
-    )
-    initialise(metric)
-    teacher = MILO.from_pretrained(options.teacher)
-    for network in (vae, teacher):
-        network.to(memory_format=torch.channels_last)
-    loss = DistillationLoss(metric, teacher=teacher, vae=vae)
-    crops = ImageCrops(options.images, crop_size=options.crop_size, seed=options.seed)
-
-    def draw(step: int, process_index: int) -> tuple[Tensor, Tensor]:
-        rng = crops.generator(step, process_index)
-        ref = crops.batch(rng, options.batch_size)
-        return ref, torch.stack([distort(image, rng) for image in ref])
-
-    config = run_config(options, weight_decay=1e-6)
-
-    def validate(trained: nn.Module) -> dict[str, float]:
-        return {"srcc": agreement(metric, teacher, vae, options.validation, crop_size=options.crop_size)}
-
-    fit(loss, draw, config, validate=validate)
-    metric.save_pretrained(options.output / "metric")
-    print(f"SRCC with the teacher on {options.validation}: {validate(loss)['srcc']:.4f}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", type=Path, required=True, help="training set of build_dataset")
+    parser.add_argument("--validation", type=Path, required=True, help="training set of other images, to validate on")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--space", choices=("latents", "images"), default="latents")
+    parser.add_argument("--latent-space", help="name of the autoencoder, kept in the configuration")
+    parser.add_argument("--recipe", type=Path, help="TOML with fields of Recipe; default: the paper's")
+    parser.add_argument("--start", help="weights to start from; default: random ones")
+    options = vars(parser.parse_args(arguments))
+    recipe = read_recipe(options.pop("recipe"))
+    train(**options, recipe=recipe)
+    figures = read_log(options["output"] / "validation.csv")
+    print(f"Best SRCC {max(row['srcc'] for row in figures):.4f}, last {figures[-1]['srcc']:.4f}; see best/ and metric/")
 
 
 if __name__ == "__main__":

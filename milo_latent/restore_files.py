@@ -1,0 +1,97 @@
+"""Files and folders of photos to restored ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from torch.nn.functional import interpolate
+from tqdm.auto import tqdm
+
+from milo_latent.files import ALPHA_SUFFIXES, IMAGE_SUFFIXES, list_files, read_alpha, read_image, write_image
+
+Restore = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """What became of a folder of photos.
+
+    Args:
+        restored: how many were restored now.
+        skipped: how many had a result already.
+        failed: a line for each photo that could not be restored, with the reason.
+    """
+
+    restored: int
+    skipped: int
+    failed: tuple[str, ...]
+
+
+def check_image_output(output: Path) -> None:
+    """Raise unless an image can be written to `output`, before anything is computed.
+
+    Raises:
+        FileNotFoundError: if its folder does not exist.
+        ValueError: if its suffix is not that of an image.
+    """
+    if output.suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"Expected an image suffix, one of {sorted(IMAGE_SUFFIXES)}, got {output.name!r}.")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"Expected a folder to write into, got {output.parent}, which does not exist.")
+
+
+def restore_file(photo: Path, output: Path, restore: Restore) -> tuple[str, str]:
+    """Restore a photo; a transparent one stays so, its opacity resized.
+
+    Args:
+        photo: any size.
+        output: image.
+        restore: from an image, (1, 3, H, W), in [0, 1], to the restored one.
+
+    Returns:
+        Sizes before and after, WIDTHxHEIGHT.
+
+    Raises:
+        FileNotFoundError: if there is no such photo, or no folder for `output`.
+        ValueError: if the photo is damaged, or the suffix of `output` not that of an image.
+    """
+    image, alpha = read_image(photo), read_alpha(photo)
+    check_image_output(output)
+    restored = restore(image)
+    if output.suffix.lower() not in ALPHA_SUFFIXES:
+        alpha = None
+    if alpha is not None:
+        alpha = interpolate(alpha, size=restored.shape[2:], mode="bilinear", align_corners=False)
+    write_image(output, restored, alpha=alpha)
+    before, after = ("{1}x{0}".format(*each.shape[2:]) for each in (image, restored))
+    return before, after
+
+
+def restore_folder(photos: Path, output: Path, restore: Restore) -> FolderReport:
+    """Restore every photo of a folder as it would be restored alone; those with a result already are skipped.
+
+    Args:
+        photos: folder of images of any sizes.
+        output: folder, made where it is missing; results are PNG files of the photos' names.
+        restore: as of `restore_file`.
+
+    Returns:
+        How many were restored and skipped, and which failed: one damaged photo does not stop the others.
+
+    Raises:
+        FileNotFoundError: if there is no image in the folder.
+        ValueError: if two photos differ in their suffix only.
+    """
+    paths = list_files(photos, IMAGE_SUFFIXES)
+    output.mkdir(parents=True, exist_ok=True)
+    left = [path for path in paths if not (output / f"{path.stem}.png").exists()]
+    failed = []
+    for path in tqdm(left, unit="photo", disable=len(left) < 2):
+        try:
+            restore_file(path, output / f"{path.stem}.png", restore)
+        except (ValueError, FileNotFoundError, MemoryError) as error:  # a full disk stops the run
+            failed.append(f"{path.name}: {' '.join(str(error).split())}")
+    return FolderReport(len(left) - len(failed), len(paths) - len(left), tuple(failed))

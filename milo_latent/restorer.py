@@ -1,0 +1,112 @@
+"""A pipeline, the metric that guides it, and what is known of both: opened by one call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin
+
+from milo_latent.diffbir.loading import open_cleaner
+from milo_latent.diffbir.release import Release, read_release
+from milo_latent.diffbir.schedulers import official_scheduler
+from milo_latent.metric.network import MILO
+from milo_latent.pipelines.diffbir import DiffBIRPipeline
+from milo_latent.resources import available_weights, weights_dir
+
+BACKGROUND_FOLDER = "background_cleaner"
+
+
+@dataclass(frozen=True)
+class Restorer:
+    """A pipeline and the metric that guides it.
+
+    Args:
+        pipeline: on its device.
+        metric: MILO_L for the pipeline's latents; None if there is none, and so no guidance.
+        release: which official DiffBIR the pipeline is; None for other models.
+        background_cleaner: stage 1 of what is around faces, where it is another than that of the faces.
+    """
+
+    pipeline: DiffBIRPipeline
+    metric: MILO | None
+    release: Release | None = None
+    background_cleaner: ModelMixin | None = None
+
+    def for_background(self) -> Restorer:
+        """Return the same with the cleaner for what is around faces; the networks are shared."""
+        if self.background_cleaner is None:
+            return self
+        pipeline = DiffBIRPipeline(**{**self.pipeline.components, "cleaner": self.background_cleaner})
+        pipeline.set_progress_bar_config(**getattr(self.pipeline, "_progress_bar_config", {}))
+        return replace(self, pipeline=pipeline, background_cleaner=None)
+
+
+def best_device() -> str:
+    """Return "cuda", "mps" or "cpu", the first that is there."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def load_restorer(
+    model: str | Path = "nano",
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    metric: str | Path | None = None,
+) -> Restorer:
+    """Open a pipeline with its metric.
+
+    Args:
+        model: the name of a shipped set, a pipeline folder (`milo-latent convert` makes one), or a hub id; its `metric`
+            folder is the metric. An official DiffBIR samples as its own README recommends.
+        device: "cpu", "cuda", "mps"; None takes the best there is.
+        dtype: of the networks; None means float32, whatever the files hold.
+        metric: MILO_L instead of the model's own: what `MILO.from_pretrained` takes.
+
+    Returns:
+        Pipeline and metric.
+
+    Raises:
+        FileNotFoundError: if there is no such model.
+        ValueError: if there is no such device.
+    """
+    folder = weights_dir(str(model)) if str(model) in available_weights() else Path(model)
+    if not folder.is_dir() and (folder.is_absolute() or str(model).count("/") != 1):
+        raise FileNotFoundError(
+            f"Expected a model, got {str(model)!r}: neither a shipped set ({', '.join(available_weights())}), "
+            "nor a folder, nor a hub id such as owner/name."
+        )
+    source = folder if folder.is_dir() else str(model)
+    pipeline = DiffBIRPipeline.from_pretrained(source, dtype=dtype or torch.float32)
+    folder, target = Path(pipeline.name_or_path), _check_device(device or best_device())
+    release = read_release(folder)
+    if release is not None:
+        pipeline.scheduler = official_scheduler(
+            release.sampling.sampler,
+            prediction_type=release.version.prediction_type,
+            rescale_betas_zero_snr=release.version.zero_snr,
+        )
+    background = None
+    if (folder / BACKGROUND_FOLDER).is_dir():
+        background = open_cleaner(folder / BACKGROUND_FOLDER, dtype=dtype or torch.float32).to(target)
+    return Restorer(pipeline.to(target), _open_metric(metric, folder), release, background)
+
+
+def _open_metric(chosen: str | Path | None, folder: Path) -> MILO | None:
+    if chosen is not None:
+        return MILO.from_pretrained(chosen)
+    return MILO.from_pretrained(folder / "metric") if (folder / "metric").is_dir() else None
+
+
+def _check_device(name: str) -> str:
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first_line = str(error).splitlines()[0]
+        raise ValueError(
+            f"Expected a device that is there, such as {best_device()!r}, got {name!r}: {first_line}"
+        ) from error
+    return name

@@ -1,0 +1,151 @@
+"""Synthetic latents for distillation where the real autoencoder is not at hand: they cover its statistics and more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+OVERLAPS = (1.0, 1.5, 2.0, 3.0)  # pixels that a random encoder sees around each latent cell, in cells
+FEATURES = 8  # of a random encoder before its last mix, half of them rectified
+SPREAD = (0.4, 1.3)  # standard deviation of a channel: scaled latents of Stable Diffusion have about 0.8 in all
+MEAN = 0.6  # highest mean of a channel
+
+
+def uniform(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
+    """Draw uniformly from [low, high)."""
+    return low + (high - low) * torch.rand(shape, generator=generator)
+
+
+def log_uniform(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
+    """Draw from [low, high) so that every factor is as likely at any size."""
+    return uniform(generator, math.log(low), math.log(high), *shape).exp()
+
+
+def coloured_noise(generator: torch.Generator, shape: Sequence[int], exponent: Tensor) -> Tensor:
+    """Draw noise fields whose amplitude falls with frequency f as f^-exponent; mean 0, spread 1 per field.
+
+    Args:
+        generator: of every draw.
+        shape: (B, C, h, w).
+        exponent: (B,); 0 is white, 1 that of photos.
+
+    Returns:
+        Fields, (B, C, h, w).
+    """
+    height, width = shape[2:]
+    rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
+    radius = (rows.square() + columns.square()).sqrt().clamp_min(0.5 / max(height, width))
+    spectrum = torch.fft.rfft2(torch.randn(shape, generator=generator))
+    fields = torch.fft.irfft2(spectrum * radius ** -exponent.view(-1, 1, 1, 1), s=(height, width))
+    return standardise(fields)
+
+
+def standardise(fields: Tensor) -> Tensor:
+    """Give each channel of each field, (B, C, h, w), mean 0 and spread 1; a constant one stays constant."""
+    centred = fields - fields.mean(dim=(2, 3), keepdim=True)
+    return centred / centred.std(dim=(2, 3), keepdim=True).clamp_min(1e-3)
+
+
+def mix_channels(generator: torch.Generator, fields: Tensor, channels: int = 4) -> Tensor:
+    """Mix channels by a random matrix per item, (B, C, h, w) to (B, channels, h, w), so that they correlate anyhow."""
+    matrix = torch.randn(fields.shape[0], channels, fields.shape[1], generator=generator)
+    return torch.einsum("bij,bjhw->bihw", matrix, fields)
+
+
+def piecewise_constant(generator: torch.Generator, shape: tuple[int, int, int, int], cells: int = 6) -> Tensor:
+    """Draw fields of flat regions with sharp borders (nearest of a few random points), (B, C, h, w)."""
+    batch, channels, height, width = shape
+    points = torch.rand(batch, cells, 2, generator=generator)
+    values = torch.randn(batch, cells, channels, generator=generator)
+    rows, columns = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
+    grid = torch.stack([rows, columns], dim=-1).view(1, -1, 2)
+    nearest = torch.cdist(grid.expand(batch, -1, -1), points).argmin(dim=2)  # (B, h * w)
+    chosen = values.gather(1, nearest[..., None].expand(-1, -1, channels))
+    return chosen.transpose(1, 2).reshape(shape)
+
+
+def encoder_kernels(generator: torch.Generator, batch: int, *, stride: int) -> Tensor:
+    """Draw random encoders: smooth colour averages first, texture features with falling weight.
+
+    Args:
+        generator: of every draw.
+        batch: how many encoders.
+        stride: pixels per latent cell; the kernels see 1 to 3 cells.
+
+    Returns:
+        Kernels, (batch * FEATURES, 3, n, n).
+    """
+    size = int(stride * OVERLAPS[int(torch.randint(len(OVERLAPS), (), generator=generator))])
+    grid = (torch.arange(size) + 0.5) / size
+    orders = torch.arange(4)
+    cosines = torch.cos(math.pi * orders[:, None] * grid[None])  # (4, n)
+    falloff = 1.0 / (1.0 + orders[:, None] + orders[None, :]) ** uniform(generator, 0.0, 2.0, batch, 1, 1, 1, 1)
+    weights = torch.randn(batch, FEATURES, 3, 4, 4, generator=generator) * falloff
+    window = torch.hann_window(size + 2, periodic=False)[1:-1].sqrt()
+    kernels = torch.einsum("bfcuv,ux,vy->bfcxy", weights, cosines * window, cosines * window)
+    return kernels.reshape(batch * FEATURES, 3, size, size)
+
+
+def encode_randomly(images: Tensor, kernels: Tensor, *, stride: int) -> Tensor:
+    """Encode each image by its own random encoder, half of whose features are rectified, as networks do.
+
+    Args:
+        images: (B, 3, H, W), in [0, 1].
+        kernels: from `encoder_kernels`.
+        stride: pixels per latent cell.
+
+    Returns:
+        Features, (B, FEATURES, H / stride, W / stride).
+    """
+    batch = images.shape[0]
+    excess = kernels.shape[2] - stride
+    margin = excess // 2
+    padded = F.pad(images - 0.5, (margin, excess - margin) * 2, mode="replicate")
+    features = F.conv2d(padded.reshape(1, -1, *padded.shape[2:]), kernels, stride=stride, groups=batch)
+    features = features.view(batch, FEATURES, *features.shape[2:])
+    smooth, rectified = features.chunk(2, dim=1)
+    return torch.cat([smooth, rectified.abs() - rectified.abs().mean(dim=(2, 3), keepdim=True)], dim=1)
+
+
+def bend(fields: Tensor, power: Tensor) -> Tensor:
+    """Raise magnitudes, in units of each channel's spread, to `power`, (B, 1, 1, 1): heavier or lighter tails."""
+    scale = fields.std(dim=(2, 3), keepdim=True).clamp_min(1e-3)
+    return fields.sign() * (fields.abs() / scale) ** power * scale
+
+
+def local_contrast(fields: Tensor) -> Tensor:
+    """Return how much each cell differs from its 3x3 neighbours' mean, smoothed, (B, 1, h, w), mean 1."""
+    contrast = (fields - F.avg_pool2d(fields, 3, stride=1, padding=1)).abs().mean(dim=1, keepdim=True)
+    contrast = F.avg_pool2d(contrast, 3, stride=1, padding=1)
+    return contrast / contrast.mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
+
+
+class LatentStatistics:
+    """Maps fields to the spread and mean of latents, the same way for reference and distorted ones.
+
+    Args:
+        generator: of every draw.
+        fields: reference fields, (B, C, h, w), which set the scale.
+        channels: of the latents.
+    """
+
+    def __init__(self, generator: torch.Generator, fields: Tensor, *, channels: int = 4) -> None:
+        batch = fields.shape[0]
+        self.matrix = torch.randn(batch, channels, fields.shape[1], generator=generator)
+        mixed = self._mix(fields)
+        self.centre = mixed.mean(dim=(2, 3), keepdim=True)
+        overall = log_uniform(generator, *SPREAD, batch, 1, 1, 1)
+        each = log_uniform(generator, 0.7, 1.4, batch, channels, 1, 1)
+        self.gain = overall * each / mixed.std(dim=(2, 3), keepdim=True).clamp_min(1e-3)
+        self.mean = MEAN * torch.randn(batch, channels, 1, 1, generator=generator).clamp(-1.5, 1.5)
+
+    def _mix(self, fields: Tensor) -> Tensor:
+        return torch.einsum("bij,bjhw->bihw", self.matrix, fields)
+
+    def __call__(self, fields: Tensor) -> Tensor:
+        """Return latents, (B, channels, h, w)."""
+        return (self._mix(fields) - self.centre) * self.gain + self.mean

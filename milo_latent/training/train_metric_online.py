@@ -1,0 +1,120 @@
+"""Train MILO_L without a training set on disk: pairs drawn, labelled by a MILO_I and encoded on the fly."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from milo_latent.codec import VAE, encode_image
+from milo_latent.metric.network import MILO
+from milo_latent.training.dataset import ImageCrops
+from milo_latent.training.degradations import add_noise, blur, compress_jpeg, downscale_and_back
+from milo_latent.training.initialise import initialise
+from milo_latent.training.loop import add_run_options, fit, run_config
+
+MAP_WEIGHT = 1.0  # of the error map's loss beside that of the score
+
+
+def distort(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Distort (3, H, W), in [0, 1], by one or two of noise, blur, downscaling, JPEG, brightness and contrast."""
+    kinds: list[Callable[[Tensor], Tensor]] = [
+        lambda each: add_noise(each, rng.uniform(2, 60), rng),
+        lambda each: blur(each, rng.uniform(0.4, 4.0)),
+        lambda each: downscale_and_back(each, rng.uniform(1.3, 6.0)),
+        lambda each: compress_jpeg(each, int(rng.integers(5, 90))),
+        lambda each: each + rng.uniform(-0.15, 0.15),
+        lambda each: (each - each.mean()) * rng.uniform(0.4, 1.6) + each.mean(),
+    ]
+    for index in rng.choice(len(kinds), size=rng.integers(1, 3), replace=False):
+        image = kinds[index](image).clamp(0, 1)
+    return image
+
+
+class DistillationLoss(nn.Module):
+    """Squared error of MILO_L's score and error map against those of MILO_I on the same pairs.
+
+    Args:
+        metric: MILO_L, trained.
+        teacher: MILO_I, frozen.
+        vae: whose latents MILO_L learns, frozen.
+    """
+
+    def __init__(self, metric: MILO, *, teacher: MILO, vae: VAE) -> None:
+        super().__init__()
+        self.metric, self.teacher, self.vae = metric, teacher, vae.requires_grad_(False)
+
+    def forward(self, ref: Tensor, dist: Tensor) -> Tensor:
+        """Return the loss for images (B, 3, H, W) in [0, 1]."""
+        with torch.no_grad():
+            teacher_map = self.teacher.error_map(dist=dist, ref=ref).float()  # (B, 1, H, W)
+            latents = encode_image(self.vae, torch.cat([ref, dist])).float()
+        ref_latents, dist_latents = latents.chunk(2)  # (B, C, h, w) each
+        target = F.interpolate(teacher_map, size=ref_latents.shape[2:], mode="area")  # (B, 1, h, w)
+        predicted = self.metric.error_map(dist=dist_latents, ref=ref_latents).float()
+        score_error = (predicted.mean(dim=(1, 2, 3)) - target.mean(dim=(1, 2, 3))).square().mean()
+        return score_error + MAP_WEIGHT * (predicted - target).square().mean()
+
+
+@torch.no_grad()
+def agreement(metric: MILO, teacher: MILO, vae: VAE, folder: Path, *, crop_size: int, batches: int = 12) -> float:
+    """Return the Spearman correlation of MILO_L's and the teacher's quality scores over distorted crops of `folder`."""
+    crops = ImageCrops([folder], crop_size=crop_size, seed=10_000)
+    pairs = []
+    for step in range(batches):
+        rng = crops.generator(step)
+        ref = crops.batch(rng, 16)
+        dist = torch.stack([distort(image, rng) for image in ref])
+        student_map = metric.error_map(dist=encode_image(vae, dist).float(), ref=encode_image(vae, ref).float())
+        scores = (student_map.mean(dim=(1, 2, 3)), teacher.error_map(dist=dist, ref=ref).mean(dim=(1, 2, 3)))
+        pairs.append(torch.stack(scores))
+    ranks = torch.cat(pairs, dim=1).argsort(dim=1).argsort(dim=1).float()
+    return torch.corrcoef(ranks)[0, 1].item()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train and save the metric."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_run_options(parser, steps=6_000, crop_size=128, learning_rate=5e-4)
+    parser.add_argument("--validation", type=Path, required=True, help="folder of clean validation images")
+    parser.add_argument("--vae", type=Path, required=True, help="folder of the autoencoder")
+    parser.add_argument("--teacher", required=True, help="MILO_I weights, such as the official MILO.pth")
+    parser.add_argument("--latent-space", required=True, help="name of the autoencoder, kept in the configuration")
+    options = parser.parse_args(arguments)
+    torch.manual_seed(options.seed)
+    vae = AutoencoderTiny.from_pretrained(options.vae).eval()
+    metric = MILO(
+        channels=vae.config.latent_channels,
+        latent_space=options.latent_space,
+        scaling_factor=vae.config.scaling_factor,
+    )
+    initialise(metric)
+    teacher = MILO.from_pretrained(options.teacher)
+    for network in (vae, teacher):
+        network.to(memory_format=torch.channels_last)
+    loss = DistillationLoss(metric, teacher=teacher, vae=vae)
+    crops = ImageCrops(options.images, crop_size=options.crop_size, seed=options.seed)
+
+    def draw(step: int, process_index: int) -> tuple[Tensor, Tensor]:
+        rng = crops.generator(step, process_index)
+        ref = crops.batch(rng, options.batch_size)
+        return ref, torch.stack([distort(image, rng) for image in ref])
+
+    config = run_config(options, weight_decay=1e-6)
+
+    def validate(trained: nn.Module) -> dict[str, float]:
+        return {"srcc": agreement(metric, teacher, vae, options.validation, crop_size=options.crop_size)}
+
+    fit(loss, draw, config, validate=validate)
+    metric.save_pretrained(options.output / "metric")
+    print(f"SRCC with the teacher on {options.validation}: {validate(loss)['srcc']:.4f}")
+
+
+if __name__ == "__main__":
+    main()

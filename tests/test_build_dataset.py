@@ -1,0 +1,213 @@
+"""Building a training set: labels, latents, shards; the same by any number of workers, after a kill, or at once."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from milo_latent.testing import tiny_metric, tiny_pipeline
+from milo_latent.training import build_dataset, pseudo_mos
+from milo_latent.training.build_dataset import DatasetConfig, build, draw_conditions, estimated_bytes, square
+from milo_latent.training.conditions import CONDITIONS
+from milo_latent.training.distortions import distort
+from milo_latent.training.full_reference import FullReference, by_name, psnr
+from milo_latent.training.logistic import Logistic
+from milo_latent.training.pseudo_mos import Calibration, Ensemble, calibrate, member_agreement, read_calibrations
+from milo_latent.training.shards import PairSet, read_shard
+
+MEMBERS = ["psnr", "mae"]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A folder of images, one of them damaged; a VAE; a MILO_I; calibrations."""
+    folder = tmp_path_factory.mktemp("material")
+    (folder / "images").mkdir()
+    for index in range(5):
+        rows, columns = np.mgrid[0:80, 0:100]
+        array = np.stack([rows * 3, columns * 2, (rows // 8 + columns // 8 + index) % 2 * 200], axis=2)
+        Image.fromarray(array.astype(np.uint8)).save(folder / "images" / f"{index}.png")
+    (folder / "images" / "2.png").write_bytes(b"not an image")
+    tiny_pipeline().vae.save_pretrained(folder / "vae")
+    tiny_metric(channels=3).save_pretrained(folder / "teacher")
+    curves = {"psnr": Calibration(Logistic(5, 1, -25, -5), -60.0), "mae": Calibration(Logistic(5, 1, 0.1, -0.03), 0.0)}
+    pseudo_mos.write_calibrations(folder / "calibrations.json", curves)
+    return folder
+
+
+def arguments(material, output, *more):
+    return [
+        *("--images", str(material / "images"), "--output", str(output), "--members", *MEMBERS),
+        *("--calibrations", str(material / "calibrations.json"), "--vae", str(material / "vae"), "--side", "64"),
+        *("--map-teacher", str(material / "teacher"), "--per-image", "4", "--images-per-shard", "2", *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def built(material, tmp_path_factory):
+    output = tmp_path_factory.mktemp("built") / "set"
+    build_dataset.main(arguments(material, output, "--keep-images"))
+    return output
+
+
+def digests(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("shard-*"))}
+
+
+def test_a_set_holds_pairs_labels_latents_and_maps(built):
+    summary = json.loads((built / "dataset.json").read_text())
+    assert summary["images"] == 4
+    assert summary["pairs"] == 16
+    assert len(summary["skipped"]) == 1
+    assert summary["skipped"][0].startswith("2.png")
+    pairs, images = PairSet(built, space="latents"), PairSet(built, space="images")
+    ref, dist, mos = pairs.pairs(torch.arange(16))
+    assert ref.shape == dist.shape == (16, 4, 8, 8)
+    assert pairs.maps.shape == (16, 1, 8, 8)
+    assert mos.min() >= 0
+    clean, damaged, _ = images.pairs(torch.arange(16))
+    assert clean.shape == damaged.shape == (16, 3, 64, 64)
+    assert clean.max() <= 1
+    assert (clean[0] == clean[3]).all()
+    assert not (clean[3] == clean[4]).all()  # the next image begins
+
+
+def test_labels_are_those_of_the_ensemble_for_the_distortion_named(material, built):
+    images = PairSet(built, space="images")
+    ensemble = Ensemble([by_name(name) for name in MEMBERS], read_calibrations(material / "calibrations.json"))
+    ref, dist, mos = images.pairs(torch.tensor([1]))
+    condition = CONDITIONS[int(images.condition[1])]
+    assert torch.allclose(distort(ref, *condition, image_id="0"), dist, atol=1e-6)
+    assert ensemble(ref=ref, dist=dist).item() == pytest.approx(mos.item(), abs=1e-5)
+
+
+def test_workers_change_nothing(material, built, tmp_path):
+    build_dataset.main(arguments(material, tmp_path / "set", "--keep-images", "--workers", "2"))
+    assert digests(tmp_path / "set") == digests(built)
+
+
+def test_a_killed_build_resumes_and_ends_identical(material, built, tmp_path):
+    command = [sys.executable, "-m", "milo_latent.training.build_dataset"]
+    output = tmp_path / "set"
+    process = subprocess.Popen(
+        [*command, *arguments(material, output, "--keep-images")], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list(output.glob("shard-*")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    complete = digests(output)
+    assert complete.items() <= digests(built).items()
+    assert complete
+    build_dataset.main(arguments(material, output, "--keep-images"))
+    assert digests(output) == digests(built)
+
+
+def test_another_configuration_and_a_full_disk_are_refused(material, built, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="another configuration"):
+        build_dataset.main(arguments(material, built))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(OSError, match="GB free"):
+        build_dataset.main(arguments(material, tmp_path / "set"))
+    assert not list((tmp_path / "set").glob("shard-*"))
+
+
+def test_a_disk_that_fills_up_leaves_whole_shards_only(material, tmp_path, monkeypatch):
+    write, calls = build_dataset.write_atomically, []
+
+    def full(path, fill):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        write(path, fill)
+
+    monkeypatch.setattr(build_dataset, "write_atomically", full)
+    with pytest.raises(OSError, match="No space left"):
+        build_dataset.main(arguments(material, tmp_path / "set"))
+    monkeypatch.undo()
+    assert list(digests(tmp_path / "set")) == ["shard-00000.safetensors"]
+    build_dataset.main(arguments(material, tmp_path / "set"))
+    assert len(digests(tmp_path / "set")) == 3
+
+
+def test_only_unreadable_images_are_an_error(tmp_path, material):
+    (tmp_path / "a.png").write_bytes(b"")
+    config = DatasetConfig(images=("a.png",), members=("psnr",), calibrations=str(material / "calibrations.json"))
+    with pytest.raises(ValueError, match="can be read"):
+        build(config, [tmp_path / "a.png"], tmp_path / "set")
+
+
+def test_the_draw_of_conditions_follows_from_image_and_seed():
+    assert draw_conditions("a", 125, 0) == list(range(125))
+    assert draw_conditions("a", 5, 0) == draw_conditions("a", 5, 0) != draw_conditions("b", 5, 0)
+    assert draw_conditions("a", 5, 0) != draw_conditions("a", 5, 1)
+
+
+def test_squares_are_resized_or_cut():
+    image = torch.rand(1, 3, 90, 120, generator=torch.Generator().manual_seed(0))
+    assert square(image, 64).shape == (1, 3, 64, 64)
+    cut = square(image, 64, resize=False)
+    assert torch.allclose(cut, image[..., 13:77, 28:92], atol=1 / 255)
+    assert square(image[..., :50, :50], 64, resize=False).shape == (1, 3, 64, 64)
+
+
+def test_the_size_is_estimated_within_a_tenth(material, built):
+    config = json.loads((built / "config.json").read_text())
+    estimate = estimated_bytes(DatasetConfig(**config))
+    actual = sum(path.stat().st_size for path in built.glob("shard-*")) * 5 / 4  # one of five images cannot be read
+    assert actual == pytest.approx(estimate, rel=0.1)
+
+
+def test_missing_labels_and_spaces_are_named(built, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no shard"):
+        PairSet(tmp_path, space="latents")
+    tensors, _ = read_shard(built / "shard-00000.safetensors")
+    tensors.pop("mos")
+    save_file(tensors, tmp_path / "shard-00000.safetensors")
+    with pytest.raises(ValueError, match="mos"):
+        PairSet(tmp_path, space="latents")
+    tensors["mos"] = torch.full((8,), torch.nan)
+    save_file(tensors, tmp_path / "shard-00000.safetensors")
+    with pytest.raises(ValueError, match="finite label"):
+        PairSet(tmp_path, space="latents")
+    (tmp_path / "shard-00000.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match="build the training set again"):
+        PairSet(tmp_path, space="latents")
+
+
+def test_every_epoch_shows_every_pair_once_to_one_process(built):
+    pairs = PairSet(built, space="latents")
+    drawn = [
+        pairs.draw(2, seed=1, step=step, process_index=index, processes=2) for step in range(4) for index in (0, 1)
+    ]
+    assert sorted(torch.cat(drawn).tolist()) == list(range(16))
+    again = pairs.draw(2, seed=1, step=4, process_index=0, processes=2)
+    assert not torch.equal(again, drawn[0])
+
+
+def test_calibrated_labels_are_zero_for_equal_images_and_grow():
+    metric = FullReference("psnr", psnr, True)
+    opinions = torch.linspace(4.6, 1.2, 20)
+    calibration = calibrate(metric, torch.linspace(-45, -15, 20), opinions)
+    labels = calibration(torch.tensor([-60.0, -35.0, -15.0]))
+    assert labels[0].item() == pytest.approx(0, abs=1e-3)  # psnr of equal images is 60 but for rounding
+    assert labels[0] < labels[1] < labels[2] <= 1
+    with pytest.raises(ValueError, match="missing"):
+        Ensemble([metric], {})
+
+
+def test_agreement_between_members_is_a_matrix():
+    first = torch.rand(50, generator=torch.Generator().manual_seed(0))
+    matrix = member_agreement(torch.stack([first, first**2, -first], dim=1))
+    assert torch.allclose(matrix, torch.tensor([[1.0, 1, -1], [1, 1, -1], [-1, -1, 1]]))

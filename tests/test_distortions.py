@@ -1,0 +1,143 @@
+"""The 25 distortions: seeded, in range, of the published order and levels; families do what they say."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from milo_latent.files import read_image
+from milo_latent.training.contact_sheet import contact_sheet
+from milo_latent.training.distortions import DISTORTIONS, LEVELS, distort, distort_file, seed_of
+from milo_latent.training.distortions.colour_spaces import lab_to_rgb, rgb_to_lab, scale_hsv_saturation
+from milo_latent.training.distortions.kernels import disk_kernel, line_kernel
+from milo_latent.training.distortions.spatial import best_thresholds
+from milo_latent.training.distortions.tones import tone_curve
+
+GRADED = [  # whose damage grows from level to level; the others have signed, random or wrapping parameters
+    name
+    for name in DISTORTIONS
+    if name
+    not in {
+        "mean shift",
+        "contrast change",
+        "color shift",
+        "color saturation 1",
+        "motion blur",
+        "pixelate",
+        "color block",
+    }
+]
+
+
+@pytest.fixture(scope="module")
+def image():
+    rows, columns = torch.meshgrid(torch.linspace(0, 1, 96), torch.linspace(0, 1, 104), indexing="ij")
+    waves = torch.sin(40 * rows * columns) * 0.2
+    grain = 0.03 * torch.randn(96, 104, generator=torch.Generator().manual_seed(0))
+    edge = (columns > 0.5).float() * 0.25
+    return torch.stack([rows * 0.5 + waves + 0.2, columns * 0.6 + edge, 0.5 - rows * 0.2 + grain])[None].clamp(0, 1)
+
+
+@pytest.mark.parametrize("kind", DISTORTIONS)
+def test_every_level_keeps_shape_and_range_and_follows_from_its_name(image, kind):
+    for level in LEVELS:
+        dist = distort(image, kind, level, image_id="a")
+        assert dist.shape == image.shape
+        assert dist.dtype == torch.float32
+        assert dist.min() >= 0
+        assert dist.max() <= 1
+        assert torch.equal(dist, distort(image, kind, level, image_id="a"))
+        assert torch.allclose(dist * 255, (dist * 255).round(), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", GRADED)
+def test_damage_grows_with_the_level(image, kind):
+    errors = [(distort(image, kind, level, image_id="a") - image).square().mean().item() for level in LEVELS]
+    assert errors[0] < errors[2] < errors[4]
+
+
+def test_random_kinds_differ_between_images_and_batches_do_not_matter(image):
+    pair = image.repeat(2, 1, 1, 1)
+    for kind in ("white noise", "jitter", "color block", "non-eccentricity patch", "impulse noise"):
+        both = distort(pair, kind, 3, image_id=["a", "b"])
+        assert not torch.equal(both[0], both[1])
+        assert torch.equal(both[1:], distort(image, kind, 3, image_id="b"))
+
+
+def test_seeds_differ_in_each_of_id_kind_and_level():
+    seeds = {seed_of(name, kind, level) for name in ("a", "b") for kind in DISTORTIONS for level in LEVELS}
+    assert len(seeds) == 250
+
+
+def test_order_and_names_are_those_of_the_opinion_scores(shared):
+    lines = (shared / "data" / "iqa_conditions" / "kadid10k_conditions.csv").read_text().splitlines()[1:]
+    named = {int(line.split(",")[0]): line.split(",")[1] for line in lines}
+    assert named == {distortion.number: name for name, distortion in DISTORTIONS.items()}
+
+
+def test_unchanged_and_extreme_parameters_do_what_the_paper_says(image):
+    rounded = image.mul(255).round().div(255)
+    assert torch.equal(distort(image, "mean shift", 3, image_id="a"), rounded)  # amount 0
+    grey = distort(image, "color saturation 1", 4, image_id="a")  # saturation 0
+    assert (grey.amax(dim=1) - grey.amin(dim=1)).max() == 0
+    noise = distort(torch.full((1, 3, 200, 200), 0.5), "white noise", 5, image_id="a") - 0.5
+    assert noise.var().item() == pytest.approx(0.01, rel=0.03)
+    impulses = distort(torch.full((1, 3, 200, 200), 0.5), "impulse noise", 5, image_id="a")
+    assert ((impulses == 0) | (impulses == 1)).float().mean().item() == pytest.approx(0.03, rel=0.05)
+    levels = distort(image, "quantization", 5, image_id="a").unique()
+    assert len(levels) <= 7
+    assert len(distort(image, "color quantization", 5, image_id="a").flatten(2)[0].T.unique(dim=0)) <= 8
+
+
+def test_denoising_removes_the_noise_it_added(image):
+    flat = torch.full((1, 3, 96, 96), 0.5)
+    noisy = (0.01**0.5, (distort(flat, "denoise", 1, image_id="a") - flat).std().item())
+    assert noisy[1] < noisy[0] / 4
+
+
+def test_kernels_sum_to_one_and_have_the_extent_they_should():
+    assert disk_kernel(4).sum().item() == pytest.approx(1.0)
+    assert 1 / disk_kernel(4).max().item() == pytest.approx(np.pi * 16, rel=0.01)
+    for degrees in (0.0, 30.0, 90.0):
+        kernel = line_kernel(10, degrees)
+        axis = torch.arange(kernel.shape[0]) - kernel.shape[0] // 2
+        spread = (kernel * (axis[:, None] ** 2 + axis[None] ** 2)).sum().sqrt().item()
+        assert spread == pytest.approx(10 / 12**0.5, rel=0.15)  # of an even line
+
+
+def test_colour_spaces_round_trip_and_meet_known_values(image):
+    assert torch.allclose(lab_to_rgb(rgb_to_lab(image)), image, atol=1e-4)
+    red = rgb_to_lab(torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1)).flatten()
+    assert red.tolist() == pytest.approx([53.24, 80.09, 67.20], abs=0.05)
+    assert torch.allclose(scale_hsv_saturation(image, 1.0), image, atol=1e-6)
+
+
+def test_tone_curves_pass_through_their_points():
+    values = torch.tensor([0.0, 0.3, 0.5, 0.7, 1.0])
+    bent = tone_curve(values, [(0.3, 0.2), (0.5, 0.5), (0.7, 0.8)])
+    assert bent.tolist() == pytest.approx([0.0, 0.2, 0.5, 0.8, 1.0], abs=1e-5)
+
+
+def test_thresholds_part_two_clusters_between_them():
+    values = torch.cat([torch.full((50,), 0.2), torch.full((50,), 0.8)])
+    assert 0.4 < best_thresholds(values, 2).item() < 0.6
+
+
+def test_what_cannot_be_distorted_is_refused(image):
+    with pytest.raises(ValueError, match="kind"):
+        distort(image, "gaussian", 1, image_id="a")
+    with pytest.raises(ValueError, match="level"):
+        distort(image, "JPEG", 6, image_id="a")
+    with pytest.raises(ValueError, match="at least 64"):
+        distort(image[..., :50, :50], "JPEG", 1, image_id="a")
+    with pytest.raises(ValueError, match="each of 1"):
+        distort(image, "JPEG", 1, image_id=["a", "b"])
+
+
+def test_files_are_distorted_by_their_name(tmp_path, image):
+    array = image[0].mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    Image.fromarray(array).save(tmp_path / "a.png")
+    distort_file(tmp_path / "a.png", tmp_path / "b.png", "white noise", 2)
+    expected = distort(read_image(tmp_path / "a.png"), "white noise", 2, image_id="a")
+    assert torch.allclose(read_image(tmp_path / "b.png"), expected, atol=1e-6)
+    assert contact_sheet(tmp_path / "a.png", side=16).size == ((150 + 16 * 6) * 2, 13 * 16)

@@ -1,0 +1,317 @@
+"""DiffBIRPipeline's options: tiles, prompts, starts, growing and rescaled guidance, one step, compiled networks."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+
+from milo_latent import DiffBIRPipeline, IRControlNet
+from milo_latent.diffbir import sampling
+from milo_latent.diffbir.prompt_cache import PromptCache
+from milo_latent.diffbir.schedulers import OFFICIAL_SAMPLERS, SolverScheduler, official_scheduler
+from milo_latent.diffbir.stages import STAGES
+from milo_latent.guidance.callback import MILOGuidance
+from milo_latent.restore import restore_image
+from milo_latent.restorer import Restorer
+from milo_latent.testing import generator, replayed_noise, tiny_metric
+
+
+def run(pipeline, image=None, **options):
+    image = torch.rand(1, 3, 50, 70, generator=generator(5)) if image is None else image
+    options = {"num_inference_steps": 2, "output_type": "pt", "generator": generator()} | options
+    return pipeline(image=image, **options).images
+
+
+# Schedulers
+
+
+@pytest.mark.parametrize("sampler", OFFICIAL_SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_every_official_sampler_runs_also_in_one_step(pipeline, sampler, steps):
+    pipeline.scheduler = official_scheduler(sampler)
+    result = run(pipeline, num_inference_steps=steps)
+    assert torch.isfinite(result).all()
+    assert torch.equal(run(pipeline, num_inference_steps=steps), result)
+
+
+def test_one_step_of_a_spacing_that_starts_at_the_end_starts_from_the_noise(pipeline):
+    for scheduler, spacing in [
+        (DDIMScheduler, "leading"),
+        (DDPMScheduler, "linspace"),
+        (EulerDiscreteScheduler, "linspace"),
+    ]:
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, timestep_spacing=spacing)
+        run(pipeline, num_inference_steps=1)
+        assert pipeline.scheduler.timesteps.tolist() == [999]
+
+
+def test_our_schedulers_are_saved_and_opened(pipeline, tmp_path):
+    pipeline.scheduler = official_scheduler("edm_dpm++_3m_sde", prediction_type="epsilon", rescale_betas_zero_snr=False)
+    pipeline.save_pretrained(tmp_path)
+    loaded = DiffBIRPipeline.from_pretrained(tmp_path)
+    assert isinstance(loaded.scheduler, SolverScheduler)
+    assert loaded.scheduler.config.solver == "dpm++_3m_sde"
+    assert loaded.scheduler.config.sigma_max == 1e4
+    assert isinstance(DDIMScheduler.from_config(loaded.scheduler.config), DDIMScheduler)
+
+
+def test_the_first_noise_is_the_schedules_own_unless_it_is_infinite():
+    own, infinite = SolverScheduler(), SolverScheduler(rescale_betas_zero_snr=True)
+    for scheduler in (own, infinite):
+        scheduler.set_timesteps(10)
+    assert float(own.sigmas[0]) == pytest.approx(14.61, abs=0.01)
+    assert float(infinite.sigmas[0]) == 1e4
+
+
+def test_milo_guidance_works_with_our_schedulers(pipeline):
+    guide = MILOGuidance(tiny_metric(), milo_scale=0.5)
+    for sampler in ("edm_dpm++_3m_sde", "dpm++_m2", "spaced"):
+        pipeline.scheduler = official_scheduler(sampler, prediction_type="epsilon", rescale_betas_zero_snr=False)
+        guided, free = (run(pipeline, output_type="latent", callback_on_step_end=each) for each in (guide, None))
+        assert torch.isfinite(guided).all()
+        assert not torch.allclose(guided, free)
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpm++_2m", "dpm++_2m_sde", "dpm++_3m_sde"])
+def test_solvers_reach_a_clean_estimate_that_never_changes(solver):
+    clean = torch.randn(1, 4, 8, 8, generator=generator(1))
+    scheduler = SolverScheduler(prediction_type="sample", solver=solver)
+    scheduler.set_timesteps(6)
+    sample = torch.randn(1, 4, 8, 8, generator=generator(2)) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        sample = scheduler.step(clean, timestep, sample, generator=generator(3)).prev_sample
+    assert torch.allclose(sample, clean, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: SolverScheduler(solver="magic"), "`solver`"),
+        (lambda: SolverScheduler(grid="none"), "`grid`"),
+        (lambda: official_scheduler("plms"), "`sampler`"),
+        (lambda: SolverScheduler().set_timesteps(0), "1 to 1000 steps"),
+        (lambda: official_scheduler("spaced").set_timesteps(1001), "1 to 1000 steps"),
+    ],
+)
+def test_schedulers_refuse_what_they_cannot_do(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+# Starts and guidance scales
+
+
+def test_starting_from_the_condition_or_with_a_noised_one_changes_the_result(pipeline):
+    free = run(pipeline)
+    for options in ({"start_point": "cond"}, {"noise_aug": 400}):
+        assert not torch.allclose(run(pipeline, **options), free)
+        assert torch.equal(run(pipeline, **options), run(pipeline, **options))
+
+
+def test_the_noise_is_drawn_in_a_known_order(pipeline):
+    pipeline.scheduler = official_scheduler("spaced", prediction_type="epsilon", rescale_betas_zero_snr=False)
+    drawn = [torch.randn(1, 4, 16, 16, generator=generator(index)) for index in range(4)]
+    with replayed_noise(drawn):  # start, augmentation, first step; the last step draws none
+        result = run(pipeline, noise_aug=100)
+    assert torch.isfinite(result).all()
+    with replayed_noise(drawn[:2]), pytest.raises(ValueError, match="to replay, got none"):
+        run(pipeline, noise_aug=100)
+    with replayed_noise([drawn[0][..., 1:]]), pytest.raises(ValueError, match=r"got \(1, 4, 16, 15\)"):
+        run(pipeline)
+
+
+def test_rescaled_guidance_keeps_the_spread():
+    without, with_prompt = (torch.randn(2, 4, 8, 8, generator=generator(index)) for index in range(2))
+    guided = sampling.guide(without, with_prompt, scale=7.0, rescale=1.0)
+    assert torch.allclose(guided.std(dim=(1, 2, 3)), with_prompt.std(dim=(1, 2, 3)), rtol=1e-4)
+    assert torch.equal(sampling.guide(without, with_prompt, scale=1.0), without + (with_prompt - without))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"start_point": "image"}, "`start_point`"),
+        ({"noise_aug": 1000}, "`noise_aug`"),
+        ({"guidance_rescale": 2.0}, "`guidance_rescale`"),
+        ({"compatibility": "old"}, "`compatibility`"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(pipeline, options, match):
+    with pytest.raises(ValueError, match=match):
+        run(pipeline, **options)
+
+
+def test_the_official_picture_is_cut_to_8_bit_not_rounded(pipeline):
+    exact, cut = run(pipeline), run(pipeline, compatibility="official")
+    assert torch.equal((cut * 255).round() / 255, cut)
+    assert exact.shape == cut.shape
+
+
+# Prompts
+
+
+@pytest.fixture
+def prompted(pipeline):
+    torch.manual_seed(0)
+    shape = {
+        "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 8,
+        "attention_head_dim": 4, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    }  # fmt: skip
+    pipeline.unet = UNet2DConditionModel(**shape, up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+    pipeline.controlnet = IRControlNet(**shape, conditioning_channels=4)
+    return pipeline
+
+
+class CountingEncoder(torch.nn.Module):
+    """Stands for CLIP: embeds each text by its length, and counts the texts."""
+
+    dtype = torch.float32
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    def forward(self, ids):
+        self.seen += len(ids)
+        return (ids.float()[..., None].expand(-1, -1, 8) / 10,)
+
+
+class Lengths:
+    model_max_length = 5
+
+    def __call__(self, texts, **options):
+        return type("Tokens", (), {"input_ids": torch.tensor([[len(text)] * 5 for text in texts])})
+
+
+def test_each_prompt_is_encoded_once():
+    cache, encoder = PromptCache(size=2), CountingEncoder().eval()
+    encode = lambda *texts: cache.encode(list(texts), encoder, Lengths(), torch.device("cpu"))  # noqa: E731
+    first = encode("a", "bb", "a")
+    assert encoder.seen == 2
+    assert torch.equal(encode("a", "bb", "a"), first)
+    assert encoder.seen == 2
+    encode("ccc")  # drops the oldest
+    encode("a")
+    assert encoder.seen == 4
+    other = CountingEncoder().eval()
+    cache.encode(["ccc"], other, Lengths(), torch.device("cpu"))
+    assert other.seen == 1
+
+
+def test_prompts_that_a_folder_stores_need_no_text_encoder(prompted):
+    stored = torch.randn(1, 5, 8, generator=generator())
+    prompted.prompt_cache.stored = {"": stored}
+    assert torch.equal(run(prompted), run(prompted, prompt_embeds=stored))
+    with pytest.raises(ValueError, match="no text encoder for 'a dog'"):
+        run(prompted, prompt="a dog")
+
+
+def test_a_growing_guidance_scale_starts_without_guidance(prompted):
+    embeds = {"prompt_embeds": torch.randn(1, 5, 8), "negative_prompt_embeds": torch.randn(1, 5, 8)}
+    options = {"num_inference_steps": 1, "output_type": "latent"} | embeds
+    pipeline = prompted
+    pipeline.scheduler = official_scheduler("edm_euler", prediction_type="epsilon", rescale_betas_zero_snr=False)
+    grown = run(pipeline, guidance_scale=5.0, rescale_cfg=True, **options)
+    without = run(pipeline, guidance_scale=1.0, **options)
+    constant = run(pipeline, guidance_scale=5.0, **options)
+    assert torch.allclose(grown, without, rtol=1e-3)
+    assert not torch.allclose(constant, without, rtol=1e-3)
+    assert pipeline.guidance_scale == 5.0
+
+
+@pytest.mark.slow
+def test_compiled_networks_give_the_same(prompted):
+    options = {"prompt_embeds": torch.randn(1, 5, 8), "output_type": "latent", "num_inference_steps": 1}
+    expected = run(prompted, **options)
+    prompted.unet = torch.compile(prompted.unet, backend="eager")
+    prompted.controlnet = torch.compile(prompted.controlnet, backend="eager")
+    assert torch.allclose(run(prompted, **options), expected, atol=1e-5)
+
+
+def test_attention_backends_can_be_chosen(prompted):
+    options = {"prompt_embeds": torch.randn(1, 5, 8), "output_type": "latent"}
+    expected = run(prompted, **options)
+    prompted.unet.set_attention_backend("native")
+    prompted.controlnet.set_attention_backend("native")
+    assert torch.allclose(run(prompted, **options), expected, atol=1e-5)
+
+
+# Tiles
+
+
+def test_small_images_are_not_tiled(pipeline):
+    expected = run(pipeline)
+    pipeline.enable_tiling(512)
+    assert torch.allclose(run(pipeline), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_tiles_of_each_stage_come_near_the_whole(pipeline, stage):
+    image = torch.nn.functional.interpolate(torch.rand(1, 3, 9, 10, generator=generator(2)), (400, 440), mode="bicubic")
+    image = image.clamp(0, 1)
+    whole = run(pipeline, image)
+    pipeline.enable_tiling(320, 160, stages=(stage,))
+    calls = []
+    network = {"cleaner": "cleaner", "diffusion": "unet"}.get(stage)
+    if network:
+        getattr(pipeline, network).register_forward_hook(lambda *_: calls.append(1))
+    tiled = run(pipeline, image)
+    assert (tiled - whole).abs().max() < (1e-3 if stage in ("encoder", "decoder") else 0.1)
+    assert not network or len(calls) > 2
+    pipeline.disable_tiling()
+    assert torch.equal(run(pipeline, image), whole)
+
+
+def test_vae_tiles_alone(pipeline):
+    pipeline.enable_vae_tiling(320)
+    assert pipeline._tile_size("encoder") == pipeline._tile_size("decoder") == 320
+    assert pipeline._tile_size("diffusion") is None
+    pipeline.disable_vae_tiling()
+    assert pipeline._tile_size("encoder") is None
+
+
+def test_guidance_acts_on_the_blended_estimate(pipeline):
+    sizes = []
+    guide = MILOGuidance(tiny_metric(), milo_scale=0.5)
+    original = guide.guided_original_sample
+    guide.guided_original_sample = lambda x0, *args, **kwargs: sizes.append(x0.shape) or original(x0, *args, **kwargs)
+    pipeline.enable_tiling(128, stages=("diffusion",))
+    run(pipeline, torch.rand(1, 3, 256, 192), callback_on_step_end=guide)
+    assert set(sizes) == {(1, 4, 32, 24)}
+
+
+@pytest.mark.parametrize("options", [{"tile": 32}, {"tile": 128, "overlap": 128}, {"stages": ("unet",)}])
+def test_tiles_that_cannot_work_are_refused(pipeline, options):
+    with pytest.raises(ValueError, match=r"tile of at least 64|`stages`"):
+        pipeline.enable_tiling(**options)
+
+
+def test_restore_image_takes_tiles_for_one_call(pipeline):
+    restorer = Restorer(pipeline, None)
+    image = torch.rand(1, 3, 330, 330, generator=generator(2))
+    calls = []
+    pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
+    assert restore_image(image, model=restorer, steps=1, tile=320).shape == image.shape
+    assert len(calls) == 4
+    restore_image(image, model=restorer, steps=1)
+    assert len(calls) == 5
+
+
+def test_a_lack_of_memory_names_the_ways_out(pipeline, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(pipeline.unet, "forward", fail)
+    with pytest.raises(MemoryError, match=r"enable_tiling\(512\).*--tile 512.*enable_model_cpu_offload"):
+        run(pipeline)
+    monkeypatch.setattr(pipeline.unet, "forward", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("another")))
+    with pytest.raises(RuntimeError, match="another"):
+        run(pipeline)
+
+
+def test_any_vae_fits(pipeline):
+    torch.manual_seed(0)
+    pipeline.vae = AutoencoderKL(
+        block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    assert run(pipeline).shape == (1, 3, 50, 70)

@@ -1,0 +1,185 @@
+"""Training a metric on a training set: recipe, exact resume after a kill, two processes, errors."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from milo_latent import MILO
+from milo_latent.training import train_metric
+from milo_latent.training.run_logs import RunLogs, read_log
+from milo_latent.training.train_metric import OpinionLoss, Recipe, mirrored, new_metric, read_recipe, scale_map
+
+PAIRS = 24
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Pairs of latents whose labels are their distance, in two shards, as `build_dataset` writes them."""
+    from milo_latent.testing import tiny_pipeline
+
+    folder = tmp_path_factory.mktemp("dataset")
+    tiny_pipeline().vae.save_pretrained(folder / "vae")
+    generator = torch.Generator().manual_seed(0)
+    for shard in range(2):
+        ref = torch.randn(3, 4, 16, 16, generator=generator)
+        index = torch.arange(PAIRS // 2) % 3
+        amount = torch.rand(PAIRS // 2, 1, 1, 1, generator=generator)
+        dist = ref[index] + amount * torch.randn(PAIRS // 2, 4, 16, 16, generator=generator)
+        tensors = {"ref_latents": ref, "dist_latents": dist, "ref_index": index, "mos": 0.8 * amount.flatten()}
+        tensors |= {"condition": index + 1, "maps": 0.8 * amount.expand(-1, 1, 16, 16).contiguous()}
+        save_file(tensors, folder / f"shard-{shard:05d}.safetensors")
+    (folder / "config.json").write_text(f'{{"vae": "{folder / "vae"}"}}')
+    return folder
+
+
+def recipe_file(folder, **changes):
+    fields = {"steps": 60, "batch_size": 4, "validate_every": 20, "warmup": 5, "learning_rate": 2e-3} | changes
+    path = folder / "recipe.toml"
+    path.write_text("".join(f"{name} = {value!r}\n".replace("'", '"') for name, value in fields.items()))
+    return path
+
+
+def command(dataset, output, recipe):
+    return [
+        *("--dataset", str(dataset), "--validation", str(dataset), "--output", str(output)),
+        *("--recipe", str(recipe), "--latent-space", "test"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    train_metric.main(command(dataset, folder / "run", recipe_file(folder)))
+    return folder / "run"
+
+
+def losses(run):
+    return [(row["step"], row["loss"]) for row in read_log(run / "log.csv")]
+
+
+def weights(run, name="metric"):
+    return load_file(run / name / "diffusion_pytorch_model.safetensors")
+
+
+def test_training_learns_and_keeps_best_and_last(dataset, whole):
+    rows = read_log(whole / "validation.csv")
+    assert [row["step"] for row in rows] == [20, 40, 60]
+    assert rows[-1]["srcc"] > 0.9
+    assert rows[-1]["plcc"] > 0.8
+    best = MILO.from_pretrained(whole / "best")
+    assert best.config.latent_space == "test"
+    assert (whole / "metric").is_dir()
+    assert [path.name for path in whole.glob("checkpoint*")] == ["checkpoint-00000060"]
+    assert max(row["srcc"] for row in rows) == pytest.approx(
+        train_metric.validation_figures(best, train_metric.PairSet(dataset, space="latents"))["srcc"]
+    )
+
+
+def test_a_killed_run_resumes_and_ends_identical(dataset, whole, tmp_path):
+    arguments = command(dataset, tmp_path / "run", recipe_file(tmp_path))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "milo_latent.training.train_metric", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run").glob("checkpoint-*")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert list((tmp_path / "run").glob("checkpoint-*"))
+    train_metric.main(arguments)
+    assert losses(tmp_path / "run") == losses(whole)
+    expected = weights(whole)
+    assert all(torch.equal(value, expected[key]) for key, value in weights(tmp_path / "run").items())
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(dataset, whole, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+    arguments = command(dataset, tmp_path / "run", recipe_file(tmp_path))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, "milo_latent.training.train_metric", *arguments], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = weights(whole)
+    for key, value in weights(tmp_path / "run").items():  # the same batches, the mean of two halves' gradients
+        assert torch.allclose(value, expected[key], atol=2e-3), key
+
+
+def test_a_label_that_breaks_the_loss_stops_and_keeps_the_good_checkpoint(dataset, tmp_path, monkeypatch):
+    arguments = command(dataset, tmp_path / "run", recipe_file(tmp_path, steps=40))
+    draw = train_metric.PairSet.pairs
+
+    def broken(pairs, indices):
+        ref, dist, mos = draw(pairs, indices)
+        return ref, dist, mos * (torch.nan if len(read_log(tmp_path / "run" / "validation.csv")) else 1.0)
+
+    monkeypatch.setattr(train_metric.PairSet, "pairs", broken)
+    with pytest.raises(FloatingPointError, match="last checkpoint is good"):
+        train_metric.main(arguments)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-00000020"]
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run", "best").values())
+
+
+def test_the_default_recipe_is_the_paper_s():
+    recipe = read_recipe(None)
+    assert recipe == Recipe()
+    assert (recipe.batch_size, recipe.weight_decay, recipe.step_size) == (16, 1e-6, 1000)
+    assert recipe.betas == (0.9, 0.999)
+    assert recipe.schedule == "step"
+    assert recipe.map_weight == 0.0
+
+
+def test_recipes_are_read_and_unknown_fields_refused(tmp_path):
+    path = recipe_file(tmp_path, map_weight=0.5)
+    assert read_recipe(path).map_weight == 0.5
+    path.write_text("epochs = 3\n")
+    with pytest.raises(ValueError, match="epochs"):
+        read_recipe(path)
+    path.write_text("steps = = 3\n")
+    with pytest.raises(ValueError, match="TOML"):
+        read_recipe(path)
+    with pytest.raises(FileNotFoundError, match="recipe"):
+        read_recipe(tmp_path / "absent.toml")
+    with pytest.raises(ValueError, match="multiple of 3"):
+        Recipe().run(tmp_path, 3)
+
+
+def test_the_map_adds_to_the_loss(dataset):
+    metric = new_metric(dataset, space="latents", latent_space=None)
+    ref, dist = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    mos, target = torch.zeros(2), torch.ones(2, 1, 16, 16)
+    plain = OpinionLoss(metric)(ref, dist, mos, target)
+    assert OpinionLoss(metric, map_weight=1.0)(ref, dist, mos, target) > plain
+    assert plain.item() == pytest.approx(
+        metric.error_map(ref=ref, dist=dist).mean(dim=(1, 2, 3)).square().mean().item()
+    )
+
+
+def test_maps_are_scaled_to_the_label_and_mirrors_are_eight():
+    maps = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.1
+    scaled = scale_map(maps, torch.tensor([0.1, 0.02]))
+    assert torch.allclose(scaled.mean(dim=(1, 2, 3)), torch.tensor([0.1, 0.02]), atol=1e-6)
+    assert scale_map(maps, torch.tensor([0.9, 0.9])).max() <= 0.95
+    seen = {mirrored(maps[:1], choice).numpy().tobytes() for choice in range(8)}
+    assert len(seen) == 8
+
+
+def test_logs_forget_what_came_after_the_checkpoint(tmp_path):
+    logs = RunLogs(tmp_path)
+    for step in (50, 100, 150):
+        logs.write("log.csv", {"step": step, "loss": 1 / step})
+    logs.keep_until(100)
+    logs.write("log.csv", {"step": 150, "loss": 0.5})
+    assert [row["loss"] for row in read_log(tmp_path / "log.csv")] == [0.02, 0.01, 0.5]
+    RunLogs(tmp_path / "silent", active=False).write("log.csv", {"step": 1})
+    assert not (tmp_path / "silent").exists()
