@@ -35,7 +35,8 @@ from milo_latent.guidance.callback import MODES, MILOGuidance
 from milo_latent.guidance.curriculum import SCHEDULES
 from milo_latent.guidance.restoration import RestorationGuidance
 from milo_latent.metric.network import MILO
-from milo_latent.restore import TASKS, Restorer, load_restorer
+from milo_latent.restore import TASKS
+from milo_latent.restorer import Restorer, load_restorer
 from milo_latent.training.dataset import list_images
 
 COLUMNS = ("setting", "row", "image", "psnr", "ssim", "milo_i", "seconds")
@@ -287,7 +288,7 @@ def main() -> None:
     parser.add_argument("--clean", type=Path, help="without it nothing is measured")
     parser.add_argument("--degraded", type=Path, help="files of the same names")
     parser.add_argument("--milo-image", help="official MILO.pth, the judge")
-    parser.add_argument("--task", choices=list(TASKS), default="denoise")
+    parser.add_argument("--task", choices=["denoise", "sr"], default="denoise")
     parser.add_argument("--model", default="nano")
     parser.add_argument("--scales", type=float, nargs="*", default=[0.25, 0.5, 1.0])
     parser.add_argument("--steps", type=int, default=10)
