@@ -271,14 +271,15 @@ def _plot_setting(axes: Any, rows: dict[str, dict[str, Record]], setting: str) -
     axes.set_xlabel("PSNR, dB (more is better)", fontsize=8)
     axes.set_ylabel("MILO_I (less is better)", fontsize=8)
     axes.tick_params(labelsize=7)
+    axes.locator_params(nbins=5)
     axes.grid(alpha=0.3)
 
 
 def write_plot(path: Path, records: list[Record]) -> None:
-    """Write the plot as a small PNG, in 64 colours."""
+    """Write the plot as a small PNG, in 256 colours."""
     buffer = io.BytesIO()
     plot(records).savefig(buffer, dpi=80)
-    Image.open(buffer).convert("RGB").quantize(64).save(path, optimize=True)
+    Image.open(buffer).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def main() -> None:
