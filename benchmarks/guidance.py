@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import statistics
 import sys
 import time
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from quality import measure
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -33,12 +35,14 @@ from milo_latent.guidance.callback import MODES, MILOGuidance
 from milo_latent.guidance.curriculum import SCHEDULES
 from milo_latent.guidance.restoration import RestorationGuidance
 from milo_latent.metric.network import MILO
-from milo_latent.restore import TASKS, Restorer, load_restorer
+from milo_latent.restore import TASKS
+from milo_latent.restorer import Restorer, load_restorer
 from milo_latent.training.dataset import list_images
 
 COLUMNS = ("setting", "row", "image", "psnr", "ssim", "milo_i", "seconds")
 CLEANER, NONE = "cleaner only", "no guidance"
 COLOURS = {"region-adaptive": "tab:red", "constant": "tab:gray", "linear": "tab:orange", "cosine": "tab:blue"}
+PLOTTED_LOSS = 0.2  # dB
 Record = dict[str, Any]
 
 
@@ -190,17 +194,37 @@ def mean(images: dict[str, Record], column: str) -> float:
     return statistics.fmean(each[column] for each in images.values())
 
 
+def milo_change(images: dict[str, Record], base: dict[str, Record]) -> tuple[float, float]:
+    """Return the change of MILO_I in %: the mean over images of each one's, and its standard error."""
+    changes = [100 * (images[name]["milo_i"] / base[name]["milo_i"] - 1) for name in base]
+    error = statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else float("nan")
+    return statistics.fmean(changes), error
+
+
 def print_table(rows: dict[str, dict[str, Record]], setting: str) -> None:
-    """Print means, and changes against no guidance: the mean over images of their ratios, and its standard error."""
+    """Print the means of a setting, and the changes against no guidance."""
     base = rows[NONE]
     print(f"\n| {setting}: {len(base)} images | PSNR, dB | change | SSIM | MILO_I | change, % | s per image |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for row, images in rows.items():
-        ratios = [100 * (images[name]["milo_i"] / base[name]["milo_i"] - 1) for name in base]
-        error = statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else float("nan")
         psnr, ssim, milo, seconds = (mean(images, column) for column in ("psnr", "ssim", "milo_i", "seconds"))
         figures = f"{psnr:.2f} | {psnr - mean(base, 'psnr'):+.2f} | {ssim:.4f} | {milo:.5f}"
-        print(f"| {row} | {figures} | {statistics.fmean(ratios):+.1f} ± {error:.1f} | {seconds:.2f} |")
+        change, error = milo_change(images, base)
+        print(f"| {row} | {figures} | {change:+.1f} ± {error:.1f} | {seconds:.2f} |")
+
+
+def print_summary(tables: dict[str, dict[str, dict[str, Record]]]) -> None:
+    """Print the changes of PSNR and MILO_I of the rows that all settings have; no guidance itself in full."""
+    print("\n| | " + " | ".join(f"{setting} ({len(rows[NONE])})" for setting, rows in tables.items()) + " |")
+    print("| --- |" + " ---: |" * len(tables))
+    first, *others = tables.values()
+    for row in [row for row in first if all(row in other for other in others)]:
+        cells = []
+        for rows in tables.values():
+            psnr, milo, error = mean(rows[row], "psnr"), *milo_change(rows[row], rows[NONE])
+            change = f"{psnr - mean(rows[NONE], 'psnr'):+.2f}, {milo:+.1f} ± {error:.1f} %"
+            cells.append(f"{psnr:.2f}, {mean(rows[row], 'milo_i'):.5f}" if row == NONE else change)
+        print(f"| {row} | " + " | ".join(cells) + " |")
 
 
 def plot(records: list[Record]) -> Any:
@@ -235,12 +259,27 @@ def _plot_setting(axes: Any, rows: dict[str, dict[str, Record]], setting: str) -
         dashes = "--" if name.startswith("metric") else "-"
         axes.plot(*zip(*path, strict=True), dashes, color=colour, marker=".", markersize=4, linewidth=1, label=name)
     axes.plot(*points[NONE], "ko", markersize=5, label=NONE)
+    # what falls far below no guidance would squeeze the rest: it runs off the panel
+    seen = [
+        point for point in points.values() if point[0] > points[NONE][0] - PLOTTED_LOSS and point != points.get(CLEANER)
+    ]
+    for values, limit in zip(zip(*seen, strict=True), (axes.set_xlim, axes.set_ylim), strict=True):
+        margin = 0.05 * (max(values) - min(values))
+        limit(min(values) - margin, max(values) + margin)
     data, _, steps, control, noise_aug, *_ = setting.split(", ")
     axes.set_title(", ".join([data, steps, control, noise_aug]), fontsize=8)
     axes.set_xlabel("PSNR, dB (more is better)", fontsize=8)
     axes.set_ylabel("MILO_I (less is better)", fontsize=8)
     axes.tick_params(labelsize=7)
+    axes.locator_params(nbins=5)
     axes.grid(alpha=0.3)
+
+
+def write_plot(path: Path, records: list[Record]) -> None:
+    """Write the plot as a small PNG, in 256 colours."""
+    buffer = io.BytesIO()
+    plot(records).savefig(buffer, dpi=80)
+    Image.open(buffer).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def main() -> None:
@@ -250,7 +289,7 @@ def main() -> None:
     parser.add_argument("--clean", type=Path, help="without it nothing is measured")
     parser.add_argument("--degraded", type=Path, help="files of the same names")
     parser.add_argument("--milo-image", help="official MILO.pth, the judge")
-    parser.add_argument("--task", choices=list(TASKS), default="denoise")
+    parser.add_argument("--task", choices=["denoise", "sr"], default="denoise")
     parser.add_argument("--model", default="nano")
     parser.add_argument("--scales", type=float, nargs="*", default=[0.25, 0.5, 1.0])
     parser.add_argument("--steps", type=int, default=10)
@@ -270,10 +309,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     wanted = [measure_setting(options)] if options.clean else None
     records = read_records(options.csv)
-    for setting in wanted or dict.fromkeys(record["setting"] for record in records):
-        print_table(group(records, setting), setting)
+    tables = {setting: group(records, setting) for setting in dict.fromkeys(each["setting"] for each in records)}
+    for setting in wanted or tables:
+        print_table(tables[setting], setting)
+    if len(tables) > 1 and not wanted:
+        print_summary(tables)
     if options.plot:
-        plot(records).savefig(options.plot, dpi=80)
+        write_plot(options.plot, records)
 
 
 if __name__ == "__main__":

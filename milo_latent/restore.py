@@ -133,7 +133,8 @@ def _guide(
             )
         return None
     scale = defaults.milo_scale if milo_scale is None else milo_scale
-    return MILOGuidance(restorer.metric, milo_scale=scale, schedule=schedule or defaults.schedule)
+    guide = MILOGuidance(restorer.metric, milo_scale=scale, schedule=schedule or defaults.schedule)
+    return guide if scale else None  # switched off it asks nothing of the scheduler
 
 
 def _call_arguments(restorer: Restorer, defaults: Task, steps: int | None) -> dict[str, Any]:

@@ -327,6 +327,7 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
             guidance_rescale=guidance_rescale,
             total_timesteps=total,
         )
+        guides = find_guidance(callback_on_step_end, self)
         self._guidance_scale, self._interrupt = guidance_scale, False
         device = self._execution_device
 
@@ -361,12 +362,9 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
         cells = {"pixels": self.vae_scale_factor, "multiple": self._size_multiple(), "official": official}
 
         # 3. Stage 2: denoise
-        sampling.hand_over(image, find_guidance(callback_on_step_end))
+        sampling.hand_over(image, guides)
         with ExitStack() as stack, self.progress_bar(total=self._num_timesteps) as progress_bar:
-            guides = [
-                stack.enter_context(guide.run(condition, self._num_timesteps))
-                for guide in find_guidance(callback_on_step_end)
-            ]
+            guides = [stack.enter_context(guide.run(condition, self._num_timesteps)) for guide in guides]
             for step_index, timestep in enumerate(timesteps):
                 if self.interrupt:
                     break

@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    HeunDiscreteScheduler,
+    IPNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipeline
 
@@ -189,5 +195,11 @@ def test_guidance_outside_a_run_is_refused(metric):
 
 
 def test_a_metric_for_other_channels_is_refused(pipeline):
-    with pytest.raises(ValueError, match="3 channels, got 4"):
+    with pytest.raises(ValueError, match=r"trained on \(.*3 channels.*with 4 channels"):
         run(pipeline, MILOGuidance(tiny_metric(channels=3)))
+
+
+def test_a_scheduler_it_does_not_know_is_refused_before_the_pipeline_works(pipeline, metric):
+    pipeline.scheduler = IPNDMScheduler()
+    with pytest.raises(ValueError, match="got IPNDMScheduler"):
+        run(pipeline, MILOGuidance(metric))

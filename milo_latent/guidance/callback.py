@@ -208,10 +208,21 @@ class MILOGuidance(SchedulerGuidance):
             raise ValueError(f"Expected `milo_scale` of at least 0, got {scale}. It is the length of the push.")
 
 
-def find_guidance(callback: Any) -> list[SchedulerGuidance]:
-    """Return the guidance in `callback`: itself, or those among `MultiPipelineCallbacks`."""
+def find_guidance(callback: Any, pipeline: DiffusionPipeline | None = None) -> list[SchedulerGuidance]:
+    """Return the guidance in `callback`: itself, or those among `MultiPipelineCallbacks`.
+
+    Args:
+        callback: what a pipeline was given as `callback_on_step_end`.
+        pipeline: checked by each, before it works.
+
+    Raises:
+        ValueError: if one of them cannot guide `pipeline`.
+    """
     callbacks = callback.callbacks if isinstance(callback, MultiPipelineCallbacks) else [callback]
-    return [entry for entry in callbacks if isinstance(entry, SchedulerGuidance)]
+    guides = [entry for entry in callbacks if isinstance(entry, SchedulerGuidance)]
+    for guide in guides if pipeline is not None else []:
+        guide.check_pipeline(pipeline)
+    return guides
 
 
 def _for_config(value: Any) -> Any:
