@@ -24,7 +24,8 @@ from milo_latent.diffbir.schedulers import official_scheduler
 from milo_latent.files import read_image
 from milo_latent.guidance.callback import MILOGuidance
 from milo_latent.metric.network import MILO
-from milo_latent.restore import TASKS, load_restorer
+from milo_latent.restore import TASKS
+from milo_latent.restorer import load_restorer
 from milo_latent.training.dataset import list_images
 
 OFFICIAL = ("spaced", "ddim", "dpm++_m2", "edm_euler", "edm_dpm++_2m", "edm_dpm++_3m_sde")

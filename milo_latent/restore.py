@@ -31,7 +31,7 @@ class Task:
     """
 
     upscale: float = 1.0
-    steps: int = 20
+    steps: int = 4
     milo_scale: float = 0.5
     schedule: Schedule = "cosine"
 
