@@ -101,7 +101,9 @@ def restore_image(
     if task != "unaligned_face":
         return run(restorer, image, seeds=seeds, upscale=factor)
     if detector is None:
-        raise ValueError("Expected a `detector` of faces, got None. Pass milo_latent.face_detector.YuNet(path), say.")
+        raise ValueError(
+            "Expected a `detector` of faces, got None. Pass milo_latent.face_detector.YuNet(path), or --detector FILE."
+        )
     photos = [
         restore_faces(
             photo,
