@@ -100,3 +100,10 @@ def test_inputs_of_another_dtype_or_device_than_the_metrics_are_refused(metric):
         metric(dist=dist.double(), ref=ref.double())
     with pytest.raises(ValueError, match="metric's device cpu, got meta"):
         metric(dist=dist.to("meta"), ref=ref.to("meta"))
+
+
+def test_shapes_are_found_without_memory(metric):
+    leaf = torch.empty(2, 4, 32, 32, device="meta", requires_grad=True)
+    score = metric.to("meta")(dist=leaf, ref=torch.empty(2, 4, 32, 32, device="meta"))
+    assert score.shape == (2,)
+    assert torch.autograd.grad(score.sum(), leaf)[0].shape == leaf.shape
