@@ -84,10 +84,16 @@ def check_model_input(name: str, tensor: Tensor, parameter: Tensor, *, model: st
         raise ValueError(
             f"Expected `{name}` on the {model}'s device {parameter.device}, got {tensor.device}. Move one with `.to`."
         )
-    if tensor.dtype != parameter.dtype and not torch.is_autocast_enabled(tensor.device.type):
+    if tensor.dtype != parameter.dtype and not autocast_is_on(tensor):
         raise TypeError(
             f"Expected `{name}` in the {model}'s dtype {parameter.dtype}, got {tensor.dtype}. Convert one with `.to`."
         )
+
+
+def autocast_is_on(tensor: Tensor) -> bool:
+    """Return whether autocast chooses dtypes on the device of `tensor`; some devices, such as meta, have none."""
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -143,3 +143,10 @@ def test_a_vectorised_jacobian_is_that_of_a_loop(metric, pair):
     loop = torch.autograd.functional.jacobian(scores, dist)
     torch.testing.assert_close(torch.autograd.functional.jacobian(scores, dist, vectorize=True), loop)
     assert loop.abs().max() > 0
+
+
+def test_shapes_are_found_without_memory(metric):
+    leaf = torch.empty(2, 4, 32, 32, device="meta", requires_grad=True)
+    score = metric.to("meta")(dist=leaf, ref=torch.empty(2, 4, 32, 32, device="meta"))
+    assert score.shape == (2,)
+    assert torch.autograd.grad(score.sum(), leaf)[0].shape == leaf.shape

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from milo_latent.checks import autocast_is_on
+
 
 class MaskFinder(nn.Sequential):
     """3x3 convolutions with ReLU between and a sigmoid after, which see one level of both inputs and the mask so far.
@@ -63,8 +65,8 @@ class MaskFinder(nn.Sequential):
         followed = torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (*inputs, features) if tensor is not None
         )
-        autocast = torch.is_autocast_enabled(inputs[0].device.type)
-        plain = torch.compiler.is_compiling() or autocast or is_transforming()  # autograd's own then
+        # autograd's own then
+        plain = torch.compiler.is_compiling() or autocast_is_on(inputs[0]) or is_transforming()
         if followed and layers.transposed and not plain:
             return _FrozenFind.apply(layers, features, *inputs)
         return _find(layers, features, inputs)[-1]
