@@ -103,6 +103,14 @@ def check_finite(name: str, tensor: Tensor) -> None:
         raise ValueError(f"Expected `{name}` to be finite, got {bad} NaN or infinite values of {tensor.numel()}.")
 
 
+def check_region(region: Tensor) -> None:
+    """Raise ValueError unless `region` is (B, 1, h, w), finite and nowhere negative."""
+    check_batch("region", region, 1)
+    check_finite("region", region)
+    if (region < 0).any():
+        raise ValueError(f"Expected `region` >= 0, got {region.min().item():g}. 0 leaves a pixel out.")
+
+
 class ValueWatch:
     """Warns, once, of values that are finite but cannot be meant: images outside [0, 1], latents of another scale.
 

@@ -245,6 +245,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def is_hidden(path: Path) -> bool:
+    """Return whether a file of a folder is none of the user's: macOS's `._photo.jpg`, or what a killed run left."""
+    return path.name.startswith(".")
+
+
 def list_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
     """Return the files of a folder with one of `suffixes`, sorted by name.
 
@@ -252,7 +257,7 @@ def list_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
         FileNotFoundError: if there are none.
         ValueError: if two differ in their suffix only, so that their results would have one name.
     """
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and not is_hidden(path))
     if not paths:
         raise FileNotFoundError(f"Expected files of {sorted(suffixes)} in {folder}, found none.")
     if len({path.stem for path in paths}) < len(paths):

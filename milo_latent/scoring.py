@@ -15,11 +15,12 @@ from milo_latent.codec import VAE
 from milo_latent.files import (
     IMAGE_SUFFIXES,
     LATENT_SUFFIXES,
+    is_hidden,
     read_image,
     read_latents,
     read_latents_metadata,
 )
-from milo_latent.metric.network import MILO
+from milo_latent.metric.network import MILO, MILOOutput
 from milo_latent.score_table import ScoreRow
 
 BATCH_SIZE = 16
@@ -75,7 +76,7 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 
 def _scorable(folder: Path) -> list[Path]:
     suffixes = IMAGE_SUFFIXES | LATENT_SUFFIXES
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and not is_hidden(path))
     if not paths:
         raise FileNotFoundError(f"Expected images or latents in {folder}, found none of {sorted(suffixes)}.")
     return paths
@@ -199,13 +200,22 @@ def _score_batch(metric: MILO, batch: list[Pair], tensors: list[tuple[Tensor, Te
     if len(shapes) == 1 and next(iter(shapes))[0] == 1:
         refs, dists = (torch.cat(each) for each in zip(*tensors, strict=True))
         shared = len({pair.ref for pair in batch}) == 1
-        result = metric.compare(ref=refs[:1] if shared else refs, dist=dists)
+        result = _compare(metric, batch[0], refs[:1] if shared else refs, dists)
         scores = list(zip(result.score.tolist(), result.quality.tolist(), strict=True))
     else:
-        results = [metric.compare(ref=ref, dist=dist) for ref, dist in tensors]
+        results = [_compare(metric, pair, *each) for pair, each in zip(batch, tensors, strict=True)]
         scores = [(each.score.mean().item(), each.quality.mean().item()) for each in results]
     for pair, (score, quality) in zip(batch, scores, strict=True):
         yield ScoreRow(pair.name, score, quality)
+
+
+def _compare(metric: MILO, pair: Pair, ref: Tensor, dist: Tensor) -> MILOOutput:
+    """Compare what was read of a pair, and name its files where that cannot be done."""
+    try:
+        return metric.compare(ref=ref, dist=dist)
+    except ValueError as error:
+        cells = "" if is_image_metric(metric) else " Sizes are in latent cells."
+        raise ValueError(f"{pair.ref} and {pair.dist}: {error}{cells}") from error
 
 
 def unfinished(pairs: list[Pair], done: Container[str]) -> list[Pair]:

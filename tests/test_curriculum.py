@@ -49,6 +49,15 @@ def test_a_function_of_progress_is_a_schedule():
         curriculum_weight(mask, 0.5, schedule=lambda progress: 2.0)
 
 
+@pytest.mark.parametrize(("visible", "progress"), [(LEVELS, 0.0), (0.0, 1.0)])
+def test_a_mask_that_leaves_nothing_to_prefer_weighs_all_alike(visible, progress):
+    mask = torch.full((2, 1, 4, 4), float(visible))
+    mask[1, ..., 0] = 2.0  # an item of a batch beside it keeps its own weights
+    weight = curriculum_weight(mask, progress)
+    assert torch.equal(weight[0], torch.ones(1, 4, 4))
+    assert weight[1, 0, 0].tolist() == pytest.approx([4.0, 0.0, 0.0, 0.0])
+
+
 def test_bad_arguments_are_refused():
     mask = torch.ones(1, 1, 4, 4)
     with pytest.raises(ValueError, match=r"`progress` in \[0, 1\], got 1.5"):

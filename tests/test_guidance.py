@@ -4,6 +4,7 @@ import inspect
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, IPNDMScheduler
@@ -181,6 +182,29 @@ def test_noise_added_inside_the_step_is_refused(metric):
         pipe.scheduler.step(START, pipe.scheduler.timesteps[0], START, s_churn=1.0)
 
 
+def test_a_scheduler_is_guided_once(metric):
+    pipe, guide = pipeline_with(), MILOGuidance(metric, 0.4, reference_latents=REFERENCE)
+    other = pipeline_with(pipe.scheduler)
+    with guide.attach(pipe):
+        expected = sample_with(pipe)
+        for again in (pipe, other):
+            with pytest.raises(ValueError, match="would pull twice"), guide.attach(again):
+                pass
+        assert torch.equal(sample_with(pipe), expected)
+    assert "step" not in vars(pipe.scheduler)
+    with guide.attach(other):
+        assert torch.equal(sample_with(other), expected)
+
+
+def test_strengths_of_numpy_are_numbers(metric, tmp_path):
+    guide = MILOGuidance(metric, np.float32(0.5), reference_latents=REFERENCE)
+    assert guide.milo_scale == 0.5
+    guide.save_config(tmp_path)
+    assert MILOGuidance.from_config(tmp_path, metric=metric).milo_scale == 0.5
+    with pytest.raises(TypeError, match=r"to be a MILO, got str\. Open one"):
+        MILOGuidance("nano", reference_latents=REFERENCE)
+
+
 def test_an_unknown_scheduler_is_refused_when_attaching(metric):
     with (
         pytest.raises(ValueError, match=r"got IPNDMScheduler.*DDIMScheduler.*UniPC"),
@@ -227,7 +251,7 @@ def test_a_region_or_a_reference_of_another_size_is_refused(metric):
         guided_sample(metric, reference_latents=torch.full((1, 4, 16, 16), torch.nan))
 
 
-def test_reference_latents_come_from_an_image_once():
+def test_reference_latents_come_from_an_image_once(tmp_path):
     from PIL import Image
 
     vae = tiny_pipeline().vae
@@ -237,8 +261,15 @@ def test_reference_latents_come_from_an_image_once():
     image = Image.fromarray((pixels[0].permute(1, 2, 0) * 255).round().byte().numpy())
     assert (MILOGuidance.reference_from_image(vae, image) - latents).abs().max() < 0.05  # 8 bits
     assert MILOGuidance.reference_from_image(vae, image, size=(128, 128)).shape == (1, 4, 16, 16)
-    with pytest.raises(TypeError, match=r"to be a torch\.Tensor, got str"):
-        MILOGuidance.reference_from_image(vae, "photo.png")
+    image.save(tmp_path / "photo.png")
+    for path in (tmp_path / "photo.png", str(tmp_path / "photo.png")):
+        assert torch.equal(MILOGuidance.reference_from_image(vae, path), MILOGuidance.reference_from_image(vae, image))
+    with pytest.raises(FileNotFoundError, match=r"absent\.png"):
+        MILOGuidance.reference_from_image(vae, "absent.png")
+    with pytest.raises(TypeError, match="a PIL image, a path or a tensor"):
+        MILOGuidance.reference_from_image(vae, [image])
+    with pytest.warns(UserWarning, match=r"in \[0, 1\], got \[-"):
+        MILOGuidance.reference_from_image(vae, pixels * 2 - 1)
 
 
 def test_functions_are_kept_by_name_in_the_config_and_asked_for_again(metric, tmp_path):

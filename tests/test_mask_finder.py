@@ -1,6 +1,7 @@
 """The mask finder: its hand-written gradient is autograd's, and it notices when its weights change."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -100,6 +101,48 @@ def test_inputs_of_another_dtype_or_device_than_the_metrics_are_refused(metric):
         metric(dist=dist.double(), ref=ref.double())
     with pytest.raises(ValueError, match="metric's device cpu, got meta"):
         metric(dist=dist.to("meta"), ref=ref.to("meta"))
+
+
+def test_weights_changed_through_data_change_the_gradient(metric, pair):
+    ref, dist = pair
+    gradients(metric, dist, ref)
+    for parameter in metric.parameters():  # as averages of weights are often written; torch does not count it
+        parameter.data.mul_(1.7)
+    expected = gradients(copy.deepcopy(metric).requires_grad_(True), dist, ref)
+    for ours, autograd in zip(gradients(metric, dist, ref), expected, strict=True):
+        torch.testing.assert_close(ours, autograd, rtol=1e-4, atol=1e-8)
+
+
+def test_a_metric_keeps_nothing_of_a_gradient(metric, pair):
+    before = len(pickle.dumps(metric))
+    gradients(metric, *pair)
+    assert len(pickle.dumps(metric)) == before
+
+
+def test_the_transformations_of_torch_func_agree_with_autograd(metric, pair):
+    ref, dist = pair
+
+    def score(candidate):
+        return metric(dist=candidate[None], ref=ref[:1])[0]
+
+    (expected,) = gradients(metric, dist, ref[:1], of=("dist",))
+    both = torch.func.vmap(torch.func.grad(score))(dist)
+    torch.testing.assert_close(both, expected, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(torch.func.vmap(score)(dist), metric(dist=dist, ref=ref[:1]))
+    way = torch.randn(dist.shape[1:], generator=generator(4))
+    slope = torch.func.jvp(score, (dist[0],), (way,))[1]
+    assert slope.item() == pytest.approx((expected[0] * way).sum().item(), rel=1e-4)
+
+
+def test_a_vectorised_jacobian_is_that_of_a_loop(metric, pair):
+    ref, dist = pair
+
+    def scores(candidates):
+        return metric(dist=candidates, ref=ref)
+
+    loop = torch.autograd.functional.jacobian(scores, dist)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(scores, dist, vectorize=True), loop)
+    assert loop.abs().max() > 0
 
 
 def test_shapes_are_found_without_memory(metric):

@@ -1,5 +1,6 @@
 """MILO, held to the official code's recorded values and to what a metric must be."""
 
+import copy
 import hashlib
 import json
 
@@ -189,6 +190,34 @@ def test_a_region_is_all_that_counts(metric):
         metric(ref=ref, dist=dist, region=torch.ones(1, 1, 5, 5))
 
 
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [(0.0, "above 0 somewhere"), (-1.0, "`region` >= 0, got -1"), (float("nan"), "`region` to be finite")],
+)
+def test_a_region_that_nothing_can_be_a_mean_of_is_refused(metric, value, match):
+    ref, dist = latent_pair(batch=2)
+    region = torch.ones(2, 1, 16, 16)
+    region[1] = value
+    with pytest.raises(ValueError, match=match):
+        metric(ref=ref, dist=dist, region=region)
+    with pytest.raises(ValueError, match=match):
+        metric.compare(ref=ref, dist=dist, region=region)
+
+
+def test_a_large_region_stays_in_the_range_of_half_precision(metric):
+    ref, dist = (each.half() for each in latent_pair(side=260))
+    half, region = copy.deepcopy(metric).half(), torch.ones(1, 1, 260, 260)  # a sum of 67,600 is infinite there
+    score = half(ref=ref, dist=dist, region=region)
+    assert score.dtype == torch.float16
+    assert score.item() == pytest.approx(half(ref=ref, dist=dist).item(), rel=2e-3)
+
+
+def test_no_candidates_get_no_scores(metric):
+    ref, dist = latent_pair()
+    assert metric(ref=ref, dist=dist[:0]).shape == (0,)
+    assert metric.compare(ref=ref[:0], dist=dist[:0]).quality.shape == (0,)
+
+
 def test_similarity_is_one_for_identical_inputs_and_falls_with_noise():
     metric = tiny_metric()
     initialise(metric)  # a scaler that rises, as a trained one does
@@ -223,6 +252,19 @@ def test_save_and_load_round_trip(metric, tmp_path):
     metric.save_pretrained(tmp_path)
     ref, dist = latent_pair()
     assert MILO.from_pretrained(tmp_path)(ref=ref, dist=dist).item() == metric(ref=ref, dist=dist).item()
+
+
+def test_a_metric_is_opened_from_a_folder_in_a_folder(metric, tmp_path):
+    ref, dist = latent_pair()
+    metric.save_pretrained(tmp_path / "other")
+    for folder in ("other", "metric"):
+        metric.save_pretrained(tmp_path / folder)
+        loaded = MILO.from_pretrained(tmp_path, subfolder=folder)
+        assert loaded(ref=ref, dist=dist).item() == metric(ref=ref, dist=dist).item()
+    with pytest.raises(FileNotFoundError, match="Expected metric weights"):
+        MILO.from_pretrained(tmp_path, subfolder="unet")
+    with pytest.raises(ValueError, match="Expected no `output_loading_info`"):
+        MILO.from_pretrained(tmp_path, output_loading_info=True)
 
 
 def test_a_saved_metric_has_a_card_with_its_space_direction_and_hash(tmp_path):

@@ -13,7 +13,7 @@ import torch
 
 from milo_latent import MILO, scoring
 from milo_latent.cli import main
-from milo_latent.files import read_image, read_latents, write_image, write_latents
+from milo_latent.files import LATENT_SUFFIXES, list_files, read_image, read_latents, write_image, write_latents
 from milo_latent.score_table import ScoreRow, ScoreTable
 from milo_latent.scoring import match_pairs, score_pairs
 from milo_latent.testing import latent_pair, tiny_metric, tiny_pipeline
@@ -66,6 +66,27 @@ def test_what_cannot_be_paired_is_refused(folders, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="images or latents"):
         match_pairs(ref / "00.npy", tmp_path / "empty")
+
+
+def test_hidden_files_of_a_folder_are_none_to_score(folders):
+    ref, dist = folders
+    pairs = match_pairs(ref, dist)
+    (ref / "._00.npy").write_bytes(b"what macOS writes beside a file")
+    (dist / ".00.safetensors.k2j3.safetensors").write_bytes(b"half of a file, of a process that was killed")
+    assert match_pairs(ref, dist) == pairs
+    assert [path.name for path in list_files(ref, LATENT_SUFFIXES)] == [pair.ref.name for pair in pairs]
+
+
+def test_a_pair_of_many_that_cannot_be_scored_is_named(folders, metric):
+    ref, dist = folders
+    write_latents(dist / "05.safetensors", torch.randn(1, 4, 20, 16))
+    with pytest.raises(ValueError, match=r"05\.npy and .*05\.safetensors: .*of one shape.*in latent cells"):
+        list(score_pairs(metric, match_pairs(ref, dist)))
+    for index in range(20):
+        write_latents(ref / f"{index:02d}.npy", torch.randn(1, 4, 8, 8))
+        write_latents(dist / f"{index:02d}.safetensors", torch.randn(1, 4, 8, 8))
+    with pytest.raises(ValueError, match=r"00\.npy and .*00\.safetensors: .*sides of at least 16"):
+        list(score_pairs(metric, match_pairs(ref, dist)))
 
 
 def test_batches_score_as_pairs_alone(folders, metric):
@@ -229,6 +250,18 @@ def test_a_table_of_other_folders_is_not_gone_on_with(folders, weights, tmp_path
     ScoreTable(table, key=f"{weights}  {ref.resolve()} elsewhere").extend([ScoreRow("00", 9.0, 9.0)])
     assert main(["score", "--ref", str(ref), "--dist", str(dist), *common]) == 0
     assert (tmp_path / "t.csv").read_text() == other
+
+
+def test_options_that_would_do_nothing_or_fail_late_are_refused(tmp_path, capsys):
+    for name, latents in zip(("ref", "dist"), latent_pair(batch=3), strict=True):
+        write_latents(tmp_path / f"{name}.npy", latents)
+    command = ["score", "--ref", str(tmp_path / "ref.npy"), "--dist", str(tmp_path / "dist.npy")]
+    assert main([*command, "--overlay", "photo.png"]) == 1
+    assert "Expected --map OUT with --overlay" in capsys.readouterr().err
+    assert main([*command, "--csv", str(tmp_path)]) == 1
+    assert "Expected a file for --csv, got the folder" in capsys.readouterr().err
+    assert main([*command, "--map", str(tmp_path / "map.png")]) == 0
+    assert "of the first of 3 latents" in capsys.readouterr().out
 
 
 def test_maps_are_enlarged_to_pixels_and_say_their_scale(tmp_path, capsys):

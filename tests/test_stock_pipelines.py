@@ -268,6 +268,36 @@ def test_a_run_that_breaks_off_does_not_reach_into_the_next(error, first):
         assert (other() - REFERENCE).abs().max() < 2e-5
 
 
+@pytest.mark.filterwarnings("ignore:As a plain callback")
+def test_a_network_that_fails_before_the_second_step_leaves_no_guidance_behind(monkeypatch):
+    stock, fresh = Stock(text_to_image), Stock(text_to_image)
+    guide = MILOGuidance(tiny_metric(), 0.4, reference_latents=REFERENCE)
+    before, calls, forward = stock(), [], stock.pipe.unet.forward
+
+    def fail_at_second(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return forward(*args, **kwargs)
+
+    def broken_run():
+        calls.clear()
+        monkeypatch.setattr(stock.pipe.unet, "forward", fail_at_second)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            stock(callback_on_step_end=guide)
+        monkeypatch.undo()
+
+    broken_run()
+    assert torch.equal(stock(), before)  # not guided
+    assert "step" not in vars(stock.pipe.scheduler)
+    broken_run()
+    with guide.attach(stock.pipe):
+        attached = stock()
+    with guide.attach(fresh.pipe):
+        assert torch.equal(attached, fresh())  # guided once
+    assert "step" not in vars(stock.pipe.scheduler)
+
+
 def test_attached_it_is_gone_after_an_interrupted_run():
     stock, guide = Stock(text_to_image), plain_guide()
     before = stock()

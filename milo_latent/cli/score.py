@@ -48,6 +48,10 @@ def run(options: argparse.Namespace) -> str:
     from milo_latent.scoring import is_image_metric, match_pairs, score_pairs, unfinished
 
     largest = _map_scale(options)
+    if options.overlay is not None and options.map is None:
+        raise ValueError("Expected --map OUT with --overlay: the map is what is laid over the image.")
+    if options.csv is not None and options.csv.is_dir():
+        raise ValueError(f"Expected a file for --csv, got the folder {options.csv}.")
     pairs = match_pairs(options.ref, options.dist)
     weights = _weights(options, pairs)
     metric = MILO.from_pretrained(weights)
@@ -141,7 +145,8 @@ def _write_map(
     image = read_image(options.overlay) if options.overlay else None
     error_map = _enlarge(error_map, read_image(pairs[0].ref).shape[2:] if encode else None, metric)
     write_image(options.map, colour_error_map(error_map, image=image, largest=largest))
-    return [f"map: {options.map}, from 0 (dark) to {largest:.3g} (light)"]
+    which = f", of the first of {dist.shape[0]} latents" if dist.shape[0] > 1 else ""
+    return [f"map: {options.map}, from 0 (dark) to {largest:.3g} (light){which}"]
 
 
 def _enlarge(error_map: Any, size: Any, metric: Any) -> Any:

@@ -43,7 +43,8 @@ class Attachment:
     ) -> None:
         self.guide, self.pipeline, self.scheduler = guide, pipeline, pipeline.scheduler
         self.reference_latents, self.steps_done = reference_latents, steps_done
-        self._timesteps: Tensor | None = None  # of the current run
+        # of the current run; the rest of one has them now, and a run with others is another, should this one break off
+        self._timesteps: Tensor | None = self.scheduler.timesteps if steps_done else None
         self._run: GuidedRun | None = None
         self._take_off = add_hook(self.scheduler, self._before_step)
 
@@ -56,7 +57,8 @@ class Attachment:
         if self.guide.is_running:  # the pipeline guides by itself
             return model_output
         if self._is_new_run(timestep):
-            if self.steps_done and self._timesteps is not None:  # what it served is over, or broke off
+            if self.steps_done and (self._run is not None or self._timesteps is not self.scheduler.timesteps):
+                # what it served is over, or broke off
                 self.detach()
                 return model_output
             self._timesteps = self.scheduler.timesteps
@@ -159,9 +161,16 @@ class SchedulerGuidance(PipelineCallback):
             pipeline: with a `scheduler`; it is left as it was, also when a call fails.
 
         Raises:
-            ValueError: if this guidance has no reference latents, for an unknown scheduler, or a pipeline whose latents
-                are not those that the metric was trained on.
+            ValueError: if this guidance has no reference latents, for an unknown scheduler, a pipeline whose latents
+                are not those that the metric was trained on, or a scheduler that this guidance is attached to already.
         """
+        for each in [each for each in self._attachments if each.scheduler is pipeline.scheduler]:
+            if not each.steps_done:
+                raise ValueError(
+                    f"Expected a scheduler without this {type(self).__name__}, got one that it is attached to already, "
+                    "so it would pull twice. Attach once, and to one at a time of the pipelines that share a scheduler."
+                )
+            self._detach(each)  # left by a run that failed, of a plain callback
         attachment = self._attach(pipeline)
         try:
             yield self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,13 +12,12 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks
 from torch import Tensor
 
-from milo_latent.checks import check_batch, check_choice, check_finite, check_range
+from milo_latent.checks import check_batch, check_choice, check_finite, check_range, check_region
 from milo_latent.guidance.attachment import GuidedRun, SchedulerGuidance
 from milo_latent.guidance.coefficients import step_coefficients
 from milo_latent.guidance.curriculum import AnySchedule, check_schedule, curriculum_weight
 from milo_latent.guidance.reference import (
     check_latent_space,
-    check_region,
     encode_reference,
     match_reference,
     match_region,
@@ -31,7 +31,7 @@ from milo_latent.guidance.step import (
     shift_model_output,
 )
 from milo_latent.guidance.trace import GuidanceTrace
-from milo_latent.metric.network import MILO
+from milo_latent.metric.network import MILO, check_metric
 
 Mode = Literal["mask", "metric"]
 MODES: tuple[str, ...] = get_args(Mode)
@@ -60,6 +60,7 @@ class MILOGuidance(SchedulerGuidance):
         trace: whether to record each step; `guide.trace` is the record of the latest run.
 
     Raises:
+        TypeError: if `metric` is no MILO.
         ValueError: for values outside their range.
 
     Source: own (design, section 4); the curriculum is MILO's (ACM TOG 44(6), 2025).
@@ -80,11 +81,13 @@ class MILOGuidance(SchedulerGuidance):
         trace: bool = False,
     ) -> None:
         super().__init__(reference_latents)
+        check_metric(metric)
         check_choice("mode", mode, MODES)
         check_choice("objective", objective, OBJECTIVES)
         self.mode, self.objective = mode, objective
         if not callable(milo_scale):
             self._check_scale(milo_scale)
+            milo_scale = float(milo_scale)
         check_schedule(schedule)
         check_range("start", start, 0.0, 1.0, "It is a fraction of the denoising steps.")
         check_range("stop", stop, start, 1.0, "It is a fraction of the denoising steps, not before `start`.")
@@ -200,7 +203,7 @@ class MILOGuidance(SchedulerGuidance):
         return scale
 
     def _check_scale(self, scale: float) -> None:
-        if not isinstance(scale, int | float):
+        if not isinstance(scale, Real):
             raise ValueError(f"Expected `milo_scale` as a number or a function of the timestep, got {scale!r}.")
         if self.mode == "mask":
             check_range("milo_scale", scale, 0.0, 1.0, "It is the mean fraction of the way to the reference latents.")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from milo_latent.checks import check_batch, check_choice, check_range
@@ -59,7 +60,7 @@ def curriculum_weight(mask: Tensor, progress: float, *, schedule: AnySchedule = 
         schedule: how the emphasis moves from the one to the other, see `curriculum_alpha`.
 
     Returns:
-        Weight W, (B, 1, h, w), >= 0, mean 1 per sample; dtype and device of `mask`.
+        Weight W, (B, 1, h, w), >= 0, mean 1 per sample, where all weights are 0 ones; dtype and device of `mask`.
 
     Raises:
         ValueError: if `progress` is outside [0, 1], `schedule` is unknown, or `mask` is not (B, 1, h, w).
@@ -74,4 +75,6 @@ def curriculum_weight(mask: Tensor, progress: float, *, schedule: AnySchedule = 
     check_batch("mask", mask)
     alpha, visible = curriculum_alpha(progress, schedule=schedule), mask / LEVELS
     weight = (1.0 - alpha) * (1.0 - visible) + alpha * visible
-    return weight / weight.mean(dim=(1, 2, 3), keepdim=True)
+    mean = weight.mean(dim=(1, 2, 3), keepdim=True)
+    # far-off inputs drive the mask wholly to 0 or to LEVELS, which leaves nothing to prefer: then all weigh alike
+    return torch.where(mean > 0, weight / mean.clamp(min=torch.finfo(mean.dtype).tiny), torch.ones_like(weight))

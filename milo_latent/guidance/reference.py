@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,30 +11,43 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from milo_latent.checks import check_batch, check_finite
+from milo_latent.checks import ValueWatch, check_batch, check_finite
 from milo_latent.codec import VAE, encode_image
+from milo_latent.files import read_image
 from milo_latent.metric.network import MILO
 
 
-def encode_reference(vae: VAE, image: Tensor | PIL.Image.Image, *, size: tuple[int, int] | None = None) -> Tensor:
+def encode_reference(
+    vae: VAE, image: Tensor | PIL.Image.Image | str | Path, *, size: tuple[int, int] | None = None
+) -> Tensor:
     """Encode an image into reference latents for guidance, once for any number of runs.
+
+    Warns of a tensor outside [0, 1], such as one in the [-1, 1] that diffusers' image processors return.
 
     Args:
         vae: of the pipeline that is to be guided.
-        image: PIL image, or tensor (B, 3, H, W) in [0, 1].
+        image: PIL image, path of an image file, or tensor (B, 3, H, W) in [0, 1].
         size: height and width of the pipeline's output, in pixels, if the image has another size; bicubic, antialiased.
 
     Returns:
         Reference latents, (B, C, h, w) float32, on the VAE's device.
 
     Raises:
-        TypeError: if `image` is neither.
+        FileNotFoundError: for a path where nothing is.
+        TypeError: if `image` is none of these.
         ValueError: for a tensor that is not (B, 3, H, W), or if the latents are not finite.
     """
+    if isinstance(image, str | Path):
+        image = read_image(image)
     if isinstance(image, PIL.Image.Image):
         pixels = torch.from_numpy(np.asarray(image.convert("RGB")).copy())
         image = pixels.permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W)
+    if not isinstance(image, Tensor):
+        raise TypeError(
+            f"Expected `image` as a PIL image, a path or a tensor, (B, 3, H, W) in [0, 1], got {type(image).__name__}."
+        )
     check_batch("image", image, 3)
+    ValueWatch().look("image", image, latents=False)
     if size is not None and tuple(image.shape[2:]) != tuple(size):
         image = F.interpolate(image, size=size, mode="bicubic", antialias=True).clamp(0, 1)
     with torch.no_grad():
@@ -85,14 +99,6 @@ def match_reference(reference: Tensor, sample: Tensor) -> Tensor:
             "Encode the reference image at the pipeline's size, with its own VAE."
         )
     return reference.to(sample.device)
-
-
-def check_region(region: Tensor) -> None:
-    """Raise ValueError unless `region` is (B, 1, h, w), finite and nowhere negative."""
-    check_batch("region", region, 1)
-    check_finite("region", region)
-    if (region < 0).any():
-        raise ValueError(f"Expected `region` >= 0, got {region.min().item():g}. 0 leaves a pixel unguided.")
 
 
 def match_region(region: Tensor | None, sample: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from milo_latent.checks import check_choice
-from milo_latent.metric.network import MILO
+from milo_latent.checks import check_batch, check_choice
+from milo_latent.metric.network import MILO, check_metric
 
 Reduction = Literal["mean", "sum", "none"]
 Reading = Literal["score", "quality"]
@@ -38,6 +38,7 @@ class MILOLoss(nn.Module):
         reading: "score", the raw error, unbounded above; or "quality", in [0, 1), on the scale on which people judged.
 
     Raises:
+        TypeError: if `metric` is no MILO.
         ValueError: for another reduction or reading.
 
     Example:
@@ -49,6 +50,7 @@ class MILOLoss(nn.Module):
 
     def __init__(self, metric: MILO, *, reduction: Reduction = "mean", reading: Reading = "score") -> None:
         super().__init__()
+        check_metric(metric)
         check_choice("reduction", reduction, get_args(Reduction))
         check_choice("reading", reading, get_args(Reading))
         self._metric = [metric.requires_grad_(False)]  # in a list, so that checkpoints of a model do not hold it
@@ -74,6 +76,7 @@ class MILOLoss(nn.Module):
             TypeError: see `MILO.forward`.
             ValueError: see `MILO.forward`.
         """
+        check_batch("pred", pred, self.metric.config.channels)
         metric = self.metric.to(pred.device)
         if self.reading == "score":
             return reduce_scores(metric(dist=pred, ref=target, region=region), self.reduction)

@@ -29,7 +29,6 @@ class MaskFinder(nn.Sequential):
             layers += [nn.Conv2d(width_in, width_out, 3, padding=1), nn.ReLU(inplace=True)]
         super().__init__(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1), nn.Sigmoid())
         self.channels = channels
-        self._cache: tuple[list[tuple], list[Tensor], list[Tensor]] | None = None
 
     def ref_features(self, ref: Tensor) -> Tensor:
         """Return the share of `ref`, (1, C, h, w), in the first layer, (1, widths[0], h, w)."""
@@ -47,9 +46,10 @@ class MaskFinder(nn.Sequential):
             first, channels = weights[0], self.channels
             weights[0] = torch.cat([first[:, :channels], first[:, 2 * channels :]], dim=1)
         trained = any(parameter.requires_grad for parameter in self.parameters())
-        return _Layers(
-            weights, [convolution.bias for convolution in convolutions], [] if trained else self._transposed()
-        )
+        # made anew each time, which costs 0.1 ms: what is kept would be wrong after a change through `.data`
+        needed = torch.is_grad_enabled() and not trained and not torch.compiler.is_compiling()
+        transposed = [_transposed(convolution.weight.detach()) for convolution in convolutions[1:]] if needed else []
+        return _Layers(weights, [convolution.bias for convolution in convolutions], transposed)
 
     def find(self, layers: _Layers, inputs: list[Tensor], features: Tensor | None = None) -> Tensor:
         """Find what is visible at one level.
@@ -65,20 +65,11 @@ class MaskFinder(nn.Sequential):
         followed = torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (*inputs, features) if tensor is not None
         )
-        plain = torch.compiler.is_compiling() or autocast_is_on(inputs[0])  # autograd's own then
+        # autograd's own then
+        plain = torch.compiler.is_compiling() or autocast_is_on(inputs[0]) or is_transforming()
         if followed and layers.transposed and not plain:
             return _FrozenFind.apply(layers, features, *inputs)
         return _find(layers, features, inputs)[-1]
-
-    def _transposed(self) -> list[Tensor]:
-        """Return the transposed weights of all layers but the first, made again only where the weights changed."""
-        weights = [convolution.weight.detach() for convolution in self._convolutions[1:]]
-        if torch.compiler.is_compiling() or any(weight.is_inference() for weight in weights):
-            return [_transposed(weight) for weight in weights]  # these count no changes
-        state = [(weight.data_ptr(), weight.dtype, weight._version) for weight in weights]
-        if self._cache is None or self._cache[0] != state:  # the weights are kept, too, so that no address is reused
-            self._cache = state, weights, [_transposed(weight) for weight in weights]
-        return self._cache[2]
 
     @property
     def _convolutions(self) -> list[nn.Conv2d]:
@@ -89,7 +80,12 @@ class MaskFinder(nn.Sequential):
 class _Layers:
     weights: list[Tensor]  # (out, in, 3, 3) each
     biases: list[Tensor | None]
-    transposed: list[Tensor]  # (in, out, 3, 3) of all but the first; empty where they are trained
+    transposed: list[Tensor]  # (in, out, 3, 3) of all but the first; empty where nobody needs them
+
+
+def is_transforming() -> bool:
+    """Return whether this runs inside a transformation of `torch.func`, such as `grad`, `jvp` or `vmap`."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def _find(layers: _Layers, features: Tensor | None, inputs: list[Tensor]) -> list[Tensor]:
@@ -125,13 +121,13 @@ class _FrozenFind(torch.autograd.Function):
         layers, count = ctx.layers, len(ctx.layers.weights)
         outputs, rest = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         inputs, features = (rest[:-1], rest[-1]) if ctx.has_features else (rest, None)
-        if torch.is_grad_enabled():  # second derivatives were asked for: leave them to autograd
+        if torch.is_grad_enabled() or is_transforming():  # second derivatives were asked for: leave them to autograd
             return _differentiable_gradients(ctx, layers, inputs, features, grad)
         needed = ctx.needs_input_grad[2:]
         grad = torch.ops.aten.sigmoid_backward(grad, outputs[-1])
         for index in range(count - 1, 0, -1):
             grad = F.conv2d(grad, layers.transposed[index - 1], padding=1)
-            grad = torch.ops.aten.threshold_backward.grad_input(grad, outputs[index - 1], 0, grad_input=grad)
+            grad = _relu_backward(grad, outputs[index - 1])
         grad_features = grad.sum(dim=0, keepdim=True) if ctx.needs_input_grad[1] else None
         widths = [tensor.shape[1] for tensor in inputs]
         chosen = [part for part, need in zip(layers.weights[0].split(widths, dim=1), needed, strict=True) if need]
@@ -140,6 +136,12 @@ class _FrozenFind(torch.autograd.Function):
         grad = F.conv2d(grad, _transposed(torch.cat(chosen, dim=1)), padding=1)
         parts = iter(grad.split([width for width, need in zip(widths, needed, strict=True) if need], dim=1))
         return None, grad_features, *(next(parts) if need else None for need in needed)
+
+
+def _relu_backward(grad: Tensor, output: Tensor) -> Tensor:
+    if torch._C._functorch.is_legacy_batchedtensor(grad):  # of `is_grads_batched`, which cannot work in place
+        return grad * (output > 0)
+    return torch.ops.aten.threshold_backward.grad_input(grad, output, 0, grad_input=grad)
 
 
 def _transposed(weight: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from milo_latent.checkpoints import CHECKPOINT_SUFFIXES, read_checkpoint, rename_keys
-from milo_latent.checks import check_batch, check_model_input, check_pair
+from milo_latent.checks import check_batch, check_model_input, check_pair, check_region
 from milo_latent.metric.card import write_card
-from milo_latent.metric.mask_finder import MaskFinder
+from milo_latent.metric.mask_finder import MaskFinder, is_transforming
 from milo_latent.resources import available_weights, weights_dir
 
 __all__ = ["MILO", "MILOOutput", "ModelMixin"]  # ModelMixin: diffusers looks for it beside the classes that it loads
@@ -92,16 +92,20 @@ class MILO(ModelMixin, ConfigMixin):
         Args:
             pretrained_model_name_or_path: the name of a shipped set, a folder that holds `config.json` or a `metric`
                 folder, an official `.pth` file, or a hub id.
-            **kwargs: as of `ModelMixin.from_pretrained`; none for an official file.
+            **kwargs: as of `ModelMixin.from_pretrained`, without `output_loading_info`; none for an official file.
 
         Returns:
             The metric.
 
         Raises:
             FileNotFoundError: if nothing is there, naming where it was looked for.
-            ValueError: if what is there is not MILO, or not all of it, or for options with an official file.
+            ValueError: if what is there is not MILO, or not all of it, or for options that are not taken.
         """
         source = Path(pretrained_model_name_or_path)
+        if kwargs.get("output_loading_info"):
+            raise ValueError(
+                "Expected no `output_loading_info`: whatever is not loaded whole is refused. Leave it out."
+            )
         if source.suffix.lower() in CHECKPOINT_SUFFIXES:
             if kwargs:
                 raise ValueError(
@@ -110,10 +114,11 @@ class MILO(ModelMixin, ConfigMixin):
             return cls.from_official(source)
         if str(source) in available_weights():
             source = weights_dir(str(source))
-        if not (source / "config.json").is_file() and (source / "metric").is_dir():
-            source = source / "metric"
+        folder = source / (kwargs.get("subfolder") or "")
+        if folder == source and not (folder / "config.json").is_file() and (source / "metric").is_dir():
+            source = folder = source / "metric"
         could_be_hub_id = not source.exists() and not source.is_absolute() and len(source.parts) == 2
-        if not (source / "config.json").is_file() and not could_be_hub_id:
+        if not (folder / "config.json").is_file() and not could_be_hub_id:
             raise FileNotFoundError(
                 f"Expected metric weights, got {str(pretrained_model_name_or_path)!r}: neither a shipped set "
                 f"({', '.join(available_weights())}), nor a folder with config.json, nor an official .pth file."
@@ -219,7 +224,7 @@ class MILO(ModelMixin, ConfigMixin):
         """
         check_pair(ref, dist, channels=self.config.channels, smallest=2**self.config.levels)
         check_model_input("ref` and `dist", dist, next(self.parameters()), model="metric")
-        shared = ref.shape[0] < dist.shape[0]
+        shared = ref.shape[0] != dist.shape[0]
         layers = self.mask_finder.layers(without_ref=shared)
         mask: Tensor | None = None
         for dist_level, ref_level in zip(reversed(self._pyramid(dist)), reversed(self._pyramid(ref)), strict=True):
@@ -232,7 +237,8 @@ class MILO(ModelMixin, ConfigMixin):
 
     def _pyramid(self, finest: Tensor) -> list[Tensor]:
         """Return the levels, from fine to coarse; channels last, in which convolutions are fastest (measured)."""
-        pyramid = [finest.contiguous(memory_format=torch.channels_last)]
+        # inside vmap this layout cannot be asked for
+        pyramid = [finest if is_transforming() else finest.contiguous(memory_format=torch.channels_last)]
         for _ in range(self.config.levels - 1):
             pyramid.append(F.avg_pool2d(pyramid[-1], 2))
         return pyramid
@@ -284,8 +290,19 @@ class MILO(ModelMixin, ConfigMixin):
         )
 
 
+def check_metric(metric: Any) -> None:
+    """Raise TypeError unless `metric` is a MILO, such as where its name was given."""
+    if not isinstance(metric, MILO):
+        raise TypeError(
+            f"Expected `metric` to be a MILO, got {type(metric).__name__}. Open one: MILO.from_pretrained(name)."
+        )
+
+
 def _mean(values: Tensor, region: Tensor | None) -> Tensor:
-    """Return the mean of (B, 1, H, W) over pixels, weighted by `region`, (B,)."""
+    """Return the mean of (B, 1, H, W) over pixels, weighted by `region`, (B,); NaN where it is 0 everywhere.
+
+    Reads values of regions on the CPU only, to refuse those; elsewhere that would make an accelerator wait.
+    """
     if region is None:
         return values.mean(dim=(1, 2, 3))
     check_batch("region", region, 1)
@@ -293,8 +310,14 @@ def _mean(values: Tensor, region: Tensor | None) -> Tensor:
         raise ValueError(
             f"Expected `region` of shape {tuple(values.shape)} or (1, 1, H, W), got {tuple(region.shape)}. Resize it."
         )
-    region = region.to(values)
-    return (values * region).sum(dim=(1, 2, 3)) / region.expand_as(values).sum(dim=(1, 2, 3))
+    if region.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transforming():
+        check_region(region)
+        if (region.amax(dim=(1, 2, 3)) == 0).any():
+            raise ValueError("Expected a `region` above 0 somewhere in each item, got zeros, which have no mean.")
+    wide = torch.promote_types(values.dtype, torch.float32)  # sums over pixels leave the range of float16
+    region = region.to(values.device, wide)
+    total = region.sum(dim=(1, 2, 3), keepdim=True)  # divided by first, so that no product grows
+    return (values.to(wide) * (region / total)).sum(dim=(1, 2, 3)).to(values.dtype)
 
 
 def _upsample_to(mask: Tensor | None, level: Tensor) -> Tensor:
