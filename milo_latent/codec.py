@@ -76,6 +76,15 @@ def _encode(vae: VAE, image: Tensor) -> Tensor:
 
 def _tile_sizes(vae: VAE, tile: int) -> tuple[int, int, int]:
     """Return a tile's side, its overlap and its margin, in latent cells, for tiles of `tile` pixels."""
+    check_tile(vae, tile)
+    cells = tile // vae_scale_factor(vae)
+    if isinstance(vae, AutoencoderTiny):
+        return cells, TINY_OVERLAP, TINY_MARGIN
+    return cells, cells // 4, cells // 16  # a wide blend: what differs between tiles is their overall tone
+
+
+def check_tile(vae: VAE, tile: int) -> None:
+    """Raise ValueError unless tiles of `tile` pixels fit the VAE."""
     factor = vae_scale_factor(vae)
     smallest = 2 * TINY_OVERLAP * factor
     if tile % factor or tile < smallest:
@@ -83,10 +92,6 @@ def _tile_sizes(vae: VAE, tile: int) -> tuple[int, int, int]:
             f"Expected `tile` to be a multiple of {factor} of at least {smallest} pixels, got {tile}. "
             "512 suits most machines."
         )
-    cells = tile // factor
-    if isinstance(vae, AutoencoderTiny):
-        return cells, TINY_OVERLAP, TINY_MARGIN
-    return cells, cells // 4, cells // 16  # a wide blend: what differs between tiles is their overall tone
 
 
 def decode_latents(vae: VAE, latents: Tensor, *, tile: int | None = None, clip: bool = True) -> Tensor:

@@ -34,15 +34,25 @@ def read_image(path: str | Path) -> Tensor:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no image, is truncated, or is larger than `MAX_PIXELS`.
     """
-    image = _open(path)
-    if image.mode.startswith("I;16") or image.mode == "I":
-        grey = np.asarray(image).astype(np.float32) / 65535.0
-        array = np.repeat(grey[..., None], 3, axis=2)
-    elif image.mode == "F":
-        raise ValueError(f"Expected 8 or 16 bit values in {path}, got 32-bit floating point. Save it as 16-bit PNG.")
-    else:
-        array = np.asarray(image.convert("RGB")).astype(np.float32) / 255.0
-    return torch.from_numpy(np.ascontiguousarray(array.clip(0.0, 1.0).transpose(2, 0, 1)))[None]  # (1, 3, H, W)
+    try:
+        array = picture_to_array(_open(path))
+    except TypeError as error:
+        raise ValueError(f"{error} It is {path}.") from error
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))[None]  # (1, 3, H, W)
+
+
+def picture_to_array(picture: Image.Image) -> np.ndarray:
+    """Turn a picture of any mode into RGB, (H, W, 3) float32, in [0, 1]; 16 bit keep their precision.
+
+    Raises:
+        TypeError: for floating point, whose range is unknown.
+    """
+    if picture.mode.startswith("I;16") or picture.mode == "I":
+        grey = np.asarray(picture).astype(np.float32) / 65535.0
+        return np.repeat(grey[..., None], 3, axis=2).clip(0.0, 1.0)
+    if picture.mode == "F":
+        raise TypeError("Expected a picture of 8 or 16 bit, got 32-bit floating point. Save it as 16-bit PNG.")
+    return np.asarray(picture.convert("RGB")).astype(np.float32) / 255.0
 
 
 def read_alpha(path: str | Path) -> Tensor | None:

@@ -42,6 +42,7 @@ TASKS: dict[TaskName, Task] = {
     "face": Task(),
     "unaligned_face": Task(upscale=2.0),
 }
+RESERVED = {"generator", "output_type", "return_dict", "callback_on_step_end"}  # of the pipeline's call, set below
 assert set(TASKS) == set(get_args(TaskName))
 
 
@@ -96,6 +97,11 @@ def restore_image(
     defaults, seeds = TASKS[task], _seeds(seed, image.shape[0])
     guide = _guide(restorer, defaults, milo_scale, schedule)
     factor = defaults.upscale if upscale is None else upscale
+    taken = sorted(RESERVED & options.keys())
+    if taken:
+        raise ValueError(
+            f"Expected none of {taken} in `options`: restore_image sets them; call `model.pipeline` itself."
+        )
     arguments = _call_arguments(restorer, defaults, steps) | options
     run = partial(_run, guide=guide, tile=tile, arguments=arguments)
     if task != "unaligned_face":

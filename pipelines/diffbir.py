@@ -189,7 +189,7 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
                 if negative_prompt_embeds is None:
                     negative_prompt_embeds = self._encode_text(negative_prompt)
                 negative_prompt_embeds = repeat_prompts(negative_prompt_embeds, count, repeats)
-        elif prompt or negative_prompt or prompt_embeds is not None:
+        elif prompt or negative_prompt or prompt_embeds is not None or negative_prompt_embeds is not None:
             raise ValueError("Expected no prompt, since this model takes none, got one. Leave it out.")
         return prompt_embeds, negative_prompt_embeds  # the only return: diffusers' tests read the names off it
 
@@ -237,8 +237,10 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
             Noise, (B, C, h, w) float32, not yet scaled.
 
         Raises:
-            ValueError: if `latents` have another shape.
+            ValueError: if `latents` have another shape, or there are not as many generators as results.
         """
+        if isinstance(generator, list) and len(generator) not in (1, shape[0]):
+            raise ValueError(f"Expected one `generator`, or {shape[0]}, one for each result, got {len(generator)}.")
         if latents is None:
             return sampling.draw_noise(shape, generator=generator, device=device)
         if tuple(latents.shape) != shape:
@@ -323,6 +325,7 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
             compatibility=compatibility,
             upscale=upscale,
             num_inference_steps=num_inference_steps,
+            num_images_per_prompt=num_images_per_prompt,
             noise_aug=noise_aug,
             guidance_rescale=guidance_rescale,
             total_timesteps=total,

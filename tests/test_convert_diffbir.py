@@ -3,8 +3,12 @@
 import gzip
 import itertools
 import json
+import os
 import pickle
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +22,10 @@ from milo_latent.checkpoints import read_checkpoint
 from milo_latent.cli import main
 from milo_latent.convert.diffbir import convert_diffbir
 from milo_latent.convert.tokenizer import VOCABULARY_SIZE, open_tokenizer
+from milo_latent.diffbir.prompt_cache import tokens_of
 from milo_latent.diffbir.prompts import PROMPT_TOKENS, prompt_tokens, read_prompt_embeds
 from milo_latent.diffbir.release import read_release
+from milo_latent.diffbir.schedulers import official_scheduler
 from milo_latent.diffbir.versions import NEGATIVE_PROMPT, VERSIONS
 
 
@@ -84,7 +90,19 @@ def test_the_scheduler_is_the_versions(version):
 def test_the_saved_scheduler_has_no_terminal_signal_for_v2_1(folder):
     scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
     assert scheduler.alphas_cumprod[-1].item() == 0.0
-    assert scheduler.config.timestep_spacing == "linspace"
+    assert scheduler.config.timestep_spacing == "trailing"
+    assert scheduler.config.clip_sample is False
+
+
+def test_the_folder_alone_samples_as_the_official_readme_does_in_a_process_of_its_own(folder):
+    code = (
+        "import sys; from milo_latent.pipelines.diffbir import DiffBIRPipeline\n"
+        "scheduler = DiffBIRPipeline.from_pretrained(sys.argv[1]).scheduler\n"
+        "print(type(scheduler).__name__, scheduler.config.solver)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["SolverScheduler", "dpm++_3m_sde"]
+    assert official_scheduler("spaced").config.timestep_spacing == "linspace"  # v1 and v2: as scheduler_config
 
 
 def test_the_pipeline_restores_with_prompt_embeds(folder):
@@ -320,3 +338,25 @@ def test_the_command_refuses_in_a_line_and_writes_nothing(tiny, tmp_path, capsys
     assert "BSRNet" in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_an_exclamation_mark_is_a_word_not_padding(vocabulary, tmp_path):
+    open_tokenizer(vocabulary, length=12).save_pretrained(tmp_path)
+    tokenizer = open_tokenizer(tmp_path, length=12)
+    assert tokenizer("a !").input_ids == [49406, 320, 0, 49407]  # what there is to put right
+    ends = [49406, *[256 + index for index in (64, 0)], 49407]
+    assert tokens_of(["a !", "a"], tokenizer).tolist() == [ends + [0] * 8, [49406, 320, 49407] + [0] * 9]
+    assert tokens_of(["! " * 30], tokenizer).tolist() == [[49406, *[256] * 10, 49407]]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("hello! wow!!! great !", [3306, 256, 2781, 995, 830, 256]), ("a cat", [320, 2368])]
+)
+def test_prompts_have_the_tokens_of_the_official_code(text, words, tmp_path):
+    """Those of CLIP's own tokenizer, for the vocabulary in DiffBIR's code; MILO_LATENT_DIFFBIR says where that is."""
+    path = Path(os.environ.get("MILO_LATENT_DIFFBIR", "")) / "diffbir/model/open_clip/bpe_simple_vocab_16e6.txt.gz"
+    if not path.is_file():
+        pytest.skip("needs DiffBIR's code, in the folder that MILO_LATENT_DIFFBIR names")
+    open_tokenizer(path).save_pretrained(tmp_path)
+    expected = [49406, *words, 49407]
+    assert tokens_of([text], open_tokenizer(tmp_path)).tolist() == [expected + [0] * (77 - len(expected))]

@@ -1,12 +1,15 @@
 """DiffBIRPipeline's options: tiles, prompts, starts, growing and rescaled guidance, one step, compiled networks."""
 
+import diffusers
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 
 from milo_latent import DiffBIRPipeline, IRControlNet
 from milo_latent.diffbir import sampling
-from milo_latent.diffbir.prompt_cache import PromptCache
+from milo_latent.diffbir.prompt_cache import PromptCache, listed
 from milo_latent.diffbir.schedulers import OFFICIAL_SAMPLERS, SolverScheduler, official_scheduler
 from milo_latent.diffbir.stages import STAGES
 from milo_latent.guidance.callback import MILOGuidance
@@ -42,6 +45,27 @@ def test_one_step_of_a_spacing_that_starts_at_the_end_starts_from_the_noise(pipe
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, timestep_spacing=spacing)
         run(pipeline, num_inference_steps=1)
         assert pipeline.scheduler.timesteps.tolist() == [999]
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "leading"])
+@pytest.mark.parametrize("name", ["EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler"])
+def test_one_step_of_a_scheduler_that_takes_no_timesteps_starts_from_the_noise(pipeline, name, spacing):
+    scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, timestep_spacing=spacing)
+    pipeline.scheduler = scheduler
+    run(pipeline, num_inference_steps=1)
+    assert scheduler.timesteps[0] == 999
+    assert scheduler.sigmas.max() > 14
+    assert scheduler.config.timestep_spacing == spacing
+    run(pipeline, num_inference_steps=3)
+    fresh = getattr(diffusers, name).from_config(scheduler.config)
+    fresh.set_timesteps(3)
+    assert torch.equal(scheduler.timesteps, fresh.timesteps)
+
+
+@pytest.mark.parametrize("sampler", OFFICIAL_SAMPLERS)
+def test_a_scheduler_made_from_an_official_ones_configuration_does_not_clip_latents(sampler):
+    assert DDIMScheduler.from_config(official_scheduler(sampler).config).config.clip_sample is False
+    assert DDIMScheduler.from_config(SolverScheduler().config).config.beta_schedule == "scaled_linear"
 
 
 def test_our_schedulers_are_saved_and_opened(pipeline, tmp_path):
@@ -279,10 +303,13 @@ def test_guidance_acts_on_the_blended_estimate(pipeline):
     assert set(sizes) == {(1, 4, 32, 24)}
 
 
-@pytest.mark.parametrize("options", [{"tile": 32}, {"tile": 128, "overlap": 128}, {"stages": ("unet",)}])
+@pytest.mark.parametrize(
+    "options", [{"tile": 32}, {"tile": 128, "overlap": 128}, {"stages": ("unet",)}, {"tile": 512.5}, {"tile": 128}]
+)
 def test_tiles_that_cannot_work_are_refused(pipeline, options):
-    with pytest.raises(ValueError, match=r"tile of at least 64|`stages`"):
+    with pytest.raises(ValueError, match=r"tile of at least 64|`stages`|at least 320"):
         pipeline.enable_tiling(**options)
+    assert pipeline._tiles == {}
 
 
 def test_restore_image_takes_tiles_for_one_call(pipeline):
@@ -315,3 +342,41 @@ def test_any_vae_fits(pipeline):
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
     )  # fmt: skip
     assert run(pipeline).shape == (1, 3, 50, 70)
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_inference_steps": 2.5}, "`num_inference_steps` to be a whole number"),
+        ({"num_images_per_prompt": 0}, "`num_images_per_prompt` to be a whole number of at least 1"),
+        ({"noise_aug": 10.5}, "`noise_aug` to be a timestep"),
+        ({"upscale": float("inf")}, "`upscale` above 0, got inf"),
+        ({"generator": [generator(), generator()]}, "one `generator`, or 1"),
+        ({"negative_prompt_embeds": torch.zeros(1, 5, 8)}, "Expected no prompt"),
+        ({"image": []}, "at least one pixel"),
+        ({"image": torch.zeros(1, 3, 8, 0)}, "at least one pixel"),
+        ({"image": torch.full((1, 3, 8, 8), torch.nan)}, "finite"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused_by_name(pipeline, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(pipeline, **options)
+
+
+def test_a_picture_of_16_bit_is_not_cut_to_white(pipeline):
+    values = (np.linspace(0, 65535, 48 * 40).reshape(48, 40)).astype(np.uint16)
+    picture = PIL.Image.fromarray(values)
+    rgb = torch.from_numpy(values.astype(np.float32) / 65535).expand(1, 3, 48, 40)
+    assert torch.allclose(run(pipeline, picture), run(pipeline, rgb), atol=1e-6)
+
+
+def test_a_tuple_of_prompts_is_one_for_each_image():
+    assert listed(("a cat", "a dog")) == ["a cat", "a dog"]
+
+
+def test_options_that_restore_image_sets_itself_are_refused_by_name(pipeline):
+    with pytest.raises(ValueError, match="output_type"):
+        restore_image(torch.rand(1, 3, 32, 32), model=Restorer(pipeline, None), steps=1, output_type="pil")

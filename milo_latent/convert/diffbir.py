@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler
 from diffusers.utils import logging
 from torch import Tensor
 from transformers import CLIPTokenizer
@@ -24,6 +23,7 @@ from milo_latent.convert.tokenizer import HUB_TOKENIZER, WAY_OUT, open_tokenizer
 from milo_latent.convert.writing import write_safetensors
 from milo_latent.diffbir.prompts import PROMPT_EMBEDS_FILE, PROMPT_TOKENS, prompt_tokens
 from milo_latent.diffbir.release import RELEASE_FILE, release_text
+from milo_latent.diffbir.schedulers import official_scheduler
 from milo_latent.diffbir.versions import FILES, TaskName, Version, VersionName, version_of
 from milo_latent.files import write_text
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
@@ -196,7 +196,9 @@ def _open_tokenizer(source: str | Path | None, *, length: int) -> CLIPTokenizer 
 def _save(
     parts: Parts, version: Version, folder: Path, tokenizer: CLIPTokenizer | None, dtype: torch.dtype | None
 ) -> None:
-    scheduler = DDPMScheduler(**version.scheduler_config)
+    scheduler = official_scheduler(  # the official default, of DiffBIRPipeline.from_pretrained alone too
+        version.recommended.sampler, prediction_type=version.prediction_type, rescale_betas_zero_snr=version.zero_snr
+    )
     networks = {name: network for name, network in vars(parts).items() if network is not None and name != "background"}
     pipeline = DiffBIRPipeline(
         scheduler=scheduler, tokenizer=tokenizer, **{name: network.model for name, network in networks.items()}

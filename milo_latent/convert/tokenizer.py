@@ -22,8 +22,9 @@ WAY_OUT = (
 def open_tokenizer(source: str | Path, *, length: int = 77) -> CLIPTokenizer:
     """Open CLIP's tokenizer, padding with token 0 as DiffBIR does.
 
-    As in diffusers' own Stable Diffusion 2.1 folders, the padding is the token "!": once saved and opened again, an
-    exclamation mark in a prompt is read as padding (0), where the official code reads it as a word (256).
+    As in diffusers' own Stable Diffusion 2.1 folders, the padding is the token "!": the tokenizer itself reads an
+    exclamation mark as padding (0), where the official code reads it as a word (256). `DiffBIRPipeline` does so too
+    (`milo_latent.diffbir.prompt_cache.tokens_of`).
 
     Args:
         source: a folder (the tokenizer's, or a pipeline's with `tokenizer` in it), a hub id, or a vocabulary file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ import torch
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from torch import Tensor
 
-from milo_latent.checks import check_choice, check_range
+from milo_latent.checks import check_choice, check_finite, check_range
 from milo_latent.diffbir.colour import COLOR_FIXES
 from milo_latent.diffbir.sampling import COMPATIBILITIES, START_POINTS
+from milo_latent.files import picture_to_array
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 ROUNDING = 0.01  # by which resampled images may leave [0, 1]
@@ -35,16 +37,19 @@ def images_to_tensor(image: PipelineImageInput) -> Tensor:
     """
     if isinstance(image, PIL.Image.Image):
         image = [image]
-    if isinstance(image, list) and isinstance(image[0], PIL.Image.Image):
+    if isinstance(image, list) and image and isinstance(image[0], PIL.Image.Image):
         sizes = {entry.size for entry in image}
         if len(sizes) > 1:
             raise ValueError(f"Expected images of one size in a batch, got {sorted(sizes)}. Restore them one by one.")
-        image = [entry.convert("RGB") for entry in image]
+        image = np.stack([picture_to_array(entry) for entry in image])
+    if len(image) == 0 or (isinstance(image, np.ndarray | Tensor) and 0 in image.shape):
+        raise ValueError("Expected images of at least one pixel, got none.")
     tensor = VaeImageProcessor(do_resize=False, do_normalize=False).preprocess(image).float()
     if tensor.shape[1] != 3:
         raise ValueError(f"Expected RGB images, (B, 3, H, W), got {tuple(tensor.shape)}.")
+    check_finite("image", tensor)
     low, high = tensor.min().item(), tensor.max().item()
-    if not (math.isfinite(low) and math.isfinite(high) and low >= -ROUNDING and high <= 1 + ROUNDING):
+    if low < -ROUNDING or high > 1 + ROUNDING:
         raise ValueError(f"Expected image values in [0, 1], got [{low:g}, {high:g}]. Divide by 255?")
     return tensor.clamp(0, 1)
 
@@ -87,6 +92,7 @@ def check_call(
     compatibility: str | None,
     upscale: float,
     num_inference_steps: int,
+    num_images_per_prompt: int,
     noise_aug: int,
     guidance_rescale: float,
     total_timesteps: int,
@@ -101,6 +107,7 @@ def check_call(
         compatibility: see there.
         upscale: see there.
         num_inference_steps: see there.
+        num_images_per_prompt: see there.
         noise_aug: see there.
         guidance_rescale: see there.
         total_timesteps: number of timesteps that the model was trained with.
@@ -115,11 +122,12 @@ def check_call(
     check_choice("start_point", start_point, START_POINTS)
     if compatibility is not None:
         check_choice("compatibility", compatibility, COMPATIBILITIES)
-    if not upscale > 0:
+    if not (upscale > 0 and math.isfinite(upscale)):
         raise ValueError(f"Expected `upscale` above 0, got {upscale}.")
-    if num_inference_steps < 1:
-        raise ValueError(f"Expected `num_inference_steps` of at least 1, got {num_inference_steps}.")
-    if not 0 <= noise_aug < total_timesteps:
+    for name, value in (("num_inference_steps", num_inference_steps), ("num_images_per_prompt", num_images_per_prompt)):
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"Expected `{name}` to be a whole number of at least 1, got {value}.")
+    if not isinstance(noise_aug, Integral) or not 0 <= noise_aug < total_timesteps:
         raise ValueError(f"Expected `noise_aug` to be a timestep, 0 to {total_timesteps - 1}, got {noise_aug}.")
     check_range("guidance_rescale", guidance_rescale, 0.0, 1.0, "It is a share.")
 

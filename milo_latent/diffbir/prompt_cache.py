@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 CACHED_PROMPTS = 64
@@ -66,15 +69,30 @@ class PromptCache:
 
 def encode_texts(texts: list[str], text_encoder: Any, tokenizer: Any, device: torch.device) -> Tensor:
     """Return the encoder's last hidden state for texts padded and cut to the model's length, (B, tokens, width)."""
-    tokens = tokenizer(
-        texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    )
-    return text_encoder(tokens.input_ids.to(device))[0]
+    return text_encoder(tokens_of(texts, tokenizer).to(device))[0]
 
 
-def listed(text: str | list[str] | None) -> list[str]:
+def tokens_of(texts: list[str], tokenizer: Any) -> Tensor:
+    """Return tokens padded and cut to the model's length, (B, tokens).
+
+    Stable Diffusion 2's tokenizer pads with "!", CLIP's token 0, and so reads every exclamation mark as padding; here
+    it is read as the word that it is (256, as DiffBIR's own code reads it).
+    """
+    length, mark = tokenizer.model_max_length, getattr(tokenizer, "pad_token", None)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or mark is None or mark.startswith("<|") or not any(mark in text for text in texts):
+        return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    content = json.loads(backend.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != mark]
+    plain = Tokenizer.from_str(json.dumps(content))
+    plain.enable_truncation(length)
+    plain.enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=mark)
+    return torch.tensor([encoding.ids for encoding in plain.encode_batch(texts)])
+
+
+def listed(text: str | Sequence[str] | None) -> list[str]:
     """Return prompts as a list; None is the empty prompt."""
-    return text if isinstance(text, list) else [text or ""]
+    return [text or ""] if text is None or isinstance(text, str) else list(text)
 
 
 def repeat_prompts(embeds: Tensor, num_images: int, num_images_per_prompt: int) -> Tensor:

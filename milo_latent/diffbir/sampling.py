@@ -36,7 +36,12 @@ def set_timesteps(scheduler: SchedulerMixin, steps: int, device: torch.device) -
     if steps == 1 and float(scheduler.timesteps[0]) < last / 2 and not scheduler.config.get("use_flow_sigmas"):
         if "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
             scheduler.set_timesteps(timesteps=[last], device=device)
-        elif not hasattr(scheduler, "sigmas"):  # those with sigmas that take no timesteps stay as they are
+        elif hasattr(scheduler, "sigmas"):  # their noise level must be that of the timestep
+            spacing = scheduler.config.timestep_spacing
+            scheduler.register_to_config(timestep_spacing="trailing")
+            scheduler.set_timesteps(steps, device=device)
+            scheduler.register_to_config(timestep_spacing=spacing)
+        else:
             scheduler.timesteps = torch.full_like(scheduler.timesteps[:1], last)
     return scheduler.timesteps
 

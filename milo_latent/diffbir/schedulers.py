@@ -48,7 +48,7 @@ def official_scheduler(
     model = {"prediction_type": prediction_type, "rescale_betas_zero_snr": rescale_betas_zero_snr}
     common: dict[str, Any] = betas | model
     if sampler == "spaced":
-        return SpacedScheduler(**common, clip_sample=False)
+        return SpacedScheduler(**common, timestep_spacing="linspace", clip_sample=False)
     if sampler == "ddim":
         leading = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
         return DDIMScheduler(**common, **leading, clip_sample=False)
@@ -79,12 +79,12 @@ class SpacedScheduler(DDPMScheduler):
             device: of `timesteps`.
             timesteps: themselves, descending, instead of their number.
         """
-        if num_inference_steps is not None and timesteps is None:
-            timesteps = spaced_timesteps(num_inference_steps, self.config.num_train_timesteps)
-            super().set_timesteps(timesteps=timesteps, device=device)
-            self.num_inference_steps = num_inference_steps
-        else:
+        if num_inference_steps is None or timesteps is not None:
             super().set_timesteps(num_inference_steps, device, timesteps)
+            return
+        timesteps = spaced_timesteps(num_inference_steps, self.config.num_train_timesteps)
+        super().set_timesteps(timesteps=timesteps, device=device)
+        self.num_inference_steps = num_inference_steps
 
 
 def spaced_timesteps(steps: int, total: int = 1000) -> list[int]:
@@ -116,6 +116,7 @@ class SolverScheduler(EulerDiscreteScheduler):
             always takes 10000, which drives epsilon models far out of range.
         eta: share of the noise that the SDE solvers draw; 0 makes them deterministic.
         s_noise: factor of that noise.
+        timestep_spacing, clip_sample: of no effect here, for schedulers that are made from this configuration.
 
     Source: the equations of Karras et al. 2022 (EDM), algorithm 1, and Lu et al. 2022 (DPM-Solver++), as k-diffusion
     (Crowson) turns them into samplers; noise levels of DiffBIR's diffbir/sampler/edm_sampler.py and dpms_sampler.py.
@@ -135,11 +136,14 @@ class SolverScheduler(EulerDiscreteScheduler):
         sigma_max: float | None = None,
         eta: float = 1.0,
         s_noise: float = 1.0,
+        timestep_spacing: str = "trailing",
+        clip_sample: bool = False,
     ) -> None:
         # not the parent's constructor, which would put its own arguments into the configuration
         check_choice("solver", solver, SOLVERS)
         check_choice("grid", grid, GRIDS)
         check_choice("beta_schedule", beta_schedule, ("scaled_linear", "linear"))
+        self.register_to_config(_use_default_values=[])  # else `OtherScheduler.from_config` would drop our defaults
         cumulative = _alphas_cumprod(num_train_timesteps, beta_start, beta_end, beta_schedule, rescale_betas_zero_snr)
         self._alphas_cumprod64 = cumulative
         self.alphas_cumprod = torch.from_numpy(cumulative).float()
@@ -164,8 +168,7 @@ class SolverScheduler(EulerDiscreteScheduler):
         """
         if not 1 <= num_inference_steps <= self.config.num_train_timesteps:
             raise ValueError(f"Expected 1 to {self.config.num_train_timesteps} steps, got {num_inference_steps}.")
-        grid = self._trailing if self.config.grid == "trailing" else self._continuous
-        timesteps, sigmas = grid(num_inference_steps)
+        timesteps, sigmas = getattr(self, f"_{self.config.grid}")(num_inference_steps)
         self.num_inference_steps = num_inference_steps
         self.sigmas = torch.from_numpy(sigmas).float()  # stays on the CPU, so that reading one waits for nothing
         self.timesteps = torch.from_numpy(timesteps).float().to(device)
@@ -286,10 +289,8 @@ class SolverScheduler(EulerDiscreteScheduler):
 
 def _alphas_cumprod(total: int, start: float, end: float, schedule: str, zero_snr: bool) -> np.ndarray:
     """Return the signal power left at each timestep, (total,) float64."""
-    if schedule == "scaled_linear":
-        betas = np.linspace(math.sqrt(start), math.sqrt(end), total) ** 2
-    else:
-        betas = np.linspace(start, end, total)
+    scaled = schedule == "scaled_linear"
+    betas = np.linspace(math.sqrt(start), math.sqrt(end), total) ** 2 if scaled else np.linspace(start, end, total)
     cumulative = np.cumprod(1.0 - betas)
     if not zero_snr:
         return cumulative

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from milo_latent.checks import check_choice
-from milo_latent.codec import pad_image
+from milo_latent.codec import check_tile, pad_image
 from milo_latent.diffbir.colour import ColorFix, fix_colour, low_frequencies
 from milo_latent.diffbir.official_tiles import official_tiled
 from milo_latent.tiling import tiled
@@ -39,10 +40,11 @@ class Tile:
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit each other."""
-        if self.size < SMALLEST_TILE or not 0 <= self.overlap < self.size:
+        whole = isinstance(self.size, Integral) and isinstance(self.overlap, Integral)
+        if not whole or self.size < SMALLEST_TILE or not 0 <= self.overlap < self.size:
             raise ValueError(
-                f"Expected a tile of at least {SMALLEST_TILE} pixels and 0 <= overlap < tile, got tile {self.size} and "
-                f"overlap {self.overlap}."
+                f"Expected a tile of at least {SMALLEST_TILE} pixels and 0 <= overlap < tile, whole numbers, got tile "
+                f"{self.size} and overlap {self.overlap}."
             )
 
     def aligned(self, unit: int, cell: int = 1) -> dict[str, Any]:
@@ -60,6 +62,7 @@ class TilingMixin:
     """What switches a pipeline's tiles on and off."""
 
     _tiles: dict[str, Tile]
+    vae: Any
 
     def enable_tiling(self, tile: int = 512, overlap: int | None = None, *, stages: Sequence[str] = STAGES) -> None:
         """Run stages in tiles that overlap and blend, so that memory does not grow with the image.
@@ -67,7 +70,7 @@ class TilingMixin:
         Call it again for stages of another tile size. Images that fit in one tile are processed whole.
 
         Args:
-            tile: side in pixels, at least 64.
+            tile: side in pixels, at least 64; at least 320 for "encoder" and "decoder".
             overlap: the least that neighbours share, in pixels; None means a quarter of the tile.
             stages: of "cleaner", "encoder", "diffusion", "decoder" (which takes the colour fix along).
 
@@ -76,7 +79,10 @@ class TilingMixin:
         """
         for stage in stages:
             check_choice("stages", stage, STAGES)
-        self._tiles |= dict.fromkeys(stages, Tile(tile, tile // 4 if overlap is None else overlap))
+        chosen = Tile(tile, tile // 4 if overlap is None else overlap)
+        if self.vae is not None and {"encoder", "decoder"} & set(stages):
+            check_tile(self.vae, tile // 8 * 8)
+        self._tiles |= dict.fromkeys(stages, chosen)
 
     def _tile_size(self, stage: str, multiple: int = 8) -> int | None:
         tile = self._tiles.get(stage)
