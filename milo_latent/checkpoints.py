@@ -48,7 +48,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"Expected a checkpoint, got {path}, which does not exist.")
+        raise FileNotFoundError(
+            f"Expected a checkpoint, got {path}, which {'is a folder' if path.is_dir() else 'does not exist'}."
+        )
     content = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pickled(path)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
@@ -80,6 +82,8 @@ def _read_pickled(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if first_line.startswith("Weights only load failed"):  # torch goes on to advise running what is in there
+            first_line = "it is damaged, or holds other objects than tensors. Nothing of it was run"
         raise ValueError(f"Expected a checkpoint of tensors in {path}, which cannot be read: {first_line}") from error
 
 

@@ -39,6 +39,8 @@ class Restorer:
         if self.background_cleaner is None:
             return self
         pipeline = DiffBIRPipeline(**{**self.pipeline.components, "cleaner": self.background_cleaner})
+        pipeline.prompt_cache = self.pipeline.prompt_cache  # with the prompts that need no text encoder
+        pipeline._tiles = self.pipeline._tiles
         pipeline.set_progress_bar_config(**getattr(self.pipeline, "_progress_bar_config", {}))
         return replace(self, pipeline=pipeline, background_cleaner=None)
 

@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from milo_latent.codec import decode_latents, encode_image, vae_scale_factor
 from milo_latent.diffbir import sampling, schedulers  # noqa: F401 (saved pipelines name their modules)
+from milo_latent.diffbir.bsrnet import BSRNet
 from milo_latent.diffbir.cleaning import clean_image, resize
 from milo_latent.diffbir.colour import ColorFix
 from milo_latent.diffbir.inputs import check_call, explained_memory, images_to_tensor, scaled_size, to_output, truncate
@@ -26,8 +27,10 @@ from milo_latent.diffbir.ircontrolnet import IRControlNet
 from milo_latent.diffbir.loading import pipeline_folder
 from milo_latent.diffbir.prompt_cache import PromptCache, listed, repeat_prompts
 from milo_latent.diffbir.prompts import read_prompt_embeds
-from milo_latent.diffbir.residual_cleaner import ResidualCleaner  # noqa: F401 (likewise)
+from milo_latent.diffbir.residual_cleaner import ResidualCleaner
+from milo_latent.diffbir.scunet import SCUNet
 from milo_latent.diffbir.stages import TilingMixin, pad, predict, put_colour
+from milo_latent.diffbir.swinir import SwinIR
 from milo_latent.guidance.callback import find_guidance
 
 SMALLEST_LATENTS = 16  # cells a side: the metric's four levels need them
@@ -61,7 +64,7 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
         scheduler: KarrasDiffusionSchedulers,
         text_encoder: CLIPTextModel | None = None,
         tokenizer: CLIPTokenizer | None = None,
-        cleaner: ModelMixin | None = None,
+        cleaner: BSRNet | ResidualCleaner | SCUNet | SwinIR | ModelMixin | None = None,  # `from_pipe` asks for each
     ) -> None:
         super().__init__()
         self.register_modules(

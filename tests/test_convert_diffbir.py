@@ -360,3 +360,13 @@ def test_prompts_have_the_tokens_of_the_official_code(text, words, tmp_path):
     open_tokenizer(path).save_pretrained(tmp_path)
     expected = [49406, *words, 49407]
     assert tokens_of([text], open_tokenizer(tmp_path)).tolist() == [expected + [0] * (77 - len(expected))]
+
+
+def test_a_file_that_would_run_code_is_refused_without_advice_to_run_it(tmp_path):
+    path = tmp_path / "other.pth"
+    torch.save({"weights": SWINIR.get, "text": Path(".")}, path)
+    with pytest.raises(ValueError, match="other objects than tensors") as caught:
+        read_checkpoint(path)
+    assert "weights_only" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        read_checkpoint(tmp_path)

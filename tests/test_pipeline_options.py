@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, EulerDiscrete
 
 from milo_latent import DiffBIRPipeline, IRControlNet
 from milo_latent.diffbir import sampling
+from milo_latent.diffbir.bsrnet import BSRNet
 from milo_latent.diffbir.prompt_cache import PromptCache, listed
 from milo_latent.diffbir.schedulers import OFFICIAL_SAMPLERS, SolverScheduler, official_scheduler
 from milo_latent.diffbir.stages import STAGES
@@ -380,3 +381,18 @@ def test_a_tuple_of_prompts_is_one_for_each_image():
 def test_options_that_restore_image_sets_itself_are_refused_by_name(pipeline):
     with pytest.raises(ValueError, match="output_type"):
         restore_image(torch.rand(1, 3, 32, 32), model=Restorer(pipeline, None), steps=1, output_type="pil")
+
+
+def test_from_pipe_takes_the_cleaner_along(pipeline):
+    assert DiffBIRPipeline.from_pipe(pipeline).cleaner is pipeline.cleaner
+    pipeline.register_modules(cleaner=BSRNet(channels=8, blocks=1, growth=4))
+    assert DiffBIRPipeline.from_pipe(pipeline).cleaner is pipeline.cleaner
+
+
+def test_the_pipeline_around_faces_knows_the_stored_prompts_and_the_tiles(prompted):
+    prompted.prompt_cache.stored = {"": torch.randn(1, 5, 8, generator=generator())}
+    prompted.enable_tiling(320)
+    background = Restorer(prompted, None, background_cleaner=BSRNet(channels=8, blocks=1, growth=4)).for_background()
+    assert background.pipeline._tiles == prompted._tiles
+    background.pipeline.register_modules(cleaner=None)
+    assert torch.isfinite(run(background.pipeline)).all()

@@ -14,7 +14,7 @@ import torch
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from torch import Tensor
 
-from milo_latent.checks import check_choice, check_finite, check_range
+from milo_latent.checks import check_choice, check_range
 from milo_latent.diffbir.colour import COLOR_FIXES
 from milo_latent.diffbir.sampling import COMPATIBILITIES, START_POINTS
 from milo_latent.files import picture_to_array
@@ -47,7 +47,8 @@ def images_to_tensor(image: PipelineImageInput) -> Tensor:
     tensor = VaeImageProcessor(do_resize=False, do_normalize=False).preprocess(image).float()
     if tensor.shape[1] != 3:
         raise ValueError(f"Expected RGB images, (B, 3, H, W), got {tuple(tensor.shape)}.")
-    check_finite("image", tensor)
+    if not torch.isfinite(tensor).all():
+        raise ValueError("Expected finite image values in [0, 1], got NaN or infinity.")
     low, high = tensor.min().item(), tensor.max().item()
     if low < -ROUNDING or high > 1 + ROUNDING:
         raise ValueError(f"Expected image values in [0, 1], got [{low:g}, {high:g}]. Divide by 255?")
