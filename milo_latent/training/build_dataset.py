@@ -7,7 +7,8 @@ import hashlib
 import json
 import multiprocessing
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,17 @@ def _start_worker(config: DatasetConfig, paths: Sequence[Path], output: Path) ->
     _worker = Worker(config, paths, output)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread, as each of several workers does: sums over more threads round differently."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _make_shard(index: int) -> Path:
     assert _worker is not None
     return _worker.make(index)
@@ -209,10 +221,11 @@ def build(config: DatasetConfig, paths: Sequence[Path], output: Path, *, workers
         raise OSError(f"Expected {needed / 1e9:.1f} GB free for {output}, found {free / 1e9:.1f} GB. Lower per_image.")
     with tqdm(total=count, initial=count - len(missing), desc=output.name, unit="shard", mininterval=5) as progress:
         if workers <= 1:
-            worker = Worker(config, paths, output)
-            for index in missing:
-                worker.make(index)
-                progress.update()
+            with one_thread():
+                worker = Worker(config, paths, output)
+                for index in missing:
+                    worker.make(index)
+                    progress.update()
         else:
             context = multiprocessing.get_context("spawn")
             with context.Pool(workers, _start_worker, (config, paths, output)) as pool:
