@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -112,6 +112,16 @@ def learning_rate_factor(step: int, config: RunConfig) -> float:
     return min(rise, fall, 1.0)
 
 
+def training_state() -> PartialState:
+    """Join the processes that `torchrun` or `accelerate launch` started, and return this one's state.
+
+    Without an accelerator they are joined over gloo, which accelerate does only where it is told that it runs on CPUs.
+    """
+    return PartialState(
+        cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available())
+    )
+
+
 def fit(
     module: nn.Module,
     draw: Callable[[int, int], tuple[Tensor, ...]],
@@ -133,6 +143,7 @@ def fit(
     Raises:
         FloatingPointError: if the loss is not finite; the last checkpoint stays.
     """
+    training_state()
     accelerator = Accelerator(mixed_precision=config.precision)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -167,12 +178,12 @@ def fit(
         progress.update()
         total += loss.detach().float()
         if (step + 1) % LOG_EVERY == 0:
-            mean = total.item() / LOG_EVERY
+            mean = _mean_over_processes(accelerator, total) / LOG_EVERY
             total.zero_()
             minutes = round((time.monotonic() - began) / 60, 2)
             logs.write("log.csv", {"step": step + 1, "loss": round(mean, 6), "minutes": minutes})
             progress.set_postfix({"step": step + 1, "loss": mean} | figures)
-        if _is_due(config, step + 1, due):
+        if _is_due(accelerator, config, step + 1, due):
             if validate is not None and accelerator.is_main_process:
                 figures = validate(accelerator.unwrap_model(prepared))
                 logs.write("validation.csv", {"step": step + 1} | figures)
@@ -184,10 +195,15 @@ def fit(
     return accelerator.unwrap_model(prepared)
 
 
-def _is_due(config: RunConfig, done: int, due: float) -> bool:
+def _is_due(accelerator: Accelerator, config: RunConfig, done: int, due: float) -> bool:
     if config.checkpoint_steps is not None:
         return done % config.checkpoint_steps == 0 or done == config.steps
-    return time.monotonic() > due or done == config.steps
+    late = torch.tensor(float(time.monotonic() > due), device=accelerator.device)  # clocks of processes differ
+    return _mean_over_processes(accelerator, late) > 0 or done == config.steps
+
+
+def _mean_over_processes(accelerator: Accelerator, value: Tensor) -> float:
+    return value.item() if accelerator.num_processes == 1 else accelerator.reduce(value, reduction="mean").item()
 
 
 def _check_finite(accelerator: Accelerator, value: Tensor, what: str, step: int) -> None:
@@ -212,8 +228,9 @@ def _checkpoint(accelerator: Accelerator, config: RunConfig, step: int, total: T
     accelerator.wait_for_everyone()
     partial = config.output / "checkpoint.partial"
     accelerator.save_state(str(partial), safe_serialization=True)
+    loss = _mean_over_processes(accelerator, total)
     if accelerator.is_main_process:
-        write_text(partial / LOSS_FILE, json.dumps({"loss_since_log": total.item()}))
+        write_text(partial / LOSS_FILE, json.dumps({"loss_since_log": loss}))
         final = config.output / f"checkpoint-{step:08d}"
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -234,6 +251,6 @@ def _resume(accelerator: Accelerator, config: RunConfig, logs: RunLogs) -> tuple
     step = int(checkpoints[-1].name.removeprefix("checkpoint-"))
     logs.keep_until(step)
     record = checkpoints[-1] / LOSS_FILE
-    if record.is_file() and accelerator.is_main_process:
+    if record.is_file():
         total += json.loads(record.read_text())["loss_since_log"]
     return step, total

@@ -1,6 +1,7 @@
 """Train MILO_L or MILO_I on a training set of `build_dataset`; the default recipe is the paper's.
 
-One process: `python -m milo_latent.training.train_metric`; several: `accelerate launch -m` in place of `python -m`.
+One process: `python -m milo_latent.training.train_metric`; several: `torchrun --nproc-per-node N -m` in place of
+`python -m`, or `accelerate launch -m` on several GPUs.
 The same command resumes.
 """
 
@@ -25,7 +26,7 @@ from milo_latent.training.build_dataset import CONFIG_FILE
 from milo_latent.training.correlation import pearson, spearman
 from milo_latent.training.full_reference import load_vae
 from milo_latent.training.initialise import initialise
-from milo_latent.training.loop import Precision, RunConfig, fit
+from milo_latent.training.loop import Precision, RunConfig, fit, training_state
 from milo_latent.training.run_logs import read_log
 from milo_latent.training.shards import PairSet
 
@@ -244,9 +245,8 @@ def train(
     Returns:
         The metric after the last step.
     """
-    from accelerate import PartialState
-
-    processes = PartialState().num_processes
+    state = training_state()
+    processes = state.num_processes
     config = recipe.run(output, processes)
     torch.manual_seed(recipe.seed)
     metric = MILO.from_pretrained(start) if start else new_metric(dataset, space=space, latent_space=latent_space)
@@ -267,7 +267,7 @@ def train(
         return figures
 
     fit(OpinionLoss(metric, map_weight=recipe.map_weight), draw, config, validate=validate)
-    if PartialState().is_main_process:
+    if state.is_main_process:
         metric.save_pretrained(output / "metric")
         write_text(output / "recipe.json", json.dumps(asdict(recipe), indent=2) + "\n")
     return metric
@@ -286,6 +286,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = vars(parser.parse_args(arguments))
     recipe = read_recipe(options.pop("recipe"))
     train(**options, recipe=recipe)
+    if not training_state().is_main_process:
+        return
     figures = read_log(options["output"] / "validation.csv")
     print(f"Best SRCC {max(row['srcc'] for row in figures):.4f}, last {figures[-1]['srcc']:.4f}; see best/ and metric/")
 
