@@ -13,7 +13,6 @@ counted on tensors without data; batch 1, without classifier-free guidance, whic
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import subprocess
 import time
@@ -27,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from milo_latent import MILO, IRControlNet, MILOGuidance
 from milo_latent.metric.functional import MILOLoss
+from milo_latent.training.reports import write_rows
 
 SHAPE = {
     "block_out_channels": (320, 640, 1280, 1280),
@@ -169,10 +169,7 @@ def main() -> None:
             row |= {"seconds": seconds, "time_share": part, "device": "cpu", "dtype": "float32"}
             rows.append(row | {"threads": options.threads, "torch": torch.__version__, "commit": commit})
     if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(options.csv, rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Memory is the largest resident set of the process (MiB), on the CPU; "above" is 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import resource
 import subprocess
@@ -78,10 +77,9 @@ def main() -> None:
             above = row["mib"] - base["mib"] if row["mib"] != "" else row["note"]
             print(f"| {size} | {each or 'whole'} | {row['mib']} | {above} | {row['seconds']} |", flush=True)
     if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        from milo_latent.training.reports import write_rows  # here, so that measured processes do not load it
+
+        write_rows(options.csv, rows)
 
 
 if __name__ == "__main__":

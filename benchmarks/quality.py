@@ -9,7 +9,6 @@ All on images rounded to 8 bit, as a file would be.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from milo_latent.metric.network import MILO
 from milo_latent.restore import restore_image
 from milo_latent.restorer import Restorer, load_restorer
 from milo_latent.training.dataset import list_images
+from milo_latent.training.reports import write_rows
 
 COLUMNS = ("psnr", "ssim", "milo_i", "seconds")
 
@@ -104,10 +104,7 @@ def main() -> None:
         )
         print(f"| {name} | {figures} |")
     if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=["row", *COLUMNS])
-            writer.writeheader()
-            writer.writerows({"row": name} | mean for name, mean in sums.items())
+        write_rows(options.csv, [{"row": name, **mean} for name, mean in sums.items()])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import importlib.util
 import os
 import resource
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from milo_latent import MILO
+from milo_latent.training.reports import write_rows
 
 CASES = {  # name: shape of `ref` and `dist`, whether they are latents
     "latents 1x4x64x64": ((1, 4, 64, 64), True),
@@ -231,10 +231,7 @@ def main() -> None:
     if options.compile:
         print_compiled(latent_weights, options.repeats)
     if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(options.csv, rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Each image is cut to `--crop` pixels in the middle, and restored with the same n
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from milo_latent.metric.network import MILO
 from milo_latent.restore import TASKS
 from milo_latent.restorer import load_restorer
 from milo_latent.training.dataset import list_images
+from milo_latent.training.reports import write_rows
 
 OFFICIAL = ("spaced", "ddim", "dpm++_m2", "edm_euler", "edm_dpm++_2m", "edm_dpm++_3m_sde")
 STOCK = {
@@ -98,10 +98,7 @@ def main() -> None:
             figures = f"{mean['psnr']:.2f} | {mean['ssim']:.4f} | {mean['milo_i']:.5f} | {mean['seconds']:.1f}"
             print(f"| {name} | {steps} | {figures} |", flush=True)
     if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(options.csv, rows)
 
 
 if __name__ == "__main__":

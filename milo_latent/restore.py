@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from milo_latent.checks import check_batch, check_choice, check_finite
-from milo_latent.diffbir.versions import TaskName
+from milo_latent.diffbir.versions import UPSCALE, TaskName
 from milo_latent.faces import Detector, restore_faces
 from milo_latent.guidance.callback import MILOGuidance
 from milo_latent.guidance.curriculum import Schedule
@@ -36,12 +36,7 @@ class Task:
     schedule: Schedule = "cosine"
 
 
-TASKS: dict[TaskName, Task] = {
-    "denoise": Task(),
-    "sr": Task(upscale=4.0),
-    "face": Task(),
-    "unaligned_face": Task(upscale=2.0),
-}
+TASKS: dict[TaskName, Task] = {name: Task(upscale=factor) for name, factor in UPSCALE.items()}
 RESERVED = {"generator", "output_type", "return_dict", "callback_on_step_end"}  # of the pipeline's call, set below
 assert set(TASKS) == set(get_args(TaskName))
 

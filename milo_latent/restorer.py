@@ -10,7 +10,6 @@ from diffusers import AutoencoderKL, ModelMixin
 
 from milo_latent.diffbir.loading import open_cleaner
 from milo_latent.diffbir.release import Release, read_release
-from milo_latent.diffbir.schedulers import official_scheduler
 from milo_latent.metric.network import MILO
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
 from milo_latent.resources import available_weights, weights_dir
@@ -63,7 +62,7 @@ def load_restorer(
 
     Args:
         model: the name of a shipped set, a pipeline folder (`milo-latent convert` makes one), or a hub id; its `metric`
-            folder is the metric. An official DiffBIR samples as its own README recommends.
+            folder is the metric. A converted official DiffBIR comes with its own sampler.
         device: "cpu", "cuda", "mps"; None takes the best there is.
         dtype: of the networks; None means float32, whatever the files hold.
         metric: MILO_L instead of the model's own: what `MILO.from_pretrained` takes.
@@ -84,19 +83,12 @@ def load_restorer(
     source = folder if folder.is_dir() else str(model)
     pipeline = DiffBIRPipeline.from_pretrained(source, dtype=dtype or torch.float32)
     folder, target = Path(pipeline.name_or_path), _check_device(device or best_device())
-    release = read_release(folder)
-    if release is not None:
-        pipeline.scheduler = official_scheduler(
-            release.sampling.sampler,
-            prediction_type=release.version.prediction_type,
-            rescale_betas_zero_snr=release.version.zero_snr,
-        )
     if target == "cpu" and isinstance(pipeline.vae, AutoencoderKL):
         pipeline.vae.to(memory_format=torch.channels_last)  # 5 % faster there (docs/diffbir.md); slower for the UNet
     background = None
     if (folder / BACKGROUND_FOLDER).is_dir():
         background = open_cleaner(folder / BACKGROUND_FOLDER, dtype=dtype or torch.float32).to(target)
-    return Restorer(pipeline.to(target), _open_metric(metric, folder), release, background)
+    return Restorer(pipeline.to(target), _open_metric(metric, folder), read_release(folder), background)
 
 
 def _open_metric(chosen: str | Path | None, folder: Path) -> MILO | None:

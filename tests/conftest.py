@@ -4,8 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
+from milo_latent.diffbir.ircontrolnet import IRControlNet
 from milo_latent.testing import tiny_metric, tiny_pipeline
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -50,3 +53,27 @@ def photo(tmp_path) -> Path:
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY
+
+
+@pytest.fixture
+def prompted(pipeline):
+    """The tiny pipeline with a UNet and a ControlNet that attend to prompts, given as embeddings."""
+    torch.manual_seed(0)
+    shape = {
+        "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 8,
+        "attention_head_dim": 4, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    }  # fmt: skip
+    pipeline.unet = UNet2DConditionModel(**shape, up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+    pipeline.controlnet = IRControlNet(**shape, conditioning_channels=4)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """A folder of three small photos, made from a formula."""
+    folder = tmp_path_factory.mktemp("images")
+    for index in range(3):
+        rows, columns = np.mgrid[0:136, 0:140]
+        picture = np.stack([rows, columns, (rows // 8 + columns // 8 + index) % 2 * 200], axis=2) % 256
+        Image.fromarray(picture.astype(np.uint8)).save(folder / f"{index}.png")
+    return folder

@@ -10,12 +10,11 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
-    UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
 from PIL import Image
 
-from milo_latent import DiffBIRPipeline, IRControlNet
+from milo_latent import DiffBIRPipeline
 from milo_latent.testing import generator
 
 
@@ -182,19 +181,6 @@ def test_arguments_that_cannot_work_are_refused(pipeline, options, match):
 def test_an_image_is_needed(pipeline):
     with pytest.raises(ValueError, match="restores an image"):
         pipeline(prompt="a dog")
-
-
-@pytest.fixture
-def prompted(pipeline):
-    """The tiny pipeline with a UNet and a ControlNet that attend to prompts, given as embeddings."""
-    torch.manual_seed(0)
-    shape = {
-        "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 8,
-        "attention_head_dim": 4, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    }  # fmt: skip
-    pipeline.unet = UNet2DConditionModel(**shape, up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
-    pipeline.controlnet = IRControlNet(**shape, conditioning_channels=4)
-    return pipeline
 
 
 def embeddings(count=1, seed=0):

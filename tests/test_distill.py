@@ -2,10 +2,8 @@
 
 import ast
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from milo_latent import MILO
 from milo_latent.files import write_latents
@@ -17,16 +15,6 @@ from milo_latent.training.image_pairs import draw_image_pairs
 from milo_latent.training.latent_distortions import DISTORTIONS, draw_latent_pairs
 from milo_latent.training.latent_fields import coloured_noise, encode_randomly, encoder_kernels, piecewise_constant
 from milo_latent.training.perturbations import perturb_pair
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    for index in range(3):
-        rows, columns = np.mgrid[0:136, 0:140]
-        picture = np.stack([rows, columns, (rows // 8 + columns // 8 + index) % 2 * 200], axis=2) % 256
-        Image.fromarray(picture.astype(np.uint8)).save(folder / f"{index}.png")
-    return folder
 
 
 def seeded(seed=0):

@@ -5,9 +5,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 
-from milo_latent import DiffBIRPipeline, IRControlNet
+from milo_latent import DiffBIRPipeline
 from milo_latent.diffbir import sampling
 from milo_latent.diffbir.bsrnet import BSRNet
 from milo_latent.diffbir.prompt_cache import PromptCache, listed
@@ -172,18 +172,6 @@ def test_the_official_picture_is_cut_to_8_bit_not_rounded(pipeline):
 
 
 # Prompts
-
-
-@pytest.fixture
-def prompted(pipeline):
-    torch.manual_seed(0)
-    shape = {
-        "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 8,
-        "attention_head_dim": 4, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    }  # fmt: skip
-    pipeline.unet = UNet2DConditionModel(**shape, up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
-    pipeline.controlnet = IRControlNet(**shape, conditioning_channels=4)
-    return pipeline
 
 
 class CountingEncoder(torch.nn.Module):

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from milo_latent import load_restorer
@@ -15,16 +14,6 @@ from milo_latent.training import assemble, train_autoencoder, train_cleaner, tra
 from milo_latent.training.dataset import ImageCrops, list_images
 from milo_latent.training.degradations import add_noise, blur, compress_jpeg, degrade, downscale_and_back
 from milo_latent.training.loop import RunConfig, fit, learning_rate_factor
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    for index in range(3):
-        rows, columns = np.mgrid[0:136, 0:140]
-        picture = np.stack([rows, columns, (rows // 8 + columns // 8 + index) % 2 * 200], axis=2) % 256
-        Image.fromarray(picture.astype(np.uint8)).save(folder / f"{index}.png")
-    return folder
 
 
 class Quadratic(nn.Module):

@@ -96,7 +96,6 @@ def convert_diffbir(
     checkpoints = release.checkpoints(task)
     if background is not None and checkpoints.background is None:
         raise ValueError(f"Expected no `background` for {task}, got {background}. Only unaligned faces have one.")
-    check_output(folder)
     with _folder_at_once(folder) as partial:
         files = {"sd": Path(sd), "controlnet": Path(controlnet), "cleaner": Path(cleaner)}
         if background is not None:
@@ -123,10 +122,7 @@ def check_output(folder: Path) -> None:
 @contextmanager
 def _folder_at_once(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `folder` that takes its place at the end, or vanishes if anything fails."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(
-            f"Expected a new or an empty folder, got {folder}, which holds something. Choose another."
-        )
+    check_output(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from milo_latent.checks import check_choice
-from milo_latent.diffbir.versions import UPSCALE, Sampling, TaskName, Version, version_of
+from milo_latent.diffbir.versions import Sampling, TaskName, Version, version_of
 
 RELEASE_FILE = "diffbir.json"
 
@@ -29,10 +29,6 @@ class Release:
     def sampling(self) -> Sampling:
         """Settings of the official README's own commands."""
         return self.version.recommended
-
-    def upscale(self, task: TaskName) -> float:
-        """Return how much larger the official program makes an image."""
-        return UPSCALE[task]
 
     def check_task(self, task: TaskName) -> None:
         """Raise ValueError for a task that takes other checkpoints than this folder's."""
