@@ -16,13 +16,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from milo_latent.testing import tiny_metric, tiny_pipeline
-from milo_latent.training import build_dataset, pseudo_mos
-from milo_latent.training.build_dataset import DatasetConfig, build, draw_conditions, estimated_bytes, square
+from milo_latent.training import build_dataset, pseudo_mos, shard_worker
+from milo_latent.training.build_dataset import build, estimated_bytes
 from milo_latent.training.conditions import CONDITIONS
 from milo_latent.training.distortions import distort
 from milo_latent.training.full_reference import FullReference, by_name, psnr
 from milo_latent.training.logistic import Logistic
 from milo_latent.training.pseudo_mos import Calibration, Ensemble, calibrate, member_agreement, read_calibrations
+from milo_latent.training.shard_worker import DatasetConfig, draw_conditions, square
 from milo_latent.training.shards import PairSet, read_shard
 
 MEMBERS = ["psnr", "mae"]
@@ -124,7 +125,7 @@ def test_another_configuration_and_a_full_disk_are_refused(material, built, tmp_
 
 
 def test_a_disk_that_fills_up_leaves_whole_shards_only(material, tmp_path, monkeypatch):
-    write, calls = build_dataset.write_atomically, []
+    write, calls = shard_worker.write_atomically, []
 
     def full(path, fill):
         calls.append(path)
@@ -132,7 +133,7 @@ def test_a_disk_that_fills_up_leaves_whole_shards_only(material, tmp_path, monke
             raise OSError(28, "No space left on device")
         write(path, fill)
 
-    monkeypatch.setattr(build_dataset, "write_atomically", full)
+    monkeypatch.setattr(shard_worker, "write_atomically", full)
     with pytest.raises(OSError, match="No space left"):
         build_dataset.main(arguments(material, tmp_path / "set"))
     monkeypatch.undo()
