@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from milo_latent.files import write_text
+from milo_latent.training.optimizers import OptimizerName, build_optimizer
 from milo_latent.training.run_logs import RunLogs
 
 LOG_EVERY = 50  # steps, over which the logged loss is a mean
@@ -45,6 +46,7 @@ class RunConfig:
         schedule: "linear" rises, holds and falls; "step" multiplies the learning rate every so often.
         step_size: steps between the multiplications.
         step_factor: what is multiplied by.
+        optimizer: "adamw", or "soap", which fits one network to another in a tenth of the steps.
     """
 
     output: Path
@@ -63,6 +65,7 @@ class RunConfig:
     schedule: Literal["linear", "step"] = "linear"
     step_size: int = 1000
     step_factor: float = 1.0
+    optimizer: OptimizerName = "adamw"
 
 
 def add_run_options(
@@ -146,8 +149,8 @@ def fit(
     training_state()
     accelerator = Accelerator(mixed_precision=config.precision)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+    optimizer = build_optimizer(
+        config.optimizer, parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )
     prepared, optimizer = accelerator.prepare(module, optimizer)
     logs = RunLogs(config.output, active=accelerator.is_main_process)

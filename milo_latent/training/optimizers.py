@@ -1,0 +1,46 @@
+"""The optimizers that the training loop knows by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import nn
+
+OptimizerName = Literal["adamw", "soap"]
+
+
+def build_optimizer(
+    name: OptimizerName,
+    parameters: Iterable[nn.Parameter],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    """Return the optimizer of that name over `parameters`.
+
+    Args:
+        name: "adamw", or "soap": Adam in the eigenbasis of Shampoo's preconditioner, of pytorch-optimizer.
+        parameters: to train.
+        lr: learning rate.
+        betas: decay of the two moments.
+        weight_decay: decoupled.
+
+    Raises:
+        ImportError: for "soap", where pytorch-optimizer is missing.
+        ValueError: for another name.
+
+    Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", ICLR 2025.
+    """
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+    if name != "soap":
+        raise ValueError(f"Expected the optimizer to be 'adamw' or 'soap', got {name!r}.")
+    try:
+        from pytorch_optimizer import SOAP
+    except ImportError as error:
+        raise ImportError('SOAP needs pytorch-optimizer: pip install "milo_latent[train]", or take "adamw".') from error
+    optimizer: torch.optim.Optimizer = SOAP(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+    return optimizer
