@@ -2,8 +2,10 @@
 
 import ast
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from milo_latent import MILO
 from milo_latent.files import write_latents
@@ -11,6 +13,7 @@ from milo_latent.testing import latent_pair, tiny_metric
 from milo_latent.training import distill_metric
 from milo_latent.training.dataset import ImageCrops
 from milo_latent.training.distill_metric import MatchingLoss, compare, levels_and_mask
+from milo_latent.training.encoded_pairs import EncodedPairs, half_encoded
 from milo_latent.training.image_pairs import draw_image_pairs
 from milo_latent.training.latent_distortions import DISTORTIONS, draw_latent_pairs
 from milo_latent.training.latent_fields import coloured_noise, encode_randomly, encoder_kernels, piecewise_constant
@@ -61,6 +64,34 @@ def test_drawn_pairs_follow_from_the_step_and_have_the_spread_of_latents(images)
     assert ref.shape == dist.shape == (3, 3, 64, 64)
     assert dist.min() >= 0
     assert dist.max() <= 1
+
+
+@pytest.fixture
+def encoded(tmp_path):
+    """A training set in which only the first half of the pairs differ."""
+    ref = torch.randn(6, 4, 32, 32, generator=seeded(3)) * torch.tensor([2.0, 1.0, 0.5, 0.1]).view(1, 4, 1, 1)
+    dist = ref + torch.cat([torch.ones(3), torch.zeros(3)]).view(6, 1, 1, 1)
+    tensors = {"ref_latents": ref, "dist_latents": dist, "ref_index": torch.arange(6)}
+    tensors |= {"mos": torch.zeros(6), "condition": torch.ones(6, dtype=torch.long)}
+    save_file(tensors, tmp_path / "shard-00000.safetensors")
+    return tmp_path
+
+
+def test_encoded_pairs_are_mixed_alike_and_follow_from_the_draw(encoded):
+    pairs = EncodedPairs(encoded)
+    ref, dist = pairs.draw(np.random.default_rng(1), 64)
+    assert ref.shape == dist.shape == (64, 4, 32, 32)
+    assert all(torch.equal(*each) for each in zip(pairs.draw(np.random.default_rng(1), 64), (ref, dist), strict=True))
+    changed = (ref - dist).abs().amax(dim=(1, 2, 3)) > 1e-4
+    assert 0.4 < changed.float().mean() < 0.85  # half, and a quarter of the others, which are distorted once more
+    assert 0.4 < ref.std() < 1.6
+
+
+def test_every_other_batch_is_encoded(encoded):
+    draw = half_encoded(lambda step, process: (torch.zeros(()),), encoded, batch_size=2, seed=0)
+    shapes = [draw(step, 0)[0].shape for step in range(40)]
+    assert 10 < shapes.count((2, 4, 32, 32)) < 30
+    assert torch.equal(draw(3, 0)[0], draw(3, 0)[0])
 
 
 def test_levels_add_up_to_the_mask_that_the_metric_gives(metric):

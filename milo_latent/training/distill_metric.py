@@ -18,6 +18,7 @@ from milo_latent.files import read_latents
 from milo_latent.metric.network import MILO
 from milo_latent.training.correlation import pearson, spearman
 from milo_latent.training.dataset import ImageCrops
+from milo_latent.training.encoded_pairs import half_encoded
 from milo_latent.training.image_pairs import draw_image_pairs
 from milo_latent.training.latent_distortions import draw_latent_pairs
 from milo_latent.training.loop import add_run_options, fit, run_config
@@ -140,6 +141,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--teacher", required=True, help="MILO weights, such as the official MILO_latent.pth")
     parser.add_argument("--validation", type=Path, required=True, help="folder of photos that are not trained on")
     parser.add_argument(
+        "--encoded",
+        type=Path,
+        nargs=2,
+        metavar=("TRAINING", "VALIDATION"),
+        help="sets of build_dataset, for every other batch of latents",
+    )
+    parser.add_argument(
         "--held-out", type=Path, nargs=2, metavar=("REF", "DIST"), help="real latents, for the test only"
     )
     parser.add_argument("--evaluate", type=Path, metavar="METRIC", help="compare this metric with the teacher and stop")
@@ -154,10 +162,15 @@ def main(arguments: list[str] | None = None) -> None:
     channels = teacher.config.channels
     student = MILO(channels=channels, latent_space=space, scaling_factor=factor).to(memory_format=torch.channels_last)
     draw_pairs = draw_image_pairs if channels == 3 else draw_latent_pairs
-    draw, unseen = (
-        draw_pairs(ImageCrops(folders, crop_size=options.crop_size, seed=seed), options.batch_size)
-        for folders, seed in ((options.images, options.seed), ([options.validation], 10_000))
-    )
+    encoded = options.encoded or (None, None)
+    draws = []
+    for folders, folder, seed in (
+        (options.images, encoded[0], options.seed),
+        ([options.validation], encoded[1], 10_000),
+    ):
+        drawn = draw_pairs(ImageCrops(folders, crop_size=options.crop_size, seed=seed), options.batch_size)
+        draws.append(half_encoded(drawn, folder, batch_size=options.batch_size, seed=seed) if folder else drawn)
+    draw, unseen = draws
     batches = [unseen(step, 0) for step in range(12)]
     pairs = [(ref[index : index + 1], dist[index : index + 1]) for ref, dist in batches for index in range(len(ref))]
 
