@@ -9,12 +9,13 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin
 
 from milo_latent.diffbir.loading import open_cleaner
-from milo_latent.diffbir.release import Release, read_release
+from milo_latent.diffbir.release import RELEASE_FILE, Release, read_release, release_text
+from milo_latent.files import write_text
 from milo_latent.metric.network import MILO
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
 from milo_latent.resources import available_weights, weights_dir
 
-BACKGROUND_FOLDER = "background_cleaner"
+BACKGROUND_FOLDER, METRIC_FOLDER = "background_cleaner", "metric"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,24 @@ class Restorer:
         pipeline._tiles = self.pipeline._tiles
         pipeline.set_progress_bar_config(**getattr(self.pipeline, "_progress_bar_config", {}))
         return replace(self, pipeline=pipeline, background_cleaner=None)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save everything that `load_restorer` opens again.
+
+        Args:
+            folder: made if need be.
+
+        Raises:
+            OSError: if the disk is full.
+        """
+        target = Path(folder)
+        self.pipeline.save_pretrained(target)
+        if self.metric is not None:
+            self.metric.save_pretrained(target / METRIC_FOLDER)
+        if self.background_cleaner is not None:
+            self.background_cleaner.save_pretrained(target / BACKGROUND_FOLDER)
+        if self.release is not None:
+            write_text(target / RELEASE_FILE, release_text(self.release.version, self.release.task))
 
 
 def best_device() -> str:
@@ -94,7 +113,7 @@ def load_restorer(
 def _open_metric(chosen: str | Path | None, folder: Path) -> MILO | None:
     if chosen is not None:
         return MILO.from_pretrained(chosen)
-    return MILO.from_pretrained(folder / "metric") if (folder / "metric").is_dir() else None
+    return MILO.from_pretrained(folder / METRIC_FOLDER) if (folder / METRIC_FOLDER).is_dir() else None
 
 
 def _check_device(name: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +23,8 @@ from milo_latent.diffbir.cleaning import clean_image, resize
 from milo_latent.diffbir.colour import ColorFix
 from milo_latent.diffbir.inputs import check_call, explained_memory, images_to_tensor, scaled_size, to_output, truncate
 from milo_latent.diffbir.ircontrolnet import IRControlNet
-from milo_latent.diffbir.loading import pipeline_folder
+from milo_latent.diffbir.loading import FolderMixin
 from milo_latent.diffbir.prompt_cache import PromptCache, listed, repeat_prompts
-from milo_latent.diffbir.prompts import read_prompt_embeds
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner
 from milo_latent.diffbir.scunet import SCUNet
 from milo_latent.diffbir.stages import TilingMixin, pad, predict, put_colour
@@ -36,7 +34,7 @@ from milo_latent.guidance.callback import find_guidance
 SMALLEST_LATENTS = 16  # cells a side: the metric's four levels need them
 
 
-class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
+class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
     """Restore images: a cleaner removes the degradation, latent diffusion then restores what was lost with it.
 
     Args:
@@ -83,27 +81,6 @@ class DiffBIRPipeline(DiffusionPipeline, TilingMixin):
             self._optional_components = ["cleaner"]
         self._tiles = {}
         self._guidance_scale = 1.0
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> DiffBIRPipeline:
-        """Open a saved pipeline.
-
-        Args:
-            pretrained_model_name_or_path: a folder, or a hub id, whose files are fetched first: diffusers would refuse
-                the hub's folders of classes that are not its own.
-            **kwargs: as of `DiffusionPipeline.from_pretrained`; `revision`, `cache_dir`, `token` and `local_files_only`
-                choose what is fetched.
-
-        Returns:
-            The pipeline.
-
-        Raises:
-            FileNotFoundError: if there is no such folder, nor such a repository on the hub or in its cache.
-        """
-        folder = pipeline_folder(pretrained_model_name_or_path, kwargs)
-        pipeline = super().from_pretrained(folder, **kwargs)
-        pipeline.prompt_cache.stored = read_prompt_embeds(folder)
-        return pipeline
 
     @property
     def guidance_scale(self) -> float:

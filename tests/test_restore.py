@@ -39,6 +39,24 @@ def test_scale_zero_gives_the_bits_of_no_callback(restorer, pipeline):
     assert torch.equal(restore_image(image, model=restorer, steps=2, seed=4, milo_scale=0.0), plain)
 
 
+def test_what_is_saved_opens_again_whole(restorer, pipeline, tmp_path):
+    pipeline.prompt_cache.stored = {"a photo": torch.rand(1, 77, 8)}
+    release = Release(VERSIONS["v2"], "face")
+    saved = dataclasses.replace(restorer, release=release, background_cleaner=pipeline.cleaner)
+    saved.save_pretrained(tmp_path / "model")
+    opened = load_restorer(tmp_path / "model", device="cpu")
+    assert opened.release == release
+    assert torch.equal(opened.pipeline.prompt_cache.stored["a photo"], pipeline.prompt_cache.stored["a photo"])
+    ref, dist = torch.randn(2, 1, 4, 16, 16, generator=generator())
+    assert torch.equal(opened.metric(ref=ref, dist=dist), restorer.metric(ref=ref, dist=dist))
+    for part in ("cleaner", "unet", "controlnet", "vae"):
+        expected = getattr(pipeline, part).state_dict()
+        assert all(
+            torch.equal(value, expected[key]) for key, value in getattr(opened.pipeline, part).state_dict().items()
+        )
+    assert type(opened.background_cleaner) is type(pipeline.cleaner)
+
+
 def test_what_cannot_be_restored_is_refused(restorer, pipeline):
     with pytest.raises(ValueError, match="`task`"):
         restore_image(torch.rand(1, 3, 9, 9), model=restorer, task="colourise")

@@ -7,10 +7,11 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from milo_latent.diffbir.versions import NEGATIVE_PROMPT, NEGATIVE_PROMPT_V2, PROMPT
+from milo_latent.files import write_atomically
 
 PROMPT_LENGTH = 77
 PROMPT_EMBEDS_FILE = "prompt_embeds.safetensors"
@@ -58,3 +59,19 @@ def read_prompt_embeds(folder: str | Path) -> dict[str, Tensor]:
     """
     path = Path(folder) / PROMPT_EMBEDS_FILE
     return {text: embeds[None] for text, embeds in load_file(path).items()} if path.is_file() else {}
+
+
+def write_prompt_embeds(folder: str | Path, stored: Mapping[str, Tensor]) -> None:
+    """Write what `read_prompt_embeds` reads; nothing where nothing is stored.
+
+    Args:
+        folder: of the pipeline, made if need be.
+        stored: prompt to embedding, (1, 77, width).
+
+    Raises:
+        OSError: if the disk is full.
+    """
+    if stored:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        embeds = {text: each[0].cpu().contiguous() for text, each in stored.items()}
+        write_atomically(Path(folder) / PROMPT_EMBEDS_FILE, lambda partial: save_file(embeds, partial))
