@@ -15,10 +15,7 @@ from milo_latent import MILOGuidance
 from milo_latent.guidance.coefficients import FAMILIES, KNOWN_SCHEDULERS, scheduler_family
 from milo_latent.testing import generator, tiny_metric
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Should have t:UserWarning"),  # torchsde, of rounding
-    pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning"),  # numpy, of diffusers' sigma to t
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Should have t:UserWarning")  # torchsde, of rounding
 SHAPE = (1, 4, 16, 16)
 REFERENCE = torch.randn(SHAPE, generator=generator(1))
 CENTRE = torch.randn(SHAPE, generator=generator(2))

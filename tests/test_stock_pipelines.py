@@ -10,8 +10,6 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from milo_latent import MILO, MILOGuidance
 from milo_latent.testing import generator, latent_pair, tiny_metric
 
-# numpy's, of diffusers' sigma to t
-pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
 REFERENCE, _ = latent_pair()
 WIDTH, TOKENS, SIDE = 8, 5, 32  # of the prompt embeddings; of the images in pixels
 SHAPE = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}

@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from milo_latent import MILO
 from milo_latent.training import train_metric
+from milo_latent.training.optimizers import build_optimizer
+from milo_latent.training.recipe import Recipe, read_recipe
 from milo_latent.training.run_logs import RunLogs, read_log
-from milo_latent.training.train_metric import OpinionLoss, Recipe, mirrored, new_metric, read_recipe, scale_map
+from milo_latent.training.train_metric import OpinionLoss, mirrored, new_metric, scale_map
 
 PAIRS = 24
 
@@ -131,6 +133,44 @@ def test_a_label_that_breaks_the_loss_stops_and_keeps_the_good_checkpoint(datase
         train_metric.main(arguments)
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-00000020"]
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run", "best").values())
+
+
+def test_a_run_with_soap_resumes_and_ends_identical(dataset, tmp_path):
+    pytest.importorskip("pytorch_optimizer", reason="SOAP needs pytorch-optimizer")
+    recipe = recipe_file(tmp_path, steps=40, optimizer="soap")
+    train_metric.main(command(dataset, tmp_path / "whole", recipe))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_metric, "fit", interrupted_at(30, train_metric.fit))
+        with pytest.raises(KeyboardInterrupt):
+            train_metric.main(command(dataset, tmp_path / "run", recipe))
+    train_metric.main(command(dataset, tmp_path / "run", recipe))
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(value, expected[key]) for key, value in weights(tmp_path / "run").items())
+
+
+def interrupted_at(last, fit):
+    """Return `fit` whose batch number `last` is never drawn."""
+
+    def broken(module, draw, *arguments, **options):
+        def interrupting(step, process_index):
+            if step == last:
+                raise KeyboardInterrupt
+            return draw(step, process_index)
+
+        return fit(module, interrupting, *arguments, **options)
+
+    return broken
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(ValueError, match="'adamw' or 'soap', got 'sgd'"):
+        build_optimizer("sgd", [torch.nn.Parameter(torch.zeros(1))], lr=1.0, betas=(0.9, 0.9), weight_decay=0.0)
+
+
+def test_soap_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    with pytest.raises(ImportError, match=r"milo_latent\[train\]"):
+        build_optimizer("soap", [torch.nn.Parameter(torch.zeros(1))], lr=1.0, betas=(0.9, 0.9), weight_decay=0.0)
 
 
 def test_the_default_recipe_is_the_paper_s():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ from milo_latent.training.encoded_pairs import half_encoded
 from milo_latent.training.image_pairs import draw_image_pairs
 from milo_latent.training.latent_distortions import draw_latent_pairs
 from milo_latent.training.loop import add_run_options, fit, run_config
-from milo_latent.training.optimizers import OptimizerName
 from milo_latent.training.perturbations import perturb_pair
 
 # raw error per pixel up to which the scaler is learned: latents differ by 3 at most, the mask is < 4
@@ -136,8 +134,7 @@ def describe(figures: dict[str, float], count: int) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Distil and save, or evaluate what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_run_options(parser, steps=40_000, crop_size=128, learning_rate=4e-3)
-    parser.add_argument("--optimizer", choices=get_args(OptimizerName), default="soap")
+    add_run_options(parser, steps=40_000, crop_size=128, learning_rate=4e-3, optimizer="soap")
     parser.add_argument("--teacher", required=True, help="MILO weights, such as the official MILO_latent.pth")
     parser.add_argument("--validation", type=Path, required=True, help="folder of photos that are not trained on")
     parser.add_argument(
@@ -178,9 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
         student.save_pretrained(options.output / "metric")  # so that it can be evaluated while it trains
         return compare(student, teacher, [pair for pair in pairs if not torch.equal(*pair)])
 
-    config = run_config(
-        options, decay=0.6, warmup=200, weight_decay=1e-6, betas=(0.95, 0.95), optimizer=options.optimizer
-    )
+    config = run_config(options, decay=0.6, warmup=200, weight_decay=1e-6)
     fit(MatchingLoss(student, teacher), draw, config, validate=validate)
     student.save_pretrained(options.output / "metric")
     if held_out:

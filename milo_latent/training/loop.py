@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from milo_latent.files import write_text
-from milo_latent.training.optimizers import OptimizerName, build_optimizer
+from milo_latent.training.optimizers import SOAP_BETAS, OptimizerName, build_optimizer
 from milo_latent.training.run_logs import RunLogs
 
 LOG_EVERY = 50  # steps, over which the logged loss is a mean
@@ -69,7 +69,12 @@ class RunConfig:
 
 
 def add_run_options(
-    parser: argparse.ArgumentParser, *, steps: int = 10_000, crop_size: int = 96, learning_rate: float = 1e-3
+    parser: argparse.ArgumentParser,
+    *,
+    steps: int = 10_000,
+    crop_size: int = 96,
+    learning_rate: float = 1e-3,
+    optimizer: OptimizerName = "adamw",
 ) -> None:
     """Add the options that every training command has.
 
@@ -78,6 +83,7 @@ def add_run_options(
         steps: default.
         crop_size: default, in pixels.
         learning_rate: default.
+        optimizer: default.
     """
     parser.add_argument("--images", nargs="+", required=True, help="folders of clean training images")
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the trained model")
@@ -85,12 +91,15 @@ def add_run_options(
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--crop-size", type=int, default=crop_size)
     parser.add_argument("--learning-rate", type=float, default=learning_rate)
+    parser.add_argument("--optimizer", choices=get_args(OptimizerName), default=optimizer)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=get_args(Precision), default="bf16")
 
 
 def run_config(options: argparse.Namespace, **recipe: Any) -> RunConfig:
     """Return the run that `add_run_options` was told, with the rest of the command's recipe."""
+    if options.optimizer == "soap":
+        recipe = {"betas": SOAP_BETAS} | recipe
     return RunConfig(
         output=options.output,
         steps=options.steps,
@@ -98,6 +107,7 @@ def run_config(options: argparse.Namespace, **recipe: Any) -> RunConfig:
         learning_rate=options.learning_rate,
         seed=options.seed,
         precision=options.precision,
+        optimizer=options.optimizer,
         **recipe,
     )
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 OptimizerName = Literal["adamw", "soap"]
+SOAP_BETAS = (0.95, 0.95)  # its paper's
 
 
 def build_optimizer(
