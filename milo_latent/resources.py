@@ -23,6 +23,11 @@ def available_weights() -> list[str]:
     return sorted(_sets())
 
 
+def default_image_metric() -> str:
+    """Return the name of the MILO_I to score images with: the official one where it was pulled, else our own."""
+    return "official-image" if "official-image" in _sets() else "milo-image"
+
+
 def weights_dir(name: str) -> Path:
     """Return the folder of a set of weights at hand.
 

@@ -90,7 +90,7 @@ def load_restorer(
         Pipeline and metric.
 
     Raises:
-        FileNotFoundError: if there is no such model.
+        FileNotFoundError: if there is no such model, or a metric only.
         ValueError: if there is no such device.
     """
     folder = weights_dir(str(model)) if str(model) in available_weights() else Path(model)
@@ -98,6 +98,10 @@ def load_restorer(
         raise FileNotFoundError(
             f"Expected a model, got {str(model)!r}: neither a shipped set ({', '.join(available_weights())}), "
             "nor a folder, nor a hub id such as owner/name."
+        )
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"Expected a pipeline, got {str(model)!r}, which has no model_index.json: a metric alone, perhaps."
         )
     source = folder if folder.is_dir() else str(model)
     pipeline = DiffBIRPipeline.from_pretrained(source, dtype=dtype or torch.float32)

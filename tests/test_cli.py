@@ -235,9 +235,17 @@ def test_the_official_pairs_score_their_recorded_values(shared, capsys):
         assert f"raw error {expected}" in capsys.readouterr().out
 
 
-def test_score_asks_for_weights_and_refuses_mixtures(photo, tmp_path, capsys):
+def test_images_are_scored_without_being_told_the_weights(photo, monkeypatch, tmp_path, capsys):
+    assert main(["score", "--ref", str(photo), "--dist", str(photo)]) == 0
+    assert "quality 0.0000000000\nMILO_I (milo-image)" in capsys.readouterr().out
+    pulled = tmp_path / "cache" / "official-image"
+    tiny_metric(channels=3).save_pretrained(pulled)
+    monkeypatch.setenv("MILO_LATENT_CACHE", str(pulled.parent))
+    assert main(["score", "--ref", str(photo), "--dist", str(photo)]) == 0
+    assert "MILO_I (official-image)" in capsys.readouterr().out
+
+
+def test_score_refuses_mixtures(photo, tmp_path, capsys):
     write_latents(tmp_path / "a.npy", torch.rand(1, 4, 16, 16))
-    assert main(["score", "--ref", str(photo), "--dist", str(photo)]) == 1
-    assert "MILO.pth" in one_error_line(capsys)
     assert main(["score", "--ref", str(photo), "--dist", str(tmp_path / "a.npy")]) == 1
     assert "two images or two latent files" in one_error_line(capsys)

@@ -68,6 +68,8 @@ def test_what_cannot_be_restored_is_refused(restorer, pipeline):
         restore_image(torch.rand(1, 3, 9, 9), model=Restorer(pipeline, None), milo_scale=0.5)
     with pytest.raises(FileNotFoundError, match="shipped set"):
         load_restorer("nowhere")
+    with pytest.raises(FileNotFoundError, match="a metric alone"):
+        load_restorer("milo-sd")
 
 
 def test_too_large_an_image_says_so(restorer, monkeypatch):

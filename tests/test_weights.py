@@ -13,6 +13,8 @@ from milo_latent.codec import encode_image
 from milo_latent.resources import available_weights, weights_dir
 from milo_latent.restore import restore_image
 from milo_latent.testing import generator
+from milo_latent.training.correlation import spearman
+from milo_latent.training.distortions import DISTORTIONS, distort
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,31 @@ def test_nano_s_metric_knows_its_latent_space(nano):
     assert nano.metric.config.latent_space == "nano"
     assert nano.metric.config.scaling_factor == nano.pipeline.vae.config.scaling_factor
     assert torch.equal(MILO.from_pretrained("nano").mask_finder[0].weight, nano.metric.mask_finder[0].weight)
+
+
+def test_the_shipped_metrics_know_their_spaces_and_see_nothing_in_nothing():
+    image, latent = MILO.from_pretrained("milo-image"), MILO.from_pretrained("milo-sd")
+    assert (image.config.channels, latent.config.channels) == (3, 4)
+    assert (latent.config.latent_space, latent.config.scaling_factor) == ("stable-diffusion", 0.18215)
+    for metric in (image, latent):
+        ref = torch.rand(1, metric.config.channels, 32, 32, generator=generator())
+        noise = torch.randn(ref.shape, generator=generator(1))
+        scores = [metric(ref=ref, dist=ref + sigma * noise).item() for sigma in (0, 0.05, 0.1, 0.2)]
+        assert scores[0] == 0
+        assert scores == sorted(scores)
+
+
+def test_the_shipped_image_metric_ranks_as_the_official_one(shared):
+    ours, official = MILO.from_pretrained("milo-image"), MILO.from_pretrained(shared / "milo_official" / "MILO.pth")
+    photos = sorted((shared / "data" / "imagenet256_val").iterdir())[5::25]
+    scores = []
+    for path in photos:
+        ref = read_image(path)[..., :128, :128]
+        for kind in list(DISTORTIONS)[::4]:
+            for level in (1, 3, 5):
+                dist = distort(ref, kind, level, image_id=path.stem)
+                scores.append([metric.compare(ref=ref, dist=dist).quality.item() for metric in (ours, official)])
+    assert spearman(*torch.tensor(scores).T) > 0.95
 
 
 def test_nano_s_latents_have_a_spread_of_one(nano, shared):

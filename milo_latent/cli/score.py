@@ -24,8 +24,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--ref", type=Path, required=True, help="image, or latents (.npy, .safetensors), or folder")
     command.add_argument("--dist", type=Path, required=True, help="the same, distorted")
     command.add_argument(
-        "--weights", metavar="NAME|FOLDER|FILE", help="shipped weights, a folder, or an official .pth (latents: nano)"
-    )
+        "--weights", metavar="NAME|FOLDER|FILE",
+        help="weights at hand, a folder, or an official .pth (default: of images official-image where it was pulled, "
+        "else milo-image; of latents nano)",
+    )  # fmt: skip
     command.add_argument("--vae", metavar="NAME|FOLDER", help="score images as latents of this model's VAE")
     command.add_argument("--csv", type=Path, metavar="FILE", help="write a table; an interrupted one is gone on with")
     command.add_argument("--json", action="store_true", help="print JSON")
@@ -92,6 +94,7 @@ def _map_scale(options: argparse.Namespace) -> float | None:
 
 def _weights(options: argparse.Namespace, pairs: list[Any]) -> str:
     """Return the weights to score with."""
+    from milo_latent.resources import default_image_metric
     from milo_latent.scoring import is_latents
 
     kinds = {is_latents(path) for pair in pairs for path in (pair.ref, pair.dist)}
@@ -104,9 +107,7 @@ def _weights(options: argparse.Namespace, pairs: list[Any]) -> str:
             raise ValueError("Expected images with --vae, got latents. Leave --vae out.")
         return options.weights or options.vae
     if options.weights is None and kinds == {False}:
-        raise ValueError(
-            "Scoring images needs MILO_I weights: pass --weights with the official MILO.pth, or --vae nano."
-        )
+        return default_image_metric()
     return options.weights or "nano"
 
 
