@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from milo_latent.training.conditions import CONDITIONS, read_condition_means, rising_share, score_conditions
@@ -39,7 +40,12 @@ def main() -> None:
     options = parse()
     options.output.mkdir(parents=True, exist_ok=True)
     vae = load_vae(options.vae) if options.vae else None
-    metrics = [by_name(name, vae=vae) for name in options.metrics]
+    opened = [by_name(name, vae=vae) for name in options.metrics]
+    short = [metric.name for metric in opened]
+    metrics = [  # two folders of the same name keep what tells them apart
+        metric if short.count(metric.name) == 1 else replace(metric, name=name)
+        for metric, name in zip(opened, options.metrics, strict=True)
+    ]
     if options.task == "dataset":
         ratings = LOADERS[options.kind](options.folder)
         damage, ratings = score_ratings(metrics, ratings, report=lambda line: print(line, file=sys.stderr))

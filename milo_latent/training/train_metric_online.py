@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
@@ -15,26 +13,11 @@ from torch.nn import functional as F
 from milo_latent.codec import VAE, encode_image
 from milo_latent.metric.network import MILO
 from milo_latent.training.dataset import ImageCrops
-from milo_latent.training.degradations import add_noise, blur, compress_jpeg, downscale_and_back
+from milo_latent.training.image_pairs import draw_image_pairs
 from milo_latent.training.initialise import initialise
 from milo_latent.training.loop import add_run_options, fit, run_config
 
 MAP_WEIGHT = 1.0  # of the error map's loss beside that of the score
-
-
-def distort(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Distort (3, H, W), in [0, 1], by one or two of noise, blur, downscaling, JPEG, brightness and contrast."""
-    kinds: list[Callable[[Tensor], Tensor]] = [
-        lambda each: add_noise(each, rng.uniform(2, 60), rng),
-        lambda each: blur(each, rng.uniform(0.4, 4.0)),
-        lambda each: downscale_and_back(each, rng.uniform(1.3, 6.0)),
-        lambda each: compress_jpeg(each, int(rng.integers(5, 90))),
-        lambda each: each + rng.uniform(-0.15, 0.15),
-        lambda each: (each - each.mean()) * rng.uniform(0.4, 1.6) + each.mean(),
-    ]
-    for index in rng.choice(len(kinds), size=rng.integers(1, 3), replace=False):
-        image = kinds[index](image).clamp(0, 1)
-    return image
 
 
 class DistillationLoss(nn.Module):
@@ -65,12 +48,10 @@ class DistillationLoss(nn.Module):
 @torch.no_grad()
 def agreement(metric: MILO, teacher: MILO, vae: VAE, folder: Path, *, crop_size: int, batches: int = 12) -> float:
     """Return the Spearman correlation of MILO_L's and the teacher's quality scores over distorted crops of `folder`."""
-    crops = ImageCrops([folder], crop_size=crop_size, seed=10_000)
+    draw = draw_image_pairs(ImageCrops([folder], crop_size=crop_size, seed=10_000), 16)
     pairs = []
     for step in range(batches):
-        rng = crops.generator(step)
-        ref = crops.batch(rng, 16)
-        dist = torch.stack([distort(image, rng) for image in ref])
+        ref, dist = draw(step, 0)
         student_map = metric.error_map(dist=encode_image(vae, dist).float(), ref=encode_image(vae, ref).float())
         scores = (student_map.mean(dim=(1, 2, 3)), teacher.error_map(dist=dist, ref=ref).mean(dim=(1, 2, 3)))
         pairs.append(torch.stack(scores))
@@ -101,11 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     loss = DistillationLoss(metric, teacher=teacher, vae=vae)
     crops = ImageCrops(options.images, crop_size=options.crop_size, seed=options.seed)
 
-    def draw(step: int, process_index: int) -> tuple[Tensor, Tensor]:
-        rng = crops.generator(step, process_index)
-        ref = crops.batch(rng, options.batch_size)
-        return ref, torch.stack([distort(image, rng) for image in ref])
-
+    draw = draw_image_pairs(crops, options.batch_size)
     config = run_config(options, weight_decay=1e-6)
 
     def validate(trained: nn.Module) -> dict[str, float]:
