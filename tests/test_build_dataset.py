@@ -208,6 +208,16 @@ def test_calibrated_labels_are_zero_for_equal_images_and_grow():
         Ensemble([metric], {})
 
 
+def test_the_shipped_metric_labels_without_any_file():
+    pytest.importorskip("torchmetrics", reason='SSIM needs pip install "milo_latent[eval]"')
+    ensemble = pseudo_mos.build_ensemble(["milo:milo-image", "ssim"])
+    rows, columns = torch.meshgrid(torch.linspace(0, 1, 64), torch.linspace(0, 1, 64), indexing="ij")
+    ref = torch.stack([rows, columns, (rows > 0.5).float()])[None]
+    labels = [ensemble(ref=ref, dist=distort(ref, "white noise", level, image_id="0")).item() for level in (1, 3, 5)]
+    assert ensemble(ref=ref, dist=ref).item() == pytest.approx(0, abs=1e-3)
+    assert 0 < labels[0] < labels[1] < labels[2] < 1
+
+
 def test_agreement_between_members_is_a_matrix():
     first = torch.rand(50, generator=torch.Generator().manual_seed(0))
     matrix = member_agreement(torch.stack([first, first**2, -first], dim=1))

@@ -56,6 +56,7 @@ def calibrate(metric: FullReference, damage: Tensor, opinions: Tensor) -> Calibr
 # "milo:MILO" is the official MILO_I, by the name of its file.
 DEFAULT_CALIBRATIONS: dict[str, Calibration] = {
     "milo:MILO": Calibration(Logistic(4.71629, 1.44956, 0.0979642, -0.0707756), 0),
+    "milo:milo-image": Calibration(Logistic(4.52205, 0.850838, 0.187662, -0.112008), 0),
     "ssim": Calibration(Logistic(602.336, 0.961366, -3.26374, -0.434506), -1),
     "ms-ssim": Calibration(Logistic(1657.85, 1.90371, -1.46161, -0.0713761), -1),
     "vif": Calibration(Logistic(7.87998, -212.155, 6.12064, -1.74695), -1),
@@ -144,7 +145,8 @@ def build_ensemble(names: Sequence[str], calibrations: str | Path | None = None)
 
     Args:
         names: as of `full_reference.by_name`.
-        calibrations: a file; None takes the shipped ones, of MILO_I (official), SSIM, MS-SSIM and VIF.
+        calibrations: a file; None takes the shipped ones, of MILO_I (the official MILO.pth and our milo-image), SSIM,
+            MS-SSIM, VIF, PSNR and MAE.
     """
     table = DEFAULT_CALIBRATIONS if calibrations is None else read_calibrations(calibrations)
     return Ensemble([by_name(name) for name in names], table)
