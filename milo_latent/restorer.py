@@ -123,7 +123,7 @@ def _open_metric(chosen: str | Path | None, folder: Path) -> MILO | None:
 def _check_device(name: str) -> str:
     try:
         torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's, by device and by build
         first_line = str(error).splitlines()[0]
         raise ValueError(
             f"Expected a device that is there, such as {best_device()!r}, got {name!r}: {first_line}"

@@ -78,7 +78,7 @@ def encoded(tmp_path):
 
 
 def test_encoded_pairs_are_mixed_alike_and_follow_from_the_draw(encoded):
-    pairs = EncodedPairs(encoded)
+    pairs = EncodedPairs(encoded, channels=4)
     ref, dist = pairs.draw(np.random.default_rng(1), 64)
     assert ref.shape == dist.shape == (64, 4, 32, 32)
     assert all(torch.equal(*each) for each in zip(pairs.draw(np.random.default_rng(1), 64), (ref, dist), strict=True))
@@ -87,8 +87,13 @@ def test_encoded_pairs_are_mixed_alike_and_follow_from_the_draw(encoded):
     assert 0.4 < ref.std() < 1.6
 
 
+def test_encoded_pairs_of_another_space_are_refused(encoded):
+    with pytest.raises(ValueError, match=r"latents of 3 channels .* got 4"):
+        EncodedPairs(encoded, channels=3)
+
+
 def test_every_other_batch_is_encoded(encoded):
-    draw = half_encoded(lambda step, process: (torch.zeros(()),), encoded, batch_size=2, seed=0)
+    draw = half_encoded(lambda step, process: (torch.zeros(()),), encoded, channels=4, batch_size=2, seed=0)
     shapes = [draw(step, 0)[0].shape for step in range(40)]
     assert 10 < shapes.count((2, 4, 32, 32)) < 30
     assert torch.equal(draw(3, 0)[0], draw(3, 0)[0])

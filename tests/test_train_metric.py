@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from milo_latent import MILO
 from milo_latent.training import train_metric
+from milo_latent.training.loop import RunConfig, _is_due
 from milo_latent.training.optimizers import build_optimizer
 from milo_latent.training.recipe import Recipe, read_recipe
 from milo_latent.training.run_logs import RunLogs, read_log
@@ -118,6 +120,15 @@ def test_two_processes_train_as_one(dataset, tmp_path):
     expected = weights(tmp_path / "one")
     for key, value in weights(tmp_path / "two").items():  # the same batches, the mean of two halves' gradients
         assert torch.allclose(value, expected[key], rtol=0, atol=1e-6), key
+
+
+def test_a_process_whose_clock_is_early_saves_when_another_s_is_late(tmp_path):
+    means = iter([0.5, 0.0])  # one of two is late, then none
+    fellow = SimpleNamespace(
+        num_processes=2, device=torch.device("cpu"), reduce=lambda value, reduction: torch.tensor(next(means))
+    )
+    config, never = RunConfig(output=tmp_path, steps=10), float("inf")
+    assert [_is_due(fellow, config, 5, never) for _ in range(2)] == [True, False]
 
 
 def test_a_label_that_breaks_the_loss_stops_and_keeps_the_good_checkpoint(dataset, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from milo_latent.training.dataset import ImageCrops
 from milo_latent.training.encoded_pairs import half_encoded
 from milo_latent.training.image_pairs import draw_image_pairs
 from milo_latent.training.latent_distortions import draw_latent_pairs
-from milo_latent.training.loop import add_run_options, fit, run_config
+from milo_latent.training.loop import add_run_options, fit, run_config, training_state
 from milo_latent.training.perturbations import perturb_pair
 
 # raw error per pixel up to which the scaler is learned: latents differ by 3 at most, the mask is < 4
@@ -166,7 +166,9 @@ def main(arguments: list[str] | None = None) -> None:
         ([options.validation], encoded[1], 10_000),
     ):
         drawn = draw_pairs(ImageCrops(folders, crop_size=options.crop_size, seed=seed), options.batch_size)
-        draws.append(half_encoded(drawn, folder, batch_size=options.batch_size, seed=seed) if folder else drawn)
+        if folder is not None:
+            drawn = half_encoded(drawn, folder, channels=channels, batch_size=options.batch_size, seed=seed)
+        draws.append(drawn)
     draw, unseen = draws
     batches = [unseen(step, 0) for step in range(12)]
     pairs = [(ref[index : index + 1], dist[index : index + 1]) for ref, dist in batches for index in range(len(ref))]
@@ -177,6 +179,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     config = run_config(options, decay=0.6, warmup=200, weight_decay=1e-6)
     fit(MatchingLoss(student, teacher), draw, config, validate=validate)
+    if not training_state().is_main_process:
+        return
     student.save_pretrained(options.output / "metric")
     if held_out:
         print(describe(compare(student.frozen(), teacher, held_out), len(held_out)))

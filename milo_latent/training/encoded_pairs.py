@@ -25,10 +25,20 @@ class EncodedPairs:
 
     Args:
         folder: training set of `build_dataset` with latents.
+        channels: of the latents.
+
+    Raises:
+        ValueError: if the set's latents have another number of channels.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, channels: int) -> None:
         self.pairs = PairSet(folder, space="latents")
+        found = self.pairs.ref.shape[1]
+        if found != channels:
+            raise ValueError(
+                f"Expected latents of {channels} channels in {folder}, got {found}. Build the set with another "
+                "autoencoder, or leave it out."
+            )
         values = self.pairs.ref.transpose(0, 1).flatten(1)
         self.variances, self.axes = torch.linalg.eigh(torch.cov(values))  # (C,), (C, C)
 
@@ -52,12 +62,12 @@ class EncodedPairs:
 
 
 def half_encoded(
-    draw: Callable[[int, int], tuple[Tensor, ...]], folder: Path, *, batch_size: int, seed: int
-) -> Callable[[int, int], tuple[Tensor, ...]]:
+    draw: Callable[[int, int], tuple[Tensor, Tensor]], folder: Path, *, channels: int, batch_size: int, seed: int
+) -> Callable[[int, int], tuple[Tensor, Tensor]]:
     """Return a function that draws a batch by `draw` or, every other time, from `EncodedPairs` of `folder`."""
-    encoded = EncodedPairs(folder)
+    encoded = EncodedPairs(folder, channels=channels)
 
-    def draw_either(step: int, process_index: int) -> tuple[Tensor, ...]:
+    def draw_either(step: int, process_index: int) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng((seed, step, process_index, 1))
         return draw(step, process_index) if rng.random() < 0.5 else encoded.draw(rng, batch_size)
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -46,7 +47,7 @@ class RunConfig:
         schedule: "linear" rises, holds and falls; "step" multiplies the learning rate every so often.
         step_size: steps between the multiplications.
         step_factor: what is multiplied by.
-        optimizer: "adamw", or "soap", which fits one network to another in a tenth of the steps.
+        optimizer: "adamw", or "soap", which fits one network to another in far fewer steps.
     """
 
     output: Path
@@ -130,9 +131,8 @@ def training_state() -> PartialState:
 
     Without an accelerator they are joined over gloo, which accelerate does only where it is told that it runs on CPUs.
     """
-    return PartialState(
-        cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available())
-    )
+    accelerated = torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not accelerated)
 
 
 def fit(

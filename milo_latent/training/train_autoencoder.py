@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from milo_latent.codec import decode_latents, encode_image, latents_spread
 from milo_latent.files import read_image
 from milo_latent.training.dataset import ImageCrops, list_images
-from milo_latent.training.loop import add_run_options, fit, run_config
+from milo_latent.training.loop import add_run_options, fit, run_config, training_state
 
 NUM_BLOCKS = (0, 0, 2, 4)  # of the encoder, from full size to 1/8; the decoder mirrors it
 LATENT_NOISE = 0.05  # of latents with a spread of about 1: keeps nearby latents decoding to nearby images
@@ -120,6 +120,8 @@ def main(arguments: list[str] | None = None) -> None:
         config,
         validate=lambda loss: {"psnr": reconstruction_psnr(loss.vae, options.validation, every=4)},
     )
+    if not training_state().is_main_process:
+        return
     sample = crops.batch(crops.generator(options.steps), 64)
     vae.register_to_config(scaling_factor=round(1.0 / latents_spread(vae, sample), 5))
     vae.save_pretrained(options.output / "vae")

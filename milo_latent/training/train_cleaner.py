@@ -13,7 +13,7 @@ from milo_latent.diffbir.residual_cleaner import ResidualCleaner
 from milo_latent.files import read_image
 from milo_latent.training.dataset import ImageCrops, list_images
 from milo_latent.training.degradations import add_noise, draw_degraded
-from milo_latent.training.loop import add_run_options, fit, run_config
+from milo_latent.training.loop import add_run_options, fit, run_config, training_state
 
 
 class CleanerLoss(nn.Module):
@@ -68,6 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
         return {"psnr_sigma_50": denoising_psnr(cleaner, options.validation, every=5)}
 
     fit(CleanerLoss(cleaner), draw_degraded(crops, options.batch_size), config, validate=validate)
+    if not training_state().is_main_process:
+        return
     cleaner.save_pretrained(options.output / "cleaner")
     print(f"Mean PSNR at noise 50/255 on {options.validation}: {denoising_psnr(cleaner, options.validation):.2f} dB")
 

@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from milo_latent.codec import VAE, encode_image
 from milo_latent.metric.network import MILO
+from milo_latent.training.correlation import spearman
 from milo_latent.training.dataset import ImageCrops
 from milo_latent.training.image_pairs import draw_image_pairs
 from milo_latent.training.initialise import initialise
-from milo_latent.training.loop import add_run_options, fit, run_config
+from milo_latent.training.loop import add_run_options, fit, run_config, training_state
 
 MAP_WEIGHT = 1.0  # of the error map's loss beside that of the score
 
@@ -55,8 +56,7 @@ def agreement(metric: MILO, teacher: MILO, vae: VAE, folder: Path, *, crop_size:
         student_map = metric.error_map(dist=encode_image(vae, dist).float(), ref=encode_image(vae, ref).float())
         scores = (student_map.mean(dim=(1, 2, 3)), teacher.error_map(dist=dist, ref=ref).mean(dim=(1, 2, 3)))
         pairs.append(torch.stack(scores))
-    ranks = torch.cat(pairs, dim=1).argsort(dim=1).argsort(dim=1).float()
-    return torch.corrcoef(ranks)[0, 1].item()
+    return spearman(*torch.cat(pairs, dim=1))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -89,6 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
         return {"srcc": agreement(metric, teacher, vae, options.validation, crop_size=options.crop_size)}
 
     fit(loss, draw, config, validate=validate)
+    if not training_state().is_main_process:
+        return
     metric.save_pretrained(options.output / "metric")
     print(f"SRCC with the teacher on {options.validation}: {validate(loss)['srcc']:.4f}")
 

@@ -14,7 +14,7 @@ from milo_latent.diffbir.ircontrolnet import IRControlNet
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner
 from milo_latent.training.dataset import ImageCrops
 from milo_latent.training.degradations import degrade
-from milo_latent.training.loop import add_run_options, fit, run_config
+from milo_latent.training.loop import add_run_options, fit, run_config, training_state
 
 SHAPE = {  # of UNet and IRControlNet alike, whose features are added; they attend to nothing and take no prompt
     "in_channels": 4,
@@ -138,6 +138,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     config = run_config(options, decay=0.4)
     fit(loss, draw, config)
+    if not training_state().is_main_process:
+        return
     unet.save_pretrained(options.output / "unet")
     controlnet.save_pretrained(options.output / "controlnet")
     scheduler.save_pretrained(options.output / "scheduler")
