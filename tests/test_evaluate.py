@@ -113,10 +113,10 @@ def tid2013(folder):
 
 
 def csiq(folder):
-    rows = ["image,dst_idx,dst_type,dst_lev,dmos_std,dmos"]
+    rows = [",,,,,,,,", ",,,,,,,,", ",,,,,,,,", ",,,image,dst_idx,dst_type,dst_lev,dmos_std,dmos"]  # from D4 on
     for level in range(1, 6):
         picture(folder / "dst_imgs" / "jpeg2000" / f"1600.jpeg2000.{level}.png", 100 + 10 * level)
-        rows.append(f"1600,3,jpeg 2000,{level},0.1,{level / 5}")
+        rows.append(f",,,1600,3,jpeg 2000,{level},0.1,{level / 5}")
     picture(folder / "src_imgs" / "1600.png", 100)
     (folder / "csiq.DMOS.csv").write_text("\n".join(rows) + "\n")
 
@@ -125,7 +125,7 @@ def pipal(folder):
     (folder / "Train_Label").mkdir(parents=True)
     lines = []
     for level in range(5):
-        picture(folder / "Train_Dist_1" / f"A0001_00_0{level}.bmp", 110 + 10 * level)
+        picture(folder / "Distortion_1" / f"A0001_00_0{level}.bmp", 110 + 10 * level)
         lines.append(f"A0001_00_0{level}.bmp,{1500 - 10 * level}")
     picture(folder / "Train_Ref" / "A0001.bmp", 100)
     (folder / "Train_Label" / "A0001.txt").write_text("\n".join(lines) + "\n")
@@ -140,6 +140,33 @@ def test_published_layouts_are_read_and_scored(tmp_path, name, write):
     quality = torch.tensor([rating.quality for rating in ratings], dtype=torch.float64)
     assert len(ratings) >= 5
     assert spearman(-damage["psnr"], quality) > 0.95  # all were made so that more damage has a worse score
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "file", "line", "told"),
+    [
+        ("kadid10k", kadid10k, "dmos.csv", "I01_01_01.png", "Expected 3 values in each row of .*dmos.csv"),
+        ("kadid10k", kadid10k, "dmos.csv", "photo.png,I01.png,4.0", "names such as .*dmos.csv, got 'photo.png'"),
+        ("kadid10k", kadid10k, "dmos.csv", "I01_01_01.png,I01.png,good", "a score in .*dmos.csv, got 'good'"),
+        ("tid2013", tid2013, "mos_with_names.txt", "5.1", "Expected 2 values"),
+        ("csiq", csiq, "csiq.DMOS.csv", ",,,1600,3,awgn,1,0.1,0.2", "dst_type in .*csiq.DMOS.csv, got 'awgn'"),
+        ("csiq", csiq, "csiq.DMOS.csv", ",,,1600,3", "Expected 9 values"),
+        ("pipal", pipal, "Train_Label/A0001.txt", "A0001_00_00.bmp", "Expected 2 values in each row of .*A0001.txt"),
+    ],
+)
+def test_damaged_tables_are_named(tmp_path, name, write, file, line, told):
+    write(tmp_path)
+    with (tmp_path / file).open("a") as table:
+        table.write(line + "\n")
+    with pytest.raises(ValueError, match=told):
+        LOADERS[name](tmp_path)
+
+
+def test_a_table_of_other_columns_is_refused(tmp_path):
+    csiq(tmp_path)
+    (tmp_path / "csiq.DMOS.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="Save the sheet all_by_image"):
+        LOADERS["csiq"](tmp_path)
 
 
 def test_missing_scores_and_images_are_named(tmp_path):
