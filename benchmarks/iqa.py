@@ -13,12 +13,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from milo_latent.training.conditions import CONDITIONS, read_condition_means, rising_share, score_conditions
-from milo_latent.training.dataset import list_images
+from milo_latent.programs import run_program
+from milo_latent.training.conditions import CONDITIONS, read_condition_means, score_conditions
+from milo_latent.training.dataset import list_images, spread_over
 from milo_latent.training.evaluate import agreement, agreement_per_kind, score_ratings
 from milo_latent.training.full_reference import by_name, load_vae
 from milo_latent.training.iqa_datasets import LOADERS
-from milo_latent.training.reports import agreement_rows, format_rows, level_study, scatter, write_rows
+from milo_latent.training.reports import agreement_rows, format_rows, level_study, rising_rows, scatter, write_rows
 
 
 def parse() -> argparse.Namespace:
@@ -33,7 +34,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kind", choices=sorted(LOADERS), help="layout of a rated set")
     parser.add_argument("--folder", type=Path, help="of a rated set")
     parser.add_argument("--output", type=Path, required=True, help="folder for tables and plots")
-    return parser.parse_args()
+    options = parser.parse_args()
+    needed = {"dataset": ("kind", "folder"), "conditions": ("photos", "opinions"), "levels": ("photos", "opinions")}
+    missing = [f"--{name}" for name in needed[options.task] if getattr(options, name) is None]
+    if missing:
+        parser.error(f"{options.task} needs {' and '.join(missing)}")
+    return options
 
 
 def main() -> None:
@@ -53,16 +59,15 @@ def main() -> None:
         groups = [rating.ref.name for rating in ratings]
         quality = damage[metrics[0].name].new_tensor([rating.quality for rating in ratings])
     else:
-        photos = list_images(options.photos)
-        if options.count:
-            photos = photos[:: max(1, len(photos) // options.count)][: options.count]
+        photos = spread_over(list_images(options.photos), options.count)
         scores = score_conditions(metrics, photos, side=options.side)
         quality = read_condition_means(options.opinions)
         if options.task == "levels":
             for name, values in scores.damage.items():
                 level_study(values, quality, scores.photos).savefig(options.output / f"levels-{file_name(name)}.png")
-                for kind, share in sorted(rising_share(values, quality).items(), key=lambda item: item[1]):
-                    print(f"{name:24s} {kind:32s} {share:.2f} of the steps between levels as people judged")
+            rows = rising_rows(scores.damage, quality)
+            write_rows(options.output / "levels.csv", rows)
+            print(format_rows(rows))
             return
         damage = {name: values.mean(dim=0) for name, values in scores.damage.items()}
         kinds, groups = [kind for kind, _ in CONDITIONS], None
@@ -81,4 +86,4 @@ def file_name(metric: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

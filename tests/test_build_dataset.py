@@ -25,6 +25,7 @@ from milo_latent.training.logistic import Logistic
 from milo_latent.training.pseudo_mos import Calibration, Ensemble, calibrate, member_agreement, read_calibrations
 from milo_latent.training.shard_worker import DatasetConfig, draw_conditions, square
 from milo_latent.training.shards import PairSet, read_shard
+from milo_latent.training.sources import metric_digests
 
 MEMBERS = ["psnr", "mae"]
 
@@ -116,12 +117,43 @@ def test_a_killed_build_resumes_and_ends_identical(material, built, tmp_path):
 
 
 def test_another_configuration_and_a_full_disk_are_refused(material, built, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="another configuration"):
+    with pytest.raises(ValueError, match="another configuration: keep_images differ"):
         build_dataset.main(arguments(material, built))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(OSError, match="GB free"):
         build_dataset.main(arguments(material, tmp_path / "set"))
     assert not list((tmp_path / "set").glob("shard-*"))
+
+
+def test_other_files_of_the_same_names_are_refused(material, tmp_path):
+    mine = shutil.copytree(material, tmp_path / "material")
+    build_dataset.main(arguments(mine, tmp_path / "set"))
+    tiny_metric(channels=3, seed=5).save_pretrained(mine / "teacher")
+    curves = {name: Calibration(Logistic(5, 1, -20, -5), -60.0) for name in MEMBERS}
+    pseudo_mos.write_calibrations(mine / "calibrations.json", curves)
+    Image.new("RGB", (90, 90)).save(mine / "images" / "0.png")
+    with pytest.raises(ValueError, match="sources differ"):
+        build_dataset.main(arguments(mine, tmp_path / "set"))
+    before = json.loads((tmp_path / "set" / "config.json").read_text())["sources"]
+    build_dataset.main(arguments(mine, tmp_path / "other"))
+    after = json.loads((tmp_path / "other" / "config.json").read_text())["sources"]
+    assert {name for name in before if before[name] != after[name]} == {"calibrations", "images", "map_teacher"}
+    assert list(metric_digests(["ssim", f"milo:{mine / 'teacher'}", "pyiqa:lpips"])) == [f"milo:{mine / 'teacher'}"]
+
+
+def test_a_side_that_cuts_cells_is_refused(material, tmp_path):
+    with pytest.raises(ValueError, match="multiple of 8 px, a cell of the latents, got 60"):
+        build_dataset.main([*arguments(material, tmp_path / "set"), "--side", "60"])
+
+
+def test_a_set_that_is_not_whole_is_refused(built, tmp_path):
+    part = shutil.copytree(built, tmp_path / "part")
+    (part / "shard-00001.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"Expected 3 shards in .*part, found 2"):
+        PairSet(part, space="latents")
+    (part / "dataset.json").unlink()
+    with pytest.raises(ValueError, match=r"whole training set in .*part, found no dataset.json"):
+        PairSet(part, space="latents")
 
 
 def test_a_disk_that_fills_up_leaves_whole_shards_only(material, tmp_path, monkeypatch):
@@ -165,6 +197,7 @@ def test_squares_are_resized_or_cut():
 
 def test_the_size_is_estimated_within_a_tenth(material, built):
     config = json.loads((built / "config.json").read_text())
+    config.pop("sources")
     estimate = estimated_bytes(DatasetConfig(**config))
     actual = sum(path.stat().st_size for path in built.glob("shard-*")) * 5 / 4  # one of five images cannot be read
     assert actual == pytest.approx(estimate, rel=0.1)
@@ -176,6 +209,7 @@ def test_missing_labels_and_spaces_are_named(built, tmp_path):
     tensors, _ = read_shard(built / "shard-00000.safetensors")
     tensors.pop("mos")
     save_file(tensors, tmp_path / "shard-00000.safetensors")
+    (tmp_path / "dataset.json").write_text('{"shards": 1}')
     with pytest.raises(ValueError, match="mos"):
         PairSet(tmp_path, space="latents")
     tensors["mos"] = torch.full((8,), torch.nan)

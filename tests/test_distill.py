@@ -74,6 +74,7 @@ def encoded(tmp_path):
     tensors = {"ref_latents": ref, "dist_latents": dist, "ref_index": torch.arange(6)}
     tensors |= {"mos": torch.zeros(6), "condition": torch.ones(6, dtype=torch.long)}
     save_file(tensors, tmp_path / "shard-00000.safetensors")
+    (tmp_path / "dataset.json").write_text('{"shards": 1}')
     return tmp_path
 
 

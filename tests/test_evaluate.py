@@ -16,7 +16,7 @@ from milo_latent.training.evaluate import agreement, agreement_per_kind, score_r
 from milo_latent.training.full_reference import FullReference, by_name, psnr, structural
 from milo_latent.training.iqa_datasets import LOADERS
 from milo_latent.training.logistic import Logistic, fit_logistic
-from milo_latent.training.reports import agreement_rows, format_rows, level_study, scatter, write_rows
+from milo_latent.training.reports import agreement_rows, format_rows, level_study, rising_rows, scatter, write_rows
 
 stats = pytest.importorskip("scipy.stats")
 PSNR = FullReference("psnr", psnr, True)
@@ -234,6 +234,15 @@ def test_levels_are_ordered_as_people_ordered_them():
     rising = torch.arange(125).double()[None]
     assert set(rising_share(rising, means).values()) == {1.0}
     assert set(rising_share(-rising, means).values()) == {0.0}
+    mixed = rising.clone()
+    mixed[0, :5] = mixed[0, :5].flip(0)  # the first of the 25 kinds the wrong way round
+    rows = rising_rows({"good": rising, "mixed": mixed}, means)
+    assert len(rows) == 52
+    assert rows[0] == {"metric": "good", "kind": "all", "rising_share": 1.0}
+    assert rows[26:28] == [
+        {"metric": "mixed", "kind": "all", "rising_share": 0.96},
+        {"metric": "mixed", "kind": CONDITIONS[0][0], "rising_share": 0.0},
+    ]
 
 
 def test_tables_and_plots_hold_what_was_measured(tmp_path, scores):

@@ -41,6 +41,7 @@ LEVELS = {
     "milo_latent.training.distortions": 5,
     "milo_latent.training": 6,
     "milo_latent.testing": 6,
+    "milo_latent.programs": 0,
     "milo_latent.cli": 9,
 }
 

@@ -1,6 +1,7 @@
 """Training a metric on a training set: recipe, exact resume after a kill, two processes, errors."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from milo_latent import MILO
+from milo_latent.testing import tiny_metric
 from milo_latent.training import train_metric
 from milo_latent.training.loop import RunConfig, _is_due
 from milo_latent.training.optimizers import build_optimizer
@@ -39,6 +41,7 @@ def dataset(tmp_path_factory):
         tensors |= {"condition": index + 1, "maps": 0.8 * amount.expand(-1, 1, 16, 16).contiguous()}
         save_file(tensors, folder / f"shard-{shard:05d}.safetensors")
     (folder / "config.json").write_text(f'{{"vae": "{folder / "vae"}"}}')
+    (folder / "dataset.json").write_text('{"shards": 2}')
     return folder
 
 
@@ -173,6 +176,24 @@ def interrupted_at(last, fit):
     return broken
 
 
+def test_an_undefined_correlation_is_never_the_best(tmp_path):
+    logs = RunLogs(tmp_path)
+    for step, srcc in enumerate([float("nan"), 0.9, float("nan"), 0.1]):
+        train_metric.keep_best(tiny_metric(seed=step), tmp_path, {"srcc": srcc})
+        logs.write("validation.csv", {"step": step, "srcc": srcc})
+    expected = tiny_metric(seed=1).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in weights(tmp_path, "best").items())
+    assert train_metric.best_srcc(tmp_path) == 0.9
+
+
+def test_maps_that_a_recipe_needs_must_be_there(dataset, tmp_path):
+    plain = shutil.copytree(dataset, tmp_path / "plain")
+    for path in plain.glob("shard-*"):
+        save_file({key: value for key, value in load_file(path).items() if key != "maps"}, path)
+    with pytest.raises(ValueError, match=r"maps in .*plain for map_weight 0.5. Build it with --map-teacher"):
+        train_metric.main(command(plain, tmp_path / "run", recipe_file(tmp_path, map_weight=0.5)))
+
+
 def test_an_unknown_optimizer_is_refused():
     with pytest.raises(ValueError, match="'adamw' or 'soap', got 'sgd'"):
         build_optimizer("sgd", [torch.nn.Parameter(torch.zeros(1))], lr=1.0, betas=(0.9, 0.9), weight_decay=0.0)
@@ -193,9 +214,32 @@ def test_the_default_recipe_is_the_paper_s():
     assert recipe.map_weight == 0.0
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('schedule = "cosine"', "one of 'linear', 'step' as schedule"),
+        ('steps = "100"', "a whole number of 1 or more as steps"),
+        ("steps = 0", "a whole number of 1 or more as steps"),
+        ("warmup = -1", "a whole number of 0 or more as warmup"),
+        ("learning_rate = true", "a number of 0 or more as learning_rate"),
+        ("map_weight = nan", "a number of 0 or more as map_weight"),
+        ("betas = [0.9]", "two numbers as betas"),
+        ("mirror = 1", "true or false as mirror"),
+    ],
+)
+def test_values_that_a_recipe_cannot_have_are_refused(tmp_path, line, expected):
+    path = tmp_path / "recipe.toml"
+    path.write_text(line + "\n")
+    with pytest.raises(ValueError, match=f"Expected {expected} in .*recipe.toml"):
+        read_recipe(path)
+
+
 def test_recipes_are_read_and_unknown_fields_refused(tmp_path):
     path = recipe_file(tmp_path, map_weight=0.5)
     assert read_recipe(path).map_weight == 0.5
+    assert read_recipe(recipe_file(tmp_path, optimizer="soap")).betas == (0.95, 0.95)
+    path.write_text('optimizer = "soap"\nbetas = [0.9, 0.95]\n')
+    assert read_recipe(path).betas == (0.9, 0.95)
     path.write_text("epochs = 3\n")
     with pytest.raises(ValueError, match="epochs"):
         read_recipe(path)

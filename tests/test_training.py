@@ -1,6 +1,11 @@
 """Training: a resumed run equals an uninterrupted one; every command trains two steps on generated images."""
 
 import json
+import subprocess
+import sys
+import types
+from importlib.metadata import version
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +15,15 @@ from torch import nn
 from milo_latent import load_restorer
 from milo_latent.files import read_image
 from milo_latent.restore import restore_image
-from milo_latent.training import assemble, train_autoencoder, train_cleaner, train_metric_online, train_restorer
-from milo_latent.training.dataset import ImageCrops, list_images
+from milo_latent.training import (
+    assemble,
+    run_logs,
+    train_autoencoder,
+    train_cleaner,
+    train_metric_online,
+    train_restorer,
+)
+from milo_latent.training.dataset import ImageCrops, list_images, spread_over
 from milo_latent.training.degradations import add_noise, blur, compress_jpeg, degrade, downscale_and_back
 from milo_latent.training.loop import RunConfig, fit, learning_rate_factor
 
@@ -38,8 +50,8 @@ def train(folder, steps, stop_at=None, **options):
             raise KeyboardInterrupt
         return draw_target(step, process_index)
 
-    options = {"checkpoint_minutes": 0.0, "precision": "no", "warmup": 2} | options
-    config = RunConfig(folder, steps, learning_rate=0.1, **options)
+    options = {"checkpoint_minutes": 0.0, "precision": "no", "warmup": 2, "learning_rate": 0.1} | options
+    config = RunConfig(folder, steps, **options)
     return fit(module, draw, config).point.detach()
 
 
@@ -56,6 +68,69 @@ def test_only_the_last_checkpoint_is_kept_with_the_run_s_record(tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == 5
 
 
+def test_a_run_records_what_it_is(tmp_path):
+    train(tmp_path / "run", 2)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["seed"] == 0
+    [start] = record["starts"]
+    assert start["step"] == 0
+    assert start["versions"]["torch"] == version("torch")
+    assert "pytest" in start["command"]
+    assert start["commit"] is None or len(start["commit"].rstrip("+")) == 40
+
+
+def test_a_run_goes_on_with_its_own_settings_only(tmp_path):
+    train(tmp_path / "run", 4)
+    with pytest.raises(ValueError, match=r"run: seed is 0 there and 5 here; optimizer is 'adamw' there and 'soap'"):
+        train(tmp_path / "run", 8, seed=5, optimizer="soap")
+    with pytest.raises(ValueError, match="Expected 4 steps or more"):
+        train(tmp_path / "run", 2)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == 4
+    train(tmp_path / "run", 6, checkpoint_minutes=1.0, learning_rate=0.01)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["steps"] == 6
+    assert [(start["step"], start["learning_rate"]) for start in record["starts"]] == [(0, 0.1), (4, 0.01)]
+
+
+def test_time_and_tensorboard_go_on_where_the_checkpoint_was(tmp_path, monkeypatch):
+    boards = []
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = lambda folder, purge_step: (
+        boards.append(purge_step) or SimpleNamespace(add_scalar=lambda *arguments: None, close=lambda: None)
+    )
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr(run_logs, "find_spec", lambda name: object())
+    (tmp_path / "log.csv").write_text("step,loss,minutes\n50,0.5,7.5\n100,0.4,9.0\n")
+    logs = run_logs.RunLogs(tmp_path)
+    logs.keep_until(60)
+    assert logs.minutes == 7.5
+    logs.write("log.csv", {"step": 110, "loss": 0.3, "minutes": 8.0})
+    assert boards == [61]  # what was written after the checkpoint is hidden
+
+
+def test_a_training_program_ends_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "milo_latent.training.build_dataset", "--images", str(tmp_path / "none")]
+    done = subprocess.run(
+        [*command, "--members", "psnr", "--output", str(tmp_path / "set")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines() == [
+        f"milo-latent: Expected a folder of images, got {tmp_path / 'none'}, which is not a folder."
+    ]
+
+
+def test_some_of_many_are_spread_over_all():
+    names = [f"{index:03d}" for index in range(112)]
+    some = spread_over(names, 60)
+    assert len(set(some)) == 60
+    assert some[0] == "000"
+    assert some[-1] >= "110"
+    assert spread_over(names, 12) == [names[index] for index in (0, 9, 18, 28, 37, 46, 56, 65, 74, 84, 93, 102)]
+    assert spread_over(names, None) == spread_over(names, 500) == names
+    with pytest.raises(ValueError, match="1 or more, got 0"):
+        spread_over(names, 0)
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
     train(tmp_path / "run", 3)
 
@@ -63,7 +138,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path)
         return (torch.full((3,), torch.nan),)
 
     with pytest.raises(FloatingPointError, match="lower learning rate"):
-        fit(Quadratic(), draw, RunConfig(tmp_path / "run", 6, precision="no"))
+        fit(Quadratic(), draw, RunConfig(tmp_path / "run", 6, precision="no", warmup=2))
     assert (tmp_path / "run" / "checkpoint-00000003").is_dir()
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 
 from milo_latent.cli import convert, decode, encode, restore, score, weights
+from milo_latent.programs import run_program
 
 DESCRIPTION = """\
 Restore photos, steered by MILO in the latent space of a diffusion model, and measure what a person would see.
@@ -33,11 +33,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    """Print a warning as one line on standard error, without the place in the code that it comes from."""
-    print(f"milo-latent: warning: {' '.join(str(message).split())}", file=sys.stderr)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run a command.
 
@@ -58,17 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.print_help()
         return 2
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            print(options.run(options))
-    except (ValueError, TypeError, OSError, MemoryError) as error:
-        print(f"milo-latent: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("milo-latent: interrupted; no file is half written, and the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return run_program(
+        lambda: print(options.run(options)), interrupted="no file is half written, and the same command goes on"
+    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from milo_latent.diffbir.residual_cleaner import ResidualCleaner
 from milo_latent.files import write_text
 from milo_latent.metric.network import MILO
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
+from milo_latent.programs import run_program
 
 
 def assemble(vae: Path, cleaner: Path, restorer: Path, metric: Path, output: Path) -> None:
@@ -66,4 +68,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

@@ -6,6 +6,7 @@ import argparse
 import json
 import multiprocessing
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,14 +16,17 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from milo_latent.codec import vae_scale_factor
 from milo_latent.files import write_text
+from milo_latent.programs import run_program
 from milo_latent.training.conditions import CONDITIONS
 from milo_latent.training.dataset import list_images
+from milo_latent.training.full_reference import load_vae
 from milo_latent.training.pseudo_mos import format_agreement, member_agreement
 from milo_latent.training.shard_worker import RECORD, DatasetConfig, Worker, shard_path
-from milo_latent.training.shards import read_shard
+from milo_latent.training.shards import CONFIG_FILE, SUMMARY_FILE, read_shard
+from milo_latent.training.sources import files_digest, metric_digests, source_digest
 
-CONFIG_FILE, SUMMARY_FILE = "config.json", "dataset.json"
 SPARE = 1.2  # times the estimated size must be free
 
 
@@ -74,12 +78,15 @@ def build(config: DatasetConfig, paths: Sequence[Path], output: Path, *, workers
         The summary that is also written to `dataset.json`: counts, skipped images, agreement of the members.
 
     Raises:
-        ValueError: if `output` was begun with another configuration, or no image could be read.
+        ValueError: if `output` was begun with another configuration or other files, the side is no whole number of
+            cells of the latents, or no image could be read.
         OSError: if there is too little space on the disk, before anything is made; or if it fills up: what is complete
             stays, and the same command goes on from there.
     """
+    _check_side(config)
     output.mkdir(parents=True, exist_ok=True)
-    _check_config(config, output)
+    _check_config(config, paths, output)
+    (output / SUMMARY_FILE).unlink(missing_ok=True)  # which says that a set is whole
     count = -(-len(paths) // config.images_per_shard)
     missing = [index for index in range(count) if not shard_path(output, index).is_file()]
     needed = int(SPARE * estimated_bytes(config) * len(missing) / max(count, 1))
@@ -101,12 +108,27 @@ def build(config: DatasetConfig, paths: Sequence[Path], output: Path, *, workers
     return _summarise(config, output, count)
 
 
-def _check_config(config: DatasetConfig, output: Path) -> None:
-    record = json.dumps(asdict(config), indent=2) + "\n"
+def _check_side(config: DatasetConfig) -> None:
+    factor = vae_scale_factor(load_vae(config.vae)) if config.vae else 1
+    if config.side < factor or config.side % factor:
+        raise ValueError(
+            f"Expected a side that is a multiple of {factor} px, a cell of the latents, got {config.side}."
+        )
+
+
+def _check_config(config: DatasetConfig, paths: Sequence[Path], output: Path) -> None:
+    sources = {name: source_digest(source) for name, source in config.files().items()}
+    sources |= {"images": files_digest(paths)} | metric_digests(config.members)
+    record = json.loads(json.dumps(asdict(config) | {"sources": sources}))
     path = output / CONFIG_FILE
-    if path.is_file() and path.read_text(encoding="utf-8") != record:
-        raise ValueError(f"{output} was begun with another configuration (see {path.name}). Choose another folder.")
-    write_text(path, record)
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else record
+    differing = sorted(name for name in record | before if record.get(name) != before.get(name))
+    if differing:
+        raise ValueError(
+            f"{output} was begun with another configuration: {', '.join(differing)} differ (see {CONFIG_FILE}). "
+            "Choose another folder."
+        )
+    write_text(path, json.dumps(record, indent=2) + "\n")
 
 
 def _summarise(config: DatasetConfig, output: Path, count: int) -> dict[str, Any]:
@@ -121,6 +143,7 @@ def _summarise(config: DatasetConfig, output: Path, count: int) -> dict[str, Any
         raise ValueError(f"Expected images that can be read, got none of {len(config.images)}; first: {skipped[:1]}")
     joined = torch.cat(labels)
     summary = {
+        "shards": count,
         "images": images,
         "pairs": len(joined),
         "skipped": skipped,
@@ -163,4 +186,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

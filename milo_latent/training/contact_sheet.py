@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 from milo_latent.files import read_image
+from milo_latent.programs import run_program
 from milo_latent.training.distortions import DISTORTIONS, LEVELS, distort
 from milo_latent.training.distortions.codecs import to_pillow
 
@@ -48,4 +50,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

@@ -37,6 +37,19 @@ def list_images(folders: Sequence[str | Path]) -> list[Path]:
     return paths
 
 
+def spread_over(paths: Sequence[Path], count: int | None) -> list[Path]:
+    """Return `count` of `paths`, spread evenly over them; all for None, or where there are fewer.
+
+    Raises:
+        ValueError: for a count below 1.
+    """
+    if count is None or count >= len(paths):
+        return list(paths)
+    if count < 1:
+        raise ValueError(f"Expected a count of 1 or more, got {count}. Leave it out to take all.")
+    return [paths[index * len(paths) // count] for index in range(count)]
+
+
 class ImageCrops:
     """Random square crops, flipped and transposed, from images held in memory as bytes.
 

@@ -7,6 +7,7 @@ error, scaler); neither the teacher's weights nor its hidden layers are read.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from milo_latent.files import read_latents
 from milo_latent.metric.network import MILO
+from milo_latent.programs import run_program
 from milo_latent.training.correlation import pearson, spearman
 from milo_latent.training.dataset import ImageCrops
 from milo_latent.training.encoded_pairs import half_encoded
@@ -109,7 +111,9 @@ def compare(student: MILO, teacher: MILO, pairs: list[tuple[Tensor, Tensor]]) ->
         `mask_correlation` over all pixels of all pairs, and `mask_correlation_worst`, the lowest of a pair.
     """
     scores, qualities, masks, worst = [], [], [], 1.0
-    for ref, dist in pairs:
+    device = student.device  # where training has taken both
+    for pair in pairs:
+        ref, dist = (each.to(device) for each in pair)
         first, second = (metric.compare(ref=ref, dist=dist) for metric in (student, teacher))
         scores.append(torch.cat([first.score, second.score]))
         qualities.append(torch.cat([first.quality, second.quality]))
@@ -187,4 +191,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

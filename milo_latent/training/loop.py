@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from milo_latent.files import write_text
 from milo_latent.training.optimizers import SOAP_BETAS, OptimizerName, build_optimizer
 from milo_latent.training.run_logs import RunLogs
+from milo_latent.training.run_record import check_record, write_record
 
 LOG_EVERY = 50  # steps, over which the logged loss is a mean
 LOSS_FILE = "loop.json"  # in a checkpoint
@@ -155,6 +156,7 @@ def fit(
 
     Raises:
         FloatingPointError: if the loss is not finite; the last checkpoint stays.
+        ValueError: if the folder holds a run with other settings, or one that has done more steps.
     """
     training_state()
     accelerator = Accelerator(mixed_precision=config.precision)
@@ -165,7 +167,8 @@ def fit(
     prepared, optimizer = accelerator.prepare(module, optimizer)
     logs = RunLogs(config.output, active=accelerator.is_main_process)
     start, total = _resume(accelerator, config, logs)
-    _write_config(accelerator, config)
+    if accelerator.is_main_process:
+        write_record(config.output, _settings(config), done=start)
     progress = tqdm(
         total=config.steps,
         initial=start,
@@ -173,7 +176,8 @@ def fit(
         disable=not accelerator.is_main_process,
         mininterval=5,
     )
-    due, began = time.monotonic() + 60 * config.checkpoint_minutes, time.monotonic()
+    due = time.monotonic() + 60 * config.checkpoint_minutes
+    began = time.monotonic() - 60 * logs.minutes
     figures: dict[str, float] = {}
     for step in range(start, config.steps):
         for group in optimizer.param_groups:
@@ -230,10 +234,8 @@ def _check_finite(accelerator: Accelerator, value: Tensor, what: str, step: int)
         )
 
 
-def _write_config(accelerator: Accelerator, config: RunConfig) -> None:
-    if accelerator.is_main_process:
-        record = asdict(config) | {"output": str(config.output), "torch": torch.__version__}
-        write_text(config.output / "run.json", json.dumps(record, indent=2) + "\n")
+def _settings(config: RunConfig) -> dict[str, Any]:
+    return asdict(config) | {"output": str(config.output)}
 
 
 def _checkpoint(accelerator: Accelerator, config: RunConfig, step: int, total: Tensor) -> None:
@@ -260,8 +262,9 @@ def _resume(accelerator: Accelerator, config: RunConfig, logs: RunLogs) -> tuple
     if not checkpoints:
         logs.keep_until(0)
         return 0, total
-    accelerator.load_state(str(checkpoints[-1]))
     step = int(checkpoints[-1].name.removeprefix("checkpoint-"))
+    check_record(config.output, _settings(config), done=step)
+    accelerator.load_state(str(checkpoints[-1]))
     logs.keep_until(step)
     record = checkpoints[-1] / LOSS_FILE
     if record.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from milo_latent.files import write_text
+from milo_latent.programs import run_program
 from milo_latent.training.conditions import ConditionScores, read_condition_means, score_conditions
 from milo_latent.training.correlation import spearman
-from milo_latent.training.dataset import list_images
+from milo_latent.training.dataset import list_images, spread_over
 from milo_latent.training.full_reference import FullReference, by_name
 from milo_latent.training.logistic import Logistic, fit_logistic
 
@@ -162,8 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--members", nargs="+", default=list(DEFAULT_MEMBERS), help="such as milo:MILO.pth ssim vif")
     parser.add_argument("--output", type=Path, required=True, help="JSON to write")
     options = parser.parse_args(arguments)
-    photos = list_images(options.photos)
-    photos = photos[:: max(1, len(photos) // options.count)][: options.count]
+    photos = spread_over(list_images(options.photos), options.count)
     metrics = [by_name(name) for name in options.members]
     opinions = read_condition_means(options.conditions)
     scores = score_conditions(metrics, photos, side=options.side)
@@ -176,4 +177,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

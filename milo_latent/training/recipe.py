@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from milo_latent.training.loop import Precision, RunConfig
-from milo_latent.training.optimizers import OptimizerName
+from milo_latent.training.optimizers import SOAP_BETAS, OptimizerName
+
+ZERO_IS_FINE = ("warmup", "seed")
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Recipe:
         steps: iterations in all; the paper's cost is stated for 100,000.
         batch_size: pairs per iteration, over all processes.
         learning_rate: **own**, the supplement gives none.
-        betas: of AdamW: its defaults.
+        betas: of AdamW: its defaults; a file that asks for "soap" and names none gets those of its paper.
         weight_decay: of AdamW.
         schedule: "step", the paper's MultiStepLR, or "linear".
         step_size: iterations between two steps of the learning rate.
@@ -82,7 +85,7 @@ def read_recipe(path: str | Path | None) -> Recipe:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for names that are none of `Recipe`'s, or no TOML.
+        ValueError: for names that are none of `Recipe`'s, values that are none of theirs, or no TOML.
     """
     if path is None:
         return Recipe()
@@ -96,6 +99,33 @@ def read_recipe(path: str | Path | None) -> Recipe:
     known = {field.name for field in fields(Recipe)}
     if set(content) - known:
         raise ValueError(f"Expected only {sorted(known)} in {path}, got {sorted(set(content) - known)}.")
-    if "betas" in content:
-        content["betas"] = tuple(content["betas"])
+    for name, kind in get_type_hints(Recipe).items():
+        if name in content:
+            content[name] = _checked(content[name], kind, f"{name} in {path}")
+    if content.get("optimizer") == "soap":
+        content = {"betas": SOAP_BETAS} | content
     return Recipe(**content)
+
+
+def _checked(value: Any, kind: Any, place: str) -> Any:
+    """Return what TOML gave as a value of the type `kind`, or raise ValueError."""
+    if get_origin(kind) is tuple:
+        expected, right = "two numbers", isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+        value = tuple(value) if right else value
+    elif get_origin(kind) is Literal:
+        expected, right = f"one of {', '.join(map(repr, get_args(kind)))}", value in get_args(kind)
+    elif kind is float:
+        expected, right = "a number of 0 or more", _is_number(value) and value >= 0
+    elif kind is int:
+        least = 0 if place.startswith(ZERO_IS_FINE) else 1
+        expected = f"a whole number of {least} or more"
+        right = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    else:
+        expected, right = "true or false", isinstance(value, bool)
+    if not right:
+        raise ValueError(f"Expected {expected} as {place}, got {value!r}.")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from milo_latent.files import write_text
+from milo_latent.training.conditions import rising_share
 from milo_latent.training.distortions import DISTORTIONS, LEVELS
 from milo_latent.training.evaluate import Agreement
 from milo_latent.training.logistic import fit_logistic
@@ -39,6 +40,22 @@ def agreement_rows(metric: str, overall: Agreement, per_kind: dict[str, Agreemen
                 "count": each.count,
             }
         )
+    return rows
+
+
+def rising_rows(damage: dict[str, Tensor], means: Tensor) -> list[Row]:
+    """Return how often each metric orders neighbouring levels as people do: a row over all kinds, and one per kind.
+
+    Args:
+        damage: of each metric, (photos, 125).
+        means: of people, (125,), higher is better.
+    """
+    rows: list[Row] = []
+    for metric, scores in damage.items():
+        shares = rising_share(scores, means)
+        overall = sum(shares.values()) / len(shares)
+        for kind, share in [("all", overall), *sorted(shares.items(), key=lambda item: item[1])]:
+            rows.append({"metric": metric, "kind": kind, "rising_share": round(share, 4)})
     return rows
 
 

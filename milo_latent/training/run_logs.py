@@ -22,18 +22,23 @@ class RunLogs:
 
     def __init__(self, folder: Path, *, active: bool = True) -> None:
         self.folder, self.active = folder, active
+        self.minutes = 0.0  # spent before this start
         self._board: Any = None
+        self._first = 0  # step that this start writes first
 
     def keep_until(self, step: int) -> None:
         """Drop the rows after `step`, which a run that was killed had written after its last checkpoint."""
         if not self.active:
             return
+        self._first = step + 1
         for name in FILES:
             path = self.folder / name
             if path.is_file():
                 lines = path.read_text(encoding="utf-8").splitlines()
                 kept = [line for line in lines[1:] if line.split(",")[0].isdigit() and int(line.split(",")[0]) <= step]
                 write_text(path, "".join(f"{line}\n" for line in lines[:1] + kept))
+        rows = read_log(self.folder / FILES[0])
+        self.minutes = rows[-1].get("minutes", 0.0) if rows else 0.0
 
     def write(self, name: str, row: dict[str, float]) -> None:
         """Add a row, whose first figure is the step, to `name`."""
@@ -61,7 +66,8 @@ class RunLogs:
         if self._board is None and find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(self.folder / "tensorboard")
+            # hides what was written after the checkpoint, as `keep_until` does in the files
+            self._board = SummaryWriter(self.folder / "tensorboard", purge_step=self._first)
         return self._board
 
 

@@ -56,6 +56,11 @@ class DatasetConfig:
     images_per_shard: int = 8
     seed: int = 0
 
+    def files(self) -> dict[str, str]:
+        """Return what the set is made with, where it is named: files, folders or sets of weights."""
+        named = {"calibrations": self.calibrations, "vae": self.vae, "map_teacher": self.map_teacher}
+        return {name: source for name, source in named.items() if source is not None}
+
 
 class Worker:
     """Makes shards; one per process.

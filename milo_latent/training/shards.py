@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+CONFIG_FILE, SUMMARY_FILE = "config.json", "dataset.json"  # of a set; the second is written when it is whole
 
 
 def read_shard(path: Path, keys: Iterable[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -41,13 +44,14 @@ class PairSet:
 
     Raises:
         FileNotFoundError: if there is no shard.
-        ValueError: if labels or the pairs of this space are missing.
+        ValueError: if the set is not whole, or labels or the pairs of this space are missing.
     """
 
     def __init__(self, folder: str | Path, *, space: str) -> None:
         paths = sorted(Path(folder).glob("shard-*.safetensors"))
         if not paths:
             raise FileNotFoundError(f"Expected a training set in {folder}, found no shard. Make one: build_dataset.")
+        _check_whole(Path(folder), len(paths))
         wanted = {f"ref_{space}", f"dist_{space}", "ref_index", "mos", "condition", "maps"}
         shards = [tensors for tensors in (read_shard(path, wanted)[0] for path in paths) if len(tensors.get("mos", ()))]
         lacking = sorted(wanted - {"maps"} - set(shards[0] if shards else ()))
@@ -86,3 +90,14 @@ class PairSet:
         return torch.tensor(
             [orders[epoch][offset] for epoch, offset in zip(epochs.tolist(), offsets.tolist(), strict=True)]
         )
+
+
+def _check_whole(folder: Path, shards: int) -> None:
+    summary = folder / SUMMARY_FILE
+    if not summary.is_file():
+        raise ValueError(
+            f"Expected a whole training set in {folder}, found no {SUMMARY_FILE}. Finish it: build_dataset."
+        )
+    expected = json.loads(summary.read_text(encoding="utf-8"))["shards"]
+    if shards != expected:
+        raise ValueError(f"Expected {expected} shards in {folder}, found {shards}. Make them again: build_dataset.")

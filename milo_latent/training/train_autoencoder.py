@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from milo_latent.codec import decode_latents, encode_image, latents_spread
 from milo_latent.files import read_image
+from milo_latent.programs import run_program
 from milo_latent.training.dataset import ImageCrops, list_images
 from milo_latent.training.loop import add_run_options, fit, run_config, training_state
 
@@ -129,4 +131,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

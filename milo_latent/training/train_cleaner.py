@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner
 from milo_latent.files import read_image
+from milo_latent.programs import run_program
 from milo_latent.training.dataset import ImageCrops, list_images
 from milo_latent.training.degradations import add_noise, draw_degraded
 from milo_latent.training.loop import add_run_options, fit, run_config, training_state
@@ -75,4 +77,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

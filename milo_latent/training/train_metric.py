@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -20,14 +22,14 @@ from torch import Tensor, nn
 
 from milo_latent.files import write_text
 from milo_latent.metric.network import MILO
-from milo_latent.training.build_dataset import CONFIG_FILE
+from milo_latent.programs import run_program
 from milo_latent.training.correlation import pearson, spearman
 from milo_latent.training.full_reference import load_vae
 from milo_latent.training.initialise import initialise
 from milo_latent.training.loop import fit, training_state
 from milo_latent.training.recipe import Recipe, read_recipe
 from milo_latent.training.run_logs import read_log
-from milo_latent.training.shards import PairSet
+from milo_latent.training.shards import CONFIG_FILE, PairSet
 
 VALIDATION_BATCH = 16
 
@@ -81,9 +83,8 @@ def validation_figures(metric: MILO, pairs: PairSet) -> dict[str, float]:
 
 
 def keep_best(metric: MILO, output: Path, figures: dict[str, float]) -> None:
-    """Keep `metric` in `output/best` if no validation before had a higher SRCC."""
-    before = [row["srcc"] for row in read_log(output / "validation.csv")]
-    if before and max(before) >= figures["srcc"]:
+    """Keep `metric` in `output/best` if no validation before had a higher SRCC; NaN, of equal scores, is none."""
+    if not math.isfinite(figures["srcc"]) or best_srcc(output) >= figures["srcc"]:
         return
     partial, best = output / "best.partial", output / "best"
     shutil.rmtree(partial, ignore_errors=True)
@@ -91,6 +92,12 @@ def keep_best(metric: MILO, output: Path, figures: dict[str, float]) -> None:
     write_text(partial / "validation.json", json.dumps(figures) + "\n")
     shutil.rmtree(best, ignore_errors=True)
     partial.rename(best)
+
+
+def best_srcc(output: Path) -> float:
+    """Return the highest SRCC of the validations of the run in `output`; minus infinity where there is none."""
+    found = [row["srcc"] for row in read_log(output / "validation.csv")]
+    return max(filter(math.isfinite, found), default=-math.inf)
 
 
 def new_metric(dataset: Path, *, space: str, latent_space: str | None) -> MILO:
@@ -156,14 +163,22 @@ def train(
 
     Returns:
         The metric after the last step.
+
+    Raises:
+        FileNotFoundError: if a training set is missing.
+        ValueError: if one is not whole or lacks what the recipe needs; also see `fit`.
     """
     state = training_state()
     processes = state.num_processes
     config = recipe.run(output, processes)
+    pairs, unseen = PairSet(dataset, space=space), PairSet(validation, space=space)
+    if recipe.map_weight > 0 and pairs.maps is None:
+        raise ValueError(
+            f"Expected maps in {dataset} for map_weight {recipe.map_weight}. Build it with --map-teacher, or take 0."
+        )
     torch.manual_seed(recipe.seed)
     metric = MILO.from_pretrained(start) if start else new_metric(dataset, space=space, latent_space=latent_space)
     metric.requires_grad_(True)
-    pairs, unseen = PairSet(dataset, space=space), PairSet(validation, space=space)
     draw = draw_from(
         pairs,
         batch_size=config.batch_size,
@@ -201,8 +216,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not training_state().is_main_process:
         return
     figures = read_log(options["output"] / "validation.csv")
-    print(f"Best SRCC {max(row['srcc'] for row in figures):.4f}, last {figures[-1]['srcc']:.4f}; see best/ and metric/")
+    print(f"Best SRCC {best_srcc(options['output']):.4f}, last {figures[-1]['srcc']:.4f}; see best/ and metric/")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

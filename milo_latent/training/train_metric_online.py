@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from milo_latent.codec import VAE, encode_image
 from milo_latent.metric.network import MILO
+from milo_latent.programs import run_program
 from milo_latent.training.correlation import spearman
 from milo_latent.training.dataset import ImageCrops
 from milo_latent.training.image_pairs import draw_image_pairs
@@ -51,8 +53,9 @@ def agreement(metric: MILO, teacher: MILO, vae: VAE, folder: Path, *, crop_size:
     """Return the Spearman correlation of MILO_L's and the teacher's quality scores over distorted crops of `folder`."""
     draw = draw_image_pairs(ImageCrops([folder], crop_size=crop_size, seed=10_000), 16)
     pairs = []
+    device = metric.device  # where training has taken all three
     for step in range(batches):
-        ref, dist = draw(step, 0)
+        ref, dist = (each.to(device) for each in draw(step, 0))
         student_map = metric.error_map(dist=encode_image(vae, dist).float(), ref=encode_image(vae, ref).float())
         scores = (student_map.mean(dim=(1, 2, 3)), teacher.error_map(dist=dist, ref=ref).mean(dim=(1, 2, 3)))
         pairs.append(torch.stack(scores))
@@ -96,4 +99,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from milo_latent.codec import VAE, encode_image
 from milo_latent.diffbir.ircontrolnet import IRControlNet
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner
+from milo_latent.programs import run_program
 from milo_latent.training.dataset import ImageCrops
 from milo_latent.training.degradations import degrade
 from milo_latent.training.loop import add_run_options, fit, run_config, training_state
@@ -146,4 +148,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

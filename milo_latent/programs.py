@@ -1,0 +1,38 @@
+"""What the programs of this package share: an error is one line on standard error and a non-zero exit code."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+
+# what users can mend; anything else is a fault of ours and keeps its traceback
+EXPECTED_ERRORS = (ValueError, TypeError, OSError, MemoryError, ImportError, FloatingPointError)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Print a warning as one line on standard error, without the place in the code that it comes from."""
+    print(f"milo-latent: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def run_program(program: Callable[[], object], *, interrupted: str = "run the same command again") -> int:
+    """Run a program.
+
+    Args:
+        program: called without arguments.
+        interrupted: what is told to someone who interrupts it.
+
+    Returns:
+        Exit code: 0, 1 after one line on standard error that says what was wrong, 130 if it was interrupted.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            program()
+    except EXPECTED_ERRORS as error:
+        print(f"milo-latent: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"milo-latent: interrupted; {interrupted}", file=sys.stderr)
+        return 130
+    return 0
