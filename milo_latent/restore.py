@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -119,7 +120,7 @@ def restore_image(
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    seeds = [seed] * count if isinstance(seed, int) else list(seed)
+    seeds = [int(seed)] * count if isinstance(seed, int | np.integer) else [int(each) for each in seed]
     if len(seeds) != count:
         raise ValueError(f"Expected one seed, or {count}, one for each image, got {len(seeds)}.")
     return seeds

@@ -24,10 +24,10 @@ from milo_latent.diffbir.colour import ColorFix
 from milo_latent.diffbir.inputs import check_call, explained_memory, images_to_tensor, scaled_size, to_output, truncate
 from milo_latent.diffbir.ircontrolnet import IRControlNet
 from milo_latent.diffbir.loading import FolderMixin
-from milo_latent.diffbir.prompt_cache import PromptCache, listed, repeat_prompts
+from milo_latent.diffbir.prompt_cache import listed, repeat_prompts
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner
 from milo_latent.diffbir.scunet import SCUNet
-from milo_latent.diffbir.stages import TilingMixin, pad, predict, put_colour
+from milo_latent.diffbir.stages import TilingMixin, cleaner_tiles, pad, predict, put_colour
 from milo_latent.diffbir.swinir import SwinIR
 from milo_latent.guidance.callback import find_guidance
 
@@ -76,7 +76,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
         )
         self.vae_scale_factor = vae_scale_factor(vae) if vae is not None else 8
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
-        self.prompt_cache = PromptCache()
+        self._prompt_cache = None  # made at its first use
         if text_encoder is not None:  # a model that came with one needs it
             self._optional_components = ["cleaner"]
         self._tiles = {}
@@ -194,8 +194,10 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
         official = compatibility == "official"
         if self.cleaner is None:
             return image if output_size is None else resize(image, output_size).clamp(0, 1)
-        tile = self._tiles.get("cleaner")
-        tiles = None if tile is None else tile.tiles(getattr(self.cleaner, "multiple", 1))
+        enlarges = getattr(self.cleaner, "scale", 1) > 1
+        sides = tuple(image.shape[2:]) if enlarges or output_size is None else output_size  # that the cleaner sees
+        multiple = getattr(self.cleaner, "multiple", 1)
+        tiles = cleaner_tiles(self._tiles.get("cleaner"), sides, multiple, official=official)
         return clean_image(self.cleaner, image, output_size=output_size, tiles=tiles, official=official)
 
     def prepare_latents(
@@ -310,16 +312,19 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
             guidance_rescale=guidance_rescale,
             total_timesteps=total,
         )
+        sampling.check_scheduler(self.scheduler)
         guides = find_guidance(callback_on_step_end, self)
         self._guidance_scale, self._interrupt = guidance_scale, False
         device = self._execution_device
 
         # 1. Stage 1: clean the image, then encode it: the latents that condition the UNet, and that guidance pulls to
         image = images_to_tensor(image).to(device)  # names are reused, so that no more images are kept than needed
-        size = scaled_size(image, upscale)
+        size = scaled_size(image, upscale, official=official)
         image = cleaned = self.clean(image, size, compatibility=compatibility)  # (B, 3, H, W)
         image = self._pad(cleaned, official=official)
         condition = encode_image(self.vae, image, tile=self._tile_size("encoder")).float()
+        height, width = condition.shape[2:]
+        condition = self._pad_latents(condition, official=official)
         condition = condition.repeat_interleave(num_images_per_prompt, dim=0)  # (B, C, h, w)
 
         # 2. Prompts, timesteps, noise
@@ -384,6 +389,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
                 progress_bar.update()
 
         # 4. Decode, give the colours back, cut the padding off
+        latents = latents[..., :height, :width]
         if not torch.isfinite(latents).all():
             raise ValueError(f"The latents are not finite in {self.unet.dtype}. Use torch.bfloat16 or torch.float32.")
         images: Any = latents
@@ -396,9 +402,16 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
 
     def _pad(self, image: Tensor, *, official: bool) -> Tensor:
         if official:
-            tiled = "diffusion" in self._tiles
+            tiled = bool({"encoder", "diffusion"} & self._tiles.keys())
             return pad(image, self.vae_scale_factor if tiled else self._size_multiple(), official=True)
         return pad(image, self._size_multiple(), smallest=SMALLEST_LATENTS * self.vae_scale_factor)
+
+    def _pad_latents(self, latents: Tensor, *, official: bool) -> Tensor:
+        """Pad as the official code does, where images were padded less for tiles that are not needed after all."""
+        tile, cell = self._tiles.get("diffusion"), self.vae_scale_factor
+        if not official or (tile is not None and tile.fits(tuple(latents.shape[2:]), cell)):
+            return latents
+        return pad(latents, self._size_multiple() // cell, official=True)
 
     def _to_images(
         self,

@@ -1,5 +1,7 @@
 """Guidance as a whole, on a bare scheduler: modes, strengths, regions, dtypes, batches, the hook, the trace."""
 
+import copy
+import functools
 import inspect
 import warnings
 from types import SimpleNamespace
@@ -10,7 +12,9 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, IPNDMScheduler
 
 from milo_latent import MILO, MILOGuidance
+from milo_latent.codec import encode_image
 from milo_latent.guidance.hook import add_hook
+from milo_latent.guidance.reference import match_reference, match_region
 from milo_latent.testing import generator, latent_pair, tiny_metric, tiny_pipeline
 
 REFERENCE, START = latent_pair(noise=2.0)
@@ -121,6 +125,25 @@ def test_hooks_come_off_in_any_order():
     second()
     assert seen == ["first", "second", "second"]
     assert "step" not in vars(scheduler)
+
+
+def test_a_wrapper_of_someone_else_around_ours_stays():
+    scheduler = DDIMScheduler(**OPTIONS)
+    scheduler.set_timesteps(4)
+    seen = []
+    take_off = add_hook(scheduler, lambda output, timestep, sample: seen.append("ours") or output)
+
+    @functools.wraps(scheduler.step)  # which takes our attributes along
+    def theirs(*arguments, **options):
+        seen.append("theirs")
+        return theirs.__wrapped__(*arguments, **options)
+
+    scheduler.step = theirs
+    take_off()
+    add_hook(scheduler, lambda output, timestep, sample: seen.append("again") or output)()
+    assert vars(scheduler)["step"] is theirs
+    scheduler.step(START, scheduler.timesteps[0], START)
+    assert seen == ["theirs"]
 
 
 def test_a_step_that_someone_else_replaced_is_put_back(metric):
@@ -247,8 +270,38 @@ def test_a_region_or_a_reference_of_another_size_is_refused(metric):
         guided_sample(metric, region=torch.ones(1, 1, 8, 8))
     with pytest.raises(ValueError, match=r"\(1, 4, 16, 16\), got \(1, 4, 20, 20\)"):
         guided_sample(metric, reference_latents=torch.zeros(1, 4, 20, 20))
+    with pytest.raises(ValueError, match=r"`reference_latents` for one or for each of 1 results, got 2\. Give as"):
+        guided_sample(metric, reference_latents=torch.zeros(2, 4, 16, 16))
     with pytest.raises(ValueError, match="`reference_latents` to be finite"):
         guided_sample(metric, reference_latents=torch.full((1, 4, 16, 16), torch.nan))
+
+
+def test_which_reference_belongs_to_which_result_is_not_guessed():
+    reference, sample = torch.randn(2, 4, 16, 16, generator=generator()), torch.zeros(4, 4, 16, 16)
+    for function in (match_reference, match_region):
+        given = reference if function is match_reference else reference[:, :1].abs()
+        with pytest.raises(ValueError, match=r"of 4 results, got 2.*repeat_interleave\(2, dim=0\).*repeat\(2, 1"):
+            function(given, sample)
+        assert torch.equal(function(given.repeat(2, 1, 1, 1), sample), given.repeat(2, 1, 1, 1))
+        assert function(given[:1], sample).shape[0] in (1, 4)
+
+
+def test_the_encoder_s_graph_is_not_kept(metric):
+    vae = tiny_pipeline().vae.requires_grad_(True)
+    guide = MILOGuidance(metric, reference_latents=encode_image(vae, torch.rand(1, 3, 64, 64)))
+    assert guide.reference_latents.grad_fn is None
+    copy.deepcopy(guide)
+
+
+def test_references_of_16_bit_keep_their_greys(tmp_path):
+    from PIL import Image
+
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    vae = tiny_pipeline().vae
+    from_path = MILOGuidance.reference_from_image(vae, tmp_path / "ramp.png")
+    with Image.open(tmp_path / "ramp.png") as picture:
+        assert torch.equal(MILOGuidance.reference_from_image(vae, picture), from_path)
 
 
 def test_reference_latents_come_from_an_image_once(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from milo_latent import MILO, read_image, read_latents
+from milo_latent import MILO, MILOLoss, read_image, read_latents
 from milo_latent.testing import latent_pair, tiny_metric
 from milo_latent.training.train_metric import initialise
 
@@ -317,6 +317,15 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
     torch.save(print, path)
     with pytest.raises(ValueError, match="cannot be read"):
         MILO.from_pretrained(path)
+
+
+def test_values_that_are_not_numbers_are_not_taken_for_equal(metric):
+    ref, dist = torch.zeros(1, 4, 16, 16), torch.ones(1, 4, 16, 16)
+    dist[0, 0, 3, 3] = torch.nan
+    result = metric.compare(ref=ref, dist=dist)
+    assert all(each.isnan().all() for each in (result.score, result.quality, result.similarity))
+    loss = MILOLoss(metric, reading="quality")(dist, ref)
+    assert not torch.isfinite(loss)
 
 
 def test_missing_weights_are_refused_naming_what_there_is():

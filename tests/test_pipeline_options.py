@@ -1,5 +1,9 @@
 """DiffBIRPipeline's options: tiles, prompts, starts, growing and rescaled guidance, one step, compiled networks."""
 
+import gc
+import weakref
+from pathlib import Path
+
 import diffusers
 import numpy as np
 import PIL.Image
@@ -10,13 +14,18 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, EulerDiscrete
 from milo_latent import DiffBIRPipeline
 from milo_latent.diffbir import sampling
 from milo_latent.diffbir.bsrnet import BSRNet
+from milo_latent.diffbir.foreign_cleaner import ForeignCleaner
+from milo_latent.diffbir.official_tiles import official_tiled
 from milo_latent.diffbir.prompt_cache import PromptCache, listed
 from milo_latent.diffbir.schedulers import OFFICIAL_SAMPLERS, SolverScheduler, official_scheduler
 from milo_latent.diffbir.stages import STAGES
+from milo_latent.diffbir.swinir import SwinIR
 from milo_latent.guidance.callback import MILOGuidance
 from milo_latent.restore import restore_image
 from milo_latent.restorer import Restorer
 from milo_latent.testing import generator, replayed_noise, tiny_metric
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def run(pipeline, image=None, **options):
@@ -61,6 +70,25 @@ def test_one_step_of_a_scheduler_that_takes_no_timesteps_starts_from_the_noise(p
     fresh = getattr(diffusers, name).from_config(scheduler.config)
     fresh.set_timesteps(3)
     assert torch.equal(scheduler.timesteps, fresh.timesteps)
+
+
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])
+def test_one_step_of_schedulers_whose_timesteps_are_noise_levels(pipeline, name):
+    pipeline.scheduler = getattr(diffusers, name)()
+    assert torch.isfinite(run(pipeline, num_inference_steps=1)).all()
+
+
+def test_schedulers_that_cannot_work_are_refused_before_anything_runs(pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline.cleaner, "forward", lambda image: pytest.fail("cleaned"))
+    pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match=r"FlowMatchEulerDiscreteScheduler, which is for flow matching"):
+        run(pipeline)
+    monkeypatch.undo()
+    pipeline.scheduler = diffusers.PNDMScheduler()
+    for steps in (1, 3):
+        with pytest.raises(ValueError, match=rf"4 steps or more .*PNDMScheduler, got {steps}.*skip_prk_steps=True"):
+            run(pipeline, num_inference_steps=steps)
+    assert torch.isfinite(run(pipeline, num_inference_steps=4)).all()
 
 
 @pytest.mark.parametrize("sampler", OFFICIAL_SAMPLERS)
@@ -210,6 +238,38 @@ def test_each_prompt_is_encoded_once():
     assert other.seen == 1
 
 
+def test_a_text_encoder_can_be_removed_and_its_prompts_are_kept():
+    cache, encoder = PromptCache(), CountingEncoder().eval()
+    encode = lambda text, given: cache.encode([text], given, Lengths(), torch.device("cpu"))  # noqa: E731
+    before, alive = encode("a", encoder), weakref.ref(encoder)
+    del encoder
+    gc.collect()
+    assert alive() is None
+    assert torch.equal(encode("a", None), before)
+    with pytest.raises(ValueError, match="no text encoder for 'b'"):
+        encode("b", None)
+
+
+def test_stored_prompts_come_along_however_the_pipeline_is_opened(prompted, tmp_path):
+    prompted.prompt_cache.stored = {"": torch.randn(1, 5, 8, generator=generator())}
+    expected = run(prompted)
+    prompted.save_pretrained(tmp_path)
+    own = DiffBIRPipeline.from_pretrained(tmp_path)
+    custom = diffusers.DiffusionPipeline.from_pretrained(
+        tmp_path, custom_pipeline=str(REPOSITORY / "pipelines" / "diffbir.py"), trust_remote_code=True
+    )
+    for each in (own, custom, DiffBIRPipeline.from_pipe(own)):
+        assert torch.allclose(run(each), expected, atol=1e-5)
+
+
+def test_a_cleaner_that_cannot_be_saved_is_not_left_out_silently(pipeline, tmp_path):
+    network = torch.nn.Conv2d(3, 3, 1)
+    pipeline.cleaner = ForeignCleaner(network, network, scale=1, architecture="plain")
+    with pytest.raises(ValueError, match=r"got ForeignCleaner.*register_modules\(cleaner=None\)"):
+        pipeline.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_prompts_that_a_folder_stores_need_no_text_encoder(prompted):
     stored = torch.randn(1, 5, 8, generator=generator())
     prompted.prompt_cache.stored = {"": stored}
@@ -301,6 +361,32 @@ def test_tiles_that_cannot_work_are_refused(pipeline, options):
     assert pipeline._tiles == {}
 
 
+def test_the_official_rule_takes_tiles_only_where_one_fits(pipeline):
+    pipeline.cleaner = SwinIR(embed_dim=12, depths=(2,), num_heads=(2,)).eval()
+    small, large = (torch.rand(1, 3, *size, generator=generator()) for size in ((200, 180), (520, 576)))
+    whole = pipeline.clean(small, (200, 180), compatibility="official")
+    pipeline.enable_tiling(512)
+    assert torch.equal(pipeline.clean(small, (200, 180), compatibility="official"), whole)
+    expected = official_tiled(pipeline.cleaner, large, tile=512, stride=384)
+    assert torch.allclose(pipeline.clean(large, (520, 576), compatibility="official"), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", ["encoder", "diffusion"])
+def test_the_official_rule_pads_latents_where_it_padded_the_image_less(pipeline, stage):
+    seen, image = [], torch.rand(1, 3, 136, 150, generator=generator())
+    pipeline.unet.register_forward_pre_hook(lambda module, arguments: seen.append(tuple(arguments[0].shape[2:])))
+    pipeline.enable_tiling(320, stages=(stage,))  # which neither image nor latents hold
+    result = run(pipeline, image, compatibility="official")
+    assert result.shape == image.shape
+    assert set(seen) == {(18, 20)}  # 17 and 19 cells, padded to those that the UNet halves
+
+
+def test_the_official_rule_cuts_the_size(pipeline):
+    image = torch.rand(1, 3, 65, 65, generator=generator())
+    shapes = [run(pipeline, image, upscale=1.5, compatibility=each).shape[2:] for each in (None, "official")]
+    assert shapes == [(98, 98), (97, 97)]
+
+
 def test_restore_image_takes_tiles_for_one_call(pipeline):
     restorer = Restorer(pipeline, None)
     image = torch.rand(1, 3, 330, 330, generator=generator(2))
@@ -310,6 +396,17 @@ def test_restore_image_takes_tiles_for_one_call(pipeline):
     assert len(calls) == 4
     restore_image(image, model=restorer, steps=1)
     assert len(calls) == 5
+
+
+def test_tiles_of_the_background_stay_with_it(pipeline):
+    restorer = Restorer(pipeline, None, background_cleaner=BSRNet(channels=8, blocks=1, growth=4))
+    with restorer.for_background().pipeline.tiling(320):
+        assert pipeline._tiles == {}
+    pipeline.enable_tiling(320)
+    background = restorer.for_background().pipeline
+    background.disable_vae_tiling()
+    assert set(pipeline._tiles) == set(STAGES)
+    assert set(background._tiles) == {"cleaner", "diffusion"}
 
 
 def test_a_lack_of_memory_names_the_ways_out(pipeline, monkeypatch):

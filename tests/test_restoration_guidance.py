@@ -102,7 +102,7 @@ def test_it_pulls_the_result_towards_the_cleaned_image(pipeline, scheduler, spac
     class Keeping(RestorationGuidance):
         def begin_run(self, reference_latents, *args, **kwargs):
             started = super().begin_run(reference_latents, *args, **kwargs)
-            kept.append(reference_latents if self.space == "latent" else self._target)
+            kept.append(reference_latents if self.space == "latent" else started.target)
             return started
 
     guide = Keeping(pipeline.vae, 0.5, loss=loss, space=space)
@@ -128,7 +128,7 @@ def test_the_default_strength_does_not_shrink_with_the_image():
         towards = torch.ones(1, 4, side, side)
         guide = RestorationGuidance(scale=0.5, loss="mse", target=target)
         with guide.run(towards, 1):
-            assert torch.allclose(guide._push(torch.zeros_like(towards), towards), towards / 2)
+            assert torch.allclose(guide._push(guide._run, torch.zeros_like(towards), towards), towards / 2)
     small, large = (official_step(torch.ones(1, 4, side, side), 1.0, 1.0).mean() for side in (16, 64))
     assert large < small / 15  # the official one does
 
@@ -146,6 +146,20 @@ def test_each_result_of_an_image_is_guided(pipeline):
     generators = [generator(0), generator(1)]
     both = run(pipeline, guide, num_images_per_prompt=2, generator=generators)
     assert torch.allclose(both[1:], run(pipeline, guide, generator=generator(1)), atol=1e-4)
+
+
+def test_a_run_leaves_no_image_behind_and_two_runs_do_not_mix(pipeline):
+    guide = RestorationGuidance(pipeline.vae, 0.5, loss="w_mse", space="rgb")
+    first, second = (guide.begin_run(torch.full((1, 4, 16, 16), value), 4) for value in (0.1, -0.4))
+    assert not torch.equal(first.target, second.target)
+    assert first.weight.shape == (1, 1, 128, 128)
+    small = RestorationGuidance(pipeline.vae, 0.5, loss="w_mse", space="latent")
+    run(pipeline, small)
+    started = small.begin_run(torch.zeros(1, 4, 16, 16), 4)
+    assert started.target is None
+    assert started.weight.shape == (1, 1, 16, 16)
+    kept = [value for guide in (guide, small) for value in vars(guide).values() if isinstance(value, torch.Tensor)]
+    assert not kept
 
 
 def test_flat_regions_weigh_one_and_edges_less():

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -139,6 +140,9 @@ def test_a_seed_for_each_image_is_that_of_the_image_alone(restorer):
         ]
     )
     assert torch.allclose(batch, alone, atol=1e-4)
+    assert torch.equal(restore_image(images, model=restorer, steps=2, seed=np.array([3, 8])), batch)
+    alike = [restore_image(images, model=restorer, steps=2, seed=seed) for seed in (3, np.int64(3))]
+    assert torch.equal(*alike)
     with pytest.raises(ValueError, match="2, one for each"):
         restore_image(images, model=restorer, steps=1, seed=[1, 2, 3])
 

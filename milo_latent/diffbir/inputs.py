@@ -55,9 +55,9 @@ def images_to_tensor(image: PipelineImageInput) -> Tensor:
     return tensor.clamp(0, 1)
 
 
-def scaled_size(image: Tensor, factor: float) -> tuple[int, int]:
-    """Return height and width of (B, C, H, W) times `factor`, at least 1."""
-    height, width = (max(1, round(side * factor)) for side in image.shape[2:])
+def scaled_size(image: Tensor, factor: float, *, official: bool = False) -> tuple[int, int]:
+    """Return height and width of (B, C, H, W) times `factor`, at least 1; rounded, or cut as the official code does."""
+    height, width = (max(1, int(side * factor) if official else round(side * factor)) for side in image.shape[2:])
     return height, width
 
 

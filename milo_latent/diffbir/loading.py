@@ -50,7 +50,7 @@ def pipeline_folder(name: str | Path, arguments: dict[str, Any]) -> Path:
 class FolderMixin:
     """Opens and saves a pipeline together with the embeddings of its default prompts, where it has no text encoder."""
 
-    prompt_cache: PromptCache
+    _prompt_cache: PromptCache | None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
@@ -70,8 +70,37 @@ class FolderMixin:
         """
         folder = pipeline_folder(pretrained_model_name_or_path, kwargs)
         pipeline: Self = super().from_pretrained(folder, **kwargs)  # type: ignore[misc]
-        pipeline.prompt_cache.stored = read_prompt_embeds(folder)
         return pipeline
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Self:
+        """Make a pipeline of the components of another, and of its stored prompts; see `DiffusionPipeline.from_pipe`.
+
+        Args:
+            pipeline: with the components.
+            **kwargs: components to take in place of its own.
+
+        Returns:
+            The pipeline.
+        """
+        made: Self = super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
+        if isinstance(pipeline, FolderMixin):
+            made.prompt_cache.stored = pipeline.prompt_cache.stored
+        return made
+
+    @property
+    def prompt_cache(self) -> PromptCache:
+        """Embeddings of prompts; opened from a folder, in whatever way, it knows those that the folder holds."""
+        if self._prompt_cache is None:
+            self._prompt_cache = PromptCache()
+            name = getattr(self, "name_or_path", None)  # written by diffusers once the pipeline is made
+            if name and Path(name).is_dir():
+                self._prompt_cache.stored = read_prompt_embeds(name)
+        return self._prompt_cache
+
+    @prompt_cache.setter
+    def prompt_cache(self, cache: PromptCache) -> None:
+        self._prompt_cache = cache
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save the pipeline and its stored prompts; `Restorer.save_pretrained` keeps the metric and the release too.
@@ -82,7 +111,14 @@ class FolderMixin:
 
         Raises:
             OSError: if the disk is full.
+            ValueError: for a cleaner that cannot be saved, such as `ForeignCleaner`.
         """
+        cleaner = getattr(self, "cleaner", None)
+        if cleaner is not None and not isinstance(cleaner, ModelMixin):
+            raise ValueError(
+                f"Expected a cleaner that can be saved, got {type(cleaner).__name__}, which is opened from its own "
+                "file. Save without it: pipe.register_modules(cleaner=None)."
+            )
         write_prompt_embeds(save_directory, self.prompt_cache.stored)
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
 

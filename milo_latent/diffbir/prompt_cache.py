@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ class PromptCache:
     def __init__(self, size: int = CACHED_PROMPTS) -> None:
         self.size = size
         self.stored: dict[str, Tensor] = {}  # embeddings, (1, tokens, width), that need no text encoder
-        self._encoder: Any = None
+        self._encoder: Callable[[], Any] = lambda: None  # of the embeddings kept; weak, so that it can be removed
         self._kept: OrderedDict[tuple[str, torch.dtype], Tensor] = OrderedDict()
 
     def clear(self) -> None:
@@ -36,7 +37,8 @@ class PromptCache:
 
         Args:
             texts: prompts.
-            text_encoder: CLIP text model; another one than before empties the cache. None takes `stored` ones only.
+            text_encoder: CLIP text model; another one than before empties the cache. None takes `stored` embeddings
+                and those kept.
             tokenizer: its tokenizer, or None likewise.
             device: to encode on.
 
@@ -44,16 +46,17 @@ class PromptCache:
             ValueError: for a prompt that is not stored, without a text encoder.
         """
         if text_encoder is None or tokenizer is None:
-            missing = [text for text in texts if text not in self.stored]
+            kept = {text: embeds[None] for (text, _), embeds in self._kept.items()} | self.stored
+            missing = [text for text in texts if text not in kept]
             if missing:
                 raise ValueError(
                     f"This pipeline has no text encoder for {missing[0]!r}. Pass `prompt_embeds` and "
                     f"`negative_prompt_embeds`{', or a stored prompt' if self.stored else ''}."
                 )
-            return torch.cat([self.stored[text].to(device) for text in texts])
-        if self._encoder is not text_encoder or text_encoder.training:
+            return torch.cat([kept[text].to(device) for text in texts])
+        if self._encoder() is not text_encoder or text_encoder.training:
             self.clear()
-            self._encoder = text_encoder
+            self._encoder = weakref.ref(text_encoder)
         dtype = text_encoder.dtype
         embeds = {text: self._kept[text, dtype] for text in texts if (text, dtype) in self._kept}
         new = [text for text in dict.fromkeys(texts) if text not in embeds]

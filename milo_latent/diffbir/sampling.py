@@ -16,6 +16,7 @@ StartPoint = Literal["noise", "cond"]
 START_POINTS: tuple[str, ...] = get_args(StartPoint)
 Compatibility = Literal["official"]
 COMPATIBILITIES: tuple[str, ...] = get_args(Compatibility)
+PRK_STEPS = 4  # the fewest that PNDM's Runge-Kutta start takes
 
 
 def set_timesteps(scheduler: SchedulerMixin, steps: int, device: torch.device) -> Tensor:
@@ -30,10 +31,22 @@ def set_timesteps(scheduler: SchedulerMixin, steps: int, device: torch.device) -
         Timesteps, (steps,) or, for schedulers that call the model twice a step, more. A single step starts from the
         last timestep: schedulers with "linspace" or "leading" spacing would take the first, which takes noise for a
         clean image.
+
+    Raises:
+        ValueError: for a scheduler that needs more steps.
     """
+    if scheduler.config.get("skip_prk_steps") is False and steps < PRK_STEPS:
+        name = type(scheduler).__name__
+        raise ValueError(
+            f"Expected {PRK_STEPS} steps or more with the Runge-Kutta start of {name}, got {steps}. Leave it out: "
+            f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, skip_prk_steps=True)."
+        )
     scheduler.set_timesteps(steps, device=device)
     last = scheduler.config.num_train_timesteps - 1
-    if steps == 1 and float(scheduler.timesteps[0]) < last / 2 and not scheduler.config.get("use_flow_sigmas"):
+    # those of the EDM family count noise levels as timesteps, and start from the highest anyway
+    counts = "timestep_spacing" in scheduler.config or not hasattr(scheduler, "sigmas")
+    low = counts and float(scheduler.timesteps[0]) < last / 2
+    if steps == 1 and low and not scheduler.config.get("use_flow_sigmas"):
         if "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
             scheduler.set_timesteps(timesteps=[last], device=device)
         elif hasattr(scheduler, "sigmas"):  # their noise level must be that of the timestep
@@ -44,6 +57,15 @@ def set_timesteps(scheduler: SchedulerMixin, steps: int, device: torch.device) -
         else:
             scheduler.timesteps = torch.full_like(scheduler.timesteps[:1], last)
     return scheduler.timesteps
+
+
+def check_scheduler(scheduler: SchedulerMixin) -> None:
+    """Raise ValueError for a scheduler of models that predict flow, before anything is computed."""
+    if not hasattr(scheduler, "init_noise_sigma"):
+        raise ValueError(
+            f"Expected a scheduler of models that predict noise, v or a sample, got {type(scheduler).__name__}, which "
+            "is for flow matching. Take another, such as EulerDiscreteScheduler."
+        )
 
 
 def step_arguments(scheduler: SchedulerMixin, generator: Any, eta: float) -> dict[str, Any]:
@@ -127,8 +149,8 @@ def controlled_output(
     sample, condition = sample.to(dtype), condition.to(dtype)
     if negative_prompt_embeds is not None:
         sample, condition = torch.cat([sample, sample]), torch.cat([condition, condition])
-        embeds = torch.cat([negative_prompt_embeds, prompt_embeds])  # type: ignore[list-item]
-    embeds = embeds if embeds is None else embeds.to(dtype)
+        embeds = torch.cat([negative_prompt_embeds, prompt_embeds.to(negative_prompt_embeds)])  # type: ignore[union-attr]
+    embeds = embeds if embeds is None else embeds.to(device=sample.device, dtype=dtype)
     down_residuals, mid_residual = controlnet(
         sample,
         timestep,

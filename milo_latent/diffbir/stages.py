@@ -53,8 +53,17 @@ class Tile:
         overlap = min(-(-self.overlap // unit) * unit, size - unit)
         return {"tile": size // cell, "overlap": overlap // cell, "multiple": unit // cell}
 
-    def tiles(self, multiple: int) -> Callable[..., Tensor]:
-        """Return `tiled` with these sizes, rounded to multiples."""
+    def fits(self, sides: tuple[int, ...], cell: int = 1) -> bool:
+        """Tell whether both sides, in cells of `cell` pixels, hold a tile; the official code uses tiles only then."""
+        return min(sides) >= self.size // cell
+
+    def official(self, cell: int = 1) -> Callable[..., Tensor]:
+        """Return `official_tiled` with these sizes, in cells of `cell` pixels."""
+        size = self.size // cell
+        return partial(official_tiled, tile=size, stride=size - self.overlap // cell)
+
+    def blended(self, multiple: int) -> Callable[..., Tensor]:
+        """Return `tiled` with these sizes, for tiles that start at multiples of so many pixels."""
         return partial(tiled, **self.aligned(multiple))
 
 
@@ -82,7 +91,7 @@ class TilingMixin:
         chosen = Tile(tile, tile // 4 if overlap is None else overlap)
         if self.vae is not None and {"encoder", "decoder"} & set(stages):
             check_tile(self.vae, tile // 8 * 8)
-        self._tiles |= dict.fromkeys(stages, chosen)
+        self._tiles = self._tiles | dict.fromkeys(stages, chosen)  # anew: other pipelines may hold the same ones
 
     def _tile_size(self, stage: str, multiple: int = 8) -> int | None:
         tile = self._tiles.get(stage)
@@ -90,7 +99,7 @@ class TilingMixin:
 
     def disable_tiling(self) -> None:
         """Process whole images again."""
-        self._tiles.clear()
+        self._tiles = {}
 
     @contextmanager
     def tiling(self, tile: int | None) -> Iterator[None]:
@@ -109,15 +118,14 @@ class TilingMixin:
 
     def disable_vae_tiling(self) -> None:
         """Encode and decode whole images again."""
-        for stage in ("encoder", "decoder"):
-            self._tiles.pop(stage, None)
+        self._tiles = {stage: tile for stage, tile in self._tiles.items() if stage not in ("encoder", "decoder")}
 
 
 def pad(image: Tensor, multiple: int, *, smallest: int = 1, official: bool = False) -> Tensor:
     """Pad images at the bottom and right to multiples: by repeating the border, or in black as the official code does.
 
     Args:
-        image: (B, 3, H, W).
+        image: (B, C, H, W).
         multiple: of which H and W become multiples.
         smallest: the least sides of the result.
         official: black instead.
@@ -129,6 +137,22 @@ def pad(image: Tensor, multiple: int, *, smallest: int = 1, official: bool = Fal
         return pad_image(image, multiple, smallest=smallest)
     height, width = image.shape[2:]
     return F.pad(image, (0, -width % multiple, 0, -height % multiple))
+
+
+def cleaner_tiles(
+    tile: Tile | None, sides: tuple[int, ...], multiple: int, *, official: bool
+) -> Callable[..., Tensor] | None:
+    """Return what applies a cleaner to tiles of an image, None for the whole.
+
+    Args:
+        tile: of the cleaner, or None.
+        sides: height and width of the image that the cleaner sees.
+        multiple: of the cleaner, where tiles start.
+        official: whether to place and weigh tiles as the official code does.
+    """
+    if tile is None or (official and not tile.fits(sides)):
+        return None
+    return tile.official() if official else tile.blended(multiple)
 
 
 def predict(
@@ -164,10 +188,9 @@ def predict(
         return function(each[:, :channels], each[:, channels:])
 
     if official:
-        size = tile.size // pixels
-        if min(latents.shape[2:]) < size:
+        if not tile.fits(tuple(latents.shape[2:]), pixels):
             return function(latents, condition)
-        return official_tiled(run, both, tile=size, stride=size - tile.overlap // pixels)
+        return tile.official(pixels)(run, both)
     return tiled(run, both, **tile.aligned(max(multiple, pixels), pixels))
 
 

@@ -98,7 +98,8 @@ class SchedulerGuidance(PipelineCallback):
     tensor_inputs = ["latents"]  # noqa: RUF012
 
     def __init__(self, reference_latents: Tensor | None = None) -> None:
-        self.reference_latents = reference_latents
+        # detached, or it would keep the encoder's whole graph
+        self.reference_latents = None if reference_latents is None else reference_latents.detach()
         self._run: GuidedRun | None = None
         self._attachments: list[Attachment] = []
 

@@ -23,7 +23,7 @@ def add_hook(scheduler: SchedulerMixin, entry: Entry) -> Callable[[], None]:
         A function that takes the hook off; calling it again does nothing. With the last one the scheduler is as before.
     """
     step = vars(scheduler).get("step")
-    if not hasattr(step, "milo_entries"):
+    if step is None or getattr(step, "milo_step", None) is not step:  # a wrapper by others may carry our attributes on
         step = _guided_step(scheduler)
         scheduler.step = step
     step.milo_entries.append(entry)
@@ -45,6 +45,7 @@ def _guided_step(scheduler: Any) -> Callable[..., Any]:
             model_output = entry(model_output, timestep, sample)
         return original(model_output, timestep, sample, *args, **kwargs)
 
+    step.milo_step = step  # type: ignore[attr-defined]
     step.milo_entries = entries  # type: ignore[attr-defined]
     step.milo_previous = vars(scheduler).get("step")  # type: ignore[attr-defined]
     return step

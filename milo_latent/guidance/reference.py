@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 
 from milo_latent.checks import ValueWatch, check_batch, check_finite
 from milo_latent.codec import VAE, encode_image
-from milo_latent.files import read_image
+from milo_latent.files import picture_to_array, read_image
 from milo_latent.metric.network import MILO
 
 
@@ -40,8 +39,7 @@ def encode_reference(
     if isinstance(image, str | Path):
         image = read_image(image)
     if isinstance(image, PIL.Image.Image):
-        pixels = torch.from_numpy(np.asarray(image.convert("RGB")).copy())
-        image = pixels.permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W)
+        image = torch.from_numpy(picture_to_array(image)).permute(2, 0, 1)[None]  # (1, 3, H, W)
     if not isinstance(image, Tensor):
         raise TypeError(
             f"Expected `image` as a PIL image, a path or a tensor, (B, 3, H, W) in [0, 1], got {type(image).__name__}."
@@ -85,14 +83,15 @@ def match_reference(reference: Tensor, sample: Tensor) -> Tensor:
     """Return the reference latents as many as the samples, on their device.
 
     Args:
-        reference: (B', C, h, w), where B' divides B.
+        reference: (B or 1, C, h, w).
         sample: clean estimate, (B, C, h, w).
 
     Raises:
         ValueError: for another shape.
     """
-    if reference.shape[0] != sample.shape[0] and sample.shape[0] % reference.shape[0] == 0:
-        reference = reference.repeat_interleave(sample.shape[0] // reference.shape[0], dim=0)
+    check_count("reference_latents", reference, sample)
+    if reference.shape[0] == 1:
+        reference = reference.expand(sample.shape[0], -1, -1, -1)
     if reference.shape != sample.shape:
         raise ValueError(
             f"Expected reference latents of shape {tuple(sample.shape)}, got {tuple(reference.shape)}. "
@@ -101,11 +100,30 @@ def match_reference(reference: Tensor, sample: Tensor) -> Tensor:
     return reference.to(sample.device)
 
 
+def check_count(name: str, given: Tensor, sample: Tensor) -> None:
+    """Raise ValueError unless `given`, of that name, is one for all samples or one for each of them.
+
+    With several results per image, which result belongs to which image differs between pipelines, so it is not guessed.
+    """
+    if given.shape[0] in (1, sample.shape[0]):
+        return
+    repeats, rest = divmod(sample.shape[0], given.shape[0])
+    advice = (
+        f"Repeat it in the order of the results: {name}.repeat_interleave({repeats}, dim=0) where those of an image "
+        f"follow each other (text to image, DiffBIR), {name}.repeat({repeats}, 1, 1, 1) where all images come again "
+        "and again (image to image and inpainting of diffusers)."
+    )
+    raise ValueError(
+        f"Expected `{name}` for one or for each of {sample.shape[0]} results, got {given.shape[0]}. "
+        + ("Give as many." if rest or repeats == 0 else advice)
+    )
+
+
 def match_region(region: Tensor | None, sample: Tensor) -> Tensor:
     """Return the region as many as the samples, (B or 1, 1, h, w), on their device; ones if there is none.
 
     Args:
-        region: (B' or 1, 1, h, w), where B' divides B, or None.
+        region: (B or 1, 1, h, w), or None.
         sample: clean estimate, (B, C, h, w).
 
     Raises:
@@ -113,8 +131,7 @@ def match_region(region: Tensor | None, sample: Tensor) -> Tensor:
     """
     if region is None:
         return sample.new_ones(1, 1, 1, 1)
-    if region.shape[0] != 1 and sample.shape[0] % region.shape[0] == 0:
-        region = region.repeat_interleave(sample.shape[0] // region.shape[0], dim=0)
+    check_count("region", region, sample)
     if region.shape[2:] != sample.shape[2:] or region.shape[0] not in (1, sample.shape[0]):
         raise ValueError(
             f"Expected `region` of shape (B or 1, 1, {sample.shape[2]}, {sample.shape[3]}), got {tuple(region.shape)}. "

@@ -6,6 +6,7 @@ The baseline of MILO guidance. DiffBIR's code of 2024 accepts it and never appli
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,7 +18,7 @@ from milo_latent.checks import check_batch, check_choice, check_range
 from milo_latent.codec import unscale_latents
 from milo_latent.guidance.attachment import GuidedRun, SchedulerGuidance
 from milo_latent.guidance.coefficients import step_coefficients
-from milo_latent.guidance.reference import match_reference
+from milo_latent.guidance.reference import check_count, match_reference
 from milo_latent.guidance.step import predict_original_sample, shift_model_output
 
 Loss = Literal["mse", "w_mse"]
@@ -29,6 +30,14 @@ GREY = (0.2989, 0.5870, 0.1140)
 BLOCK = 2  # pixels a side over which edges are gathered
 SMALLEST = 1e-12
 PROBE = 1e-2  # of the estimate's length: the distance at which the decoder's slope is measured
+
+
+@dataclass
+class RestorationRun(GuidedRun):
+    """One run: beside the latents, the image that they are pulled towards, and where."""
+
+    target: Tensor | None = None  # (B or 1, 3, H, W) in [-1, 1], where pushes go through the decoder
+    weight: Tensor | float = 1.0  # (B or 1, 1, h, w), or of the image's size likewise
 
 
 class RestorationGuidance(SchedulerGuidance):
@@ -93,8 +102,6 @@ class RestorationGuidance(SchedulerGuidance):
         self.scale, self.loss, self.space, self.repeat = scale, loss, space, repeat
         self.t_start, self.t_stop, self.official = t_start, t_stop, compatibility == "official"
         self._seen: Tensor | None = None  # the cleaned image of the run to come
-        self._target: Tensor | None = None  # of the current run, (B, 3, H, W) in [-1, 1]
-        self._weight: Tensor | float = 1.0
 
     def accept_image(self, image: Tensor) -> None:
         """Take the cleaned image, (B, 3, H, W) in [0, 1], as the next run's target; `DiffBIRPipeline` calls it."""
@@ -102,19 +109,25 @@ class RestorationGuidance(SchedulerGuidance):
 
     def begin_run(self, reference_latents: Tensor | None, num_steps: int, *, steps_done: int = 0) -> GuidedRun:
         """Return a new run; arguments and errors as of `run`."""
-        run = super().begin_run(reference_latents, num_steps, steps_done=steps_done)
-        image, self._seen = self.target if self.target is not None else self._seen, None
-        needed = self.space == "rgb" or self.loss == "w_mse"
-        if needed and image is None:
+        plain = super().begin_run(reference_latents, num_steps, steps_done=steps_done)
+        run = RestorationRun(plain.reference_latents, plain.num_steps, plain.step)
+        seen, self._seen = self._seen, None
+        if self.space == "latent" and self.loss == "mse":
+            return run
+        reference = run.reference_latents
+        if self.target is not None:
+            image = self.target.detach().float()
+        elif seen is not None:  # of each image, whose results follow each other
+            image = seen.detach().float().repeat_interleave(reference.shape[0] // seen.shape[0], dim=0)
+        else:
             with torch.no_grad():
-                self._target = self._decode(run.reference_latents)
-        elif needed and image is not None:
-            self._target = (image.detach().float() * 2 - 1).to(run.reference_latents.device)
-        self._weight = 1.0
+                image = self._decode(reference) / 2 + 0.5
+        image = image.to(reference.device)
         if self.loss == "w_mse":
-            assert self._target is not None
-            weight = flatness(self._target / 2 + 0.5)  # (B, 1, H, W)
-            self._weight = weight if self.space == "rgb" else _pool(weight, run.reference_latents.shape[2:])
+            weight = flatness(image)  # (B, 1, H, W)
+            run.weight = weight if self.space == "rgb" else _pool(weight, reference.shape[2:])
+        if self.space == "rgb":
+            run.target = image * 2 - 1
         return run
 
     def guided_model_output(
@@ -126,7 +139,7 @@ class RestorationGuidance(SchedulerGuidance):
             ValueError: for an unknown scheduler, or with `compatibility` one without DDPM's posterior.
             RuntimeError: outside of `run`.
         """
-        if self._run is None:
+        if not isinstance(self._run, RestorationRun):
             raise RuntimeError("Guidance works inside `with guide.run(...)` or `with guide.attach(pipe):` only.")
         self._run.step += 1
         if self.scale == 0.0 or not self.t_stop < float(timestep) + 1 < self.t_start:
@@ -135,20 +148,20 @@ class RestorationGuidance(SchedulerGuidance):
         x0 = predict_original_sample(model_output, sample, coefficients)
         reference, guided = match_reference(self._run.reference_latents, x0), x0
         for _ in range(self.repeat):
-            push = self._push(guided, reference)
+            push = self._push(self._run, guided, reference)
             if self.official:
                 push = push / posterior_mean_coefficient(scheduler, int(timestep))
             guided = guided + push
         return shift_model_output(model_output, guided - x0, coefficients)
 
-    def _push(self, x0: Tensor, reference: Tensor) -> Tensor:
+    def _push(self, run: RestorationRun, x0: Tensor, reference: Tensor) -> Tensor:
         """Return what one push adds to the clean estimate, (B, C, h, w)."""
-        way = reference - x0
-        if self.space == "latent":
-            pull = _match(self._weight, x0) * way
-            return official_step(way, _match(self._weight, x0), self.scale) if self.official else self.scale * pull
-        assert self._target is not None
-        target, weight = _match(self._target, x0), _match(self._weight, x0)
+        way, weight, target = reference - x0, run.weight, run.target
+        if isinstance(weight, Tensor):
+            check_count("target", weight, x0)
+        if target is None:
+            return official_step(way, weight, self.scale) if self.official else self.scale * weight * way
+        check_count("target", target, x0)
         with torch.inference_mode(False), torch.enable_grad():
             leaf = x0.detach().clone().requires_grad_(True)
             decoded = self._decode(leaf)
@@ -230,10 +243,3 @@ def _pool(weight: Tensor, size: Sequence[int]) -> Tensor:
 
 def _norm(tensor: Tensor) -> Tensor:
     return tensor.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-
-
-def _match(tensor: Tensor | float, sample: Tensor) -> Any:
-    """Repeat a batch as often as there are results for each image."""
-    if isinstance(tensor, float) or tensor.shape[0] in (1, sample.shape[0]):
-        return tensor
-    return tensor.repeat_interleave(sample.shape[0] // tensor.shape[0], dim=0)

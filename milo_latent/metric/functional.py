@@ -30,12 +30,13 @@ def reduce_scores(scores: Tensor, reduction: Reduction) -> Tensor:
 
 
 class MILOLoss(nn.Module):
-    """MILO as a loss: 0 for equal inputs, never negative, lower is better, a finite gradient everywhere.
+    """MILO as a loss: 0 for equal inputs, lower is better, a finite gradient everywhere; NaN stays NaN.
 
     Args:
         metric: for images or latents; its parameters are not trained, and it stays out of `state_dict`.
         reduction: "mean", "sum" or "none", over the batch.
-        reading: "score", the raw error, unbounded above; or "quality", in [0, 1), on the scale on which people judged.
+        reading: "score", the raw error, never negative and unbounded above; or "quality", on the scale on which people
+            judged, in [0, 1) for the shipped and the official weights.
 
     Raises:
         TypeError: if `metric` is no MILO.

@@ -259,7 +259,7 @@ class MILO(ModelMixin, ConfigMixin):
         mask = self.mask(dist=dist, ref=ref) if mask is None else mask
         error = (mask * (ref - dist).abs()).mean(dim=1, keepdim=True)  # (B, 1, H, W)
         error_map = self.scaler(error) - self.scaler(torch.zeros_like(error[:1, :, :1, :1]))
-        return torch.where(error > 0, error_map, 0.0)  # the two scalers' roundings may differ
+        return torch.where(error == 0, 0.0, error_map)  # the two scalers' roundings may differ; NaN stays
 
     def compare(self, *, dist: Tensor, ref: Tensor, region: Tensor | None = None) -> MILOOutput:
         """Compare `dist` with `ref` in every way there is, with one pass of the mask finder.
