@@ -83,13 +83,13 @@ def _tile_sizes(vae: VAE, tile: int) -> tuple[int, int, int]:
     return cells, cells // 4, cells // 16  # a wide blend: what differs between tiles is their overall tone
 
 
-def check_tile(vae: VAE, tile: int) -> None:
-    """Raise ValueError unless tiles of `tile` pixels fit the VAE."""
+def check_tile(vae: VAE, tile: int, *, given: int | None = None) -> None:
+    """Raise ValueError unless tiles of `tile` pixels fit the VAE; the message says `given`, of which they are made."""
     factor = vae_scale_factor(vae)
     smallest = 2 * TINY_OVERLAP * factor
     if tile % factor or tile < smallest:
         raise ValueError(
-            f"Expected `tile` to be a multiple of {factor} of at least {smallest} pixels, got {tile}. "
+            f"Expected `tile` to be a multiple of {factor} of at least {smallest} pixels, got {given or tile}. "
             "512 suits most machines."
         )
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from milo_latent.checks import ValueWatch
-from milo_latent.codec import VAE, decode_latents, encode_image, vae_scale_factor
+from milo_latent.codec import VAE, check_tile, decode_latents, encode_image, vae_scale_factor
 from milo_latent.files import (
     IMAGE_SUFFIXES,
     LATENT_SUFFIXES,
@@ -36,7 +37,7 @@ def load_vae(source: str | Path) -> VAE:
 
     Raises:
         FileNotFoundError: if there is no VAE.
-        ValueError: if it is of another class.
+        ValueError: if it is of another class, damaged, or not whole.
     """
     folder = weights_dir(str(source)) if str(source) in available_weights() else Path(source)
     if (folder / "vae").is_dir():
@@ -47,7 +48,13 @@ def load_vae(source: str | Path) -> VAE:
     classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     if name not in classes:
         raise ValueError(f"Expected a VAE of the classes {sorted(classes)} in {folder}, got {name}.")
-    return classes[name].from_pretrained(folder).eval().requires_grad_(False)
+    try:
+        vae, info = classes[name].from_pretrained(folder, output_loading_info=True, torch_dtype=torch.float32)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"Expected the weights of a VAE in {folder}: {error}") from error
+    if info["missing_keys"]:
+        raise ValueError(f"Expected every weight of a VAE in {folder}, missing: {', '.join(info['missing_keys'][:4])}.")
+    return vae.eval().requires_grad_(False)
 
 
 @torch.inference_mode()
@@ -163,8 +170,11 @@ def encode_folder(
 
     Raises:
         FileNotFoundError: if there is no image in the folder.
-        ValueError: if a photo is damaged, or two differ in their suffix only.
+        ValueError: before the first, if two photos differ in their suffix only or `tile` does not fit; at the end, if
+            photos were damaged.
     """
+    if tile is not None:
+        check_tile(vae, tile)
     paths = list_files(photos, IMAGE_SUFFIXES)
     return _each(
         paths, output, suffix, lambda path, to: encode_file(lambda: vae, path, to, vae_name=vae_name, tile=tile)
@@ -185,16 +195,29 @@ def decode_folder(vae: VAE, latents: Path, output: Path, *, tile: int | None = N
 
     Raises:
         FileNotFoundError: if there are no latents in the folder.
-        ValueError: if a file is damaged or of another VAE, or two differ in their suffix only.
+        ValueError: before the first, if two files differ in their suffix only or `tile` does not fit; at the end, if
+            files were damaged or of another VAE.
     """
+    if tile is not None:
+        check_tile(vae, tile)
     paths = list_files(latents, LATENT_SUFFIXES)
     watch = ValueWatch()
     return _each(paths, output, "png", lambda path, to: decode_file(lambda: vae, path, to, tile=tile, watch=watch))
 
 
 def _each(paths: list[Path], output: Path, suffix: str, work: Callable[[Path, Path], object]) -> tuple[int, int]:
+    """Do what is left; a damaged file does not stop the others, and is told of at the end."""
     output.mkdir(parents=True, exist_ok=True)
     left = [path for path in paths if not (output / f"{path.stem}.{suffix}").exists()]
+    failed = []
     for path in tqdm(left, unit="file", disable=len(left) < 2):
-        work(path, output / f"{path.stem}.{suffix}")
+        try:
+            work(path, output / f"{path.stem}.{suffix}")
+        except (ValueError, FileNotFoundError, MemoryError) as error:  # a full disk stops the run
+            failed.append(f"{path.name}: {' '.join(str(error).split())}")
+    if failed:
+        raise ValueError(
+            f"{len(left) - len(failed)} files -> {output} ({len(paths) - len(left)} were there already), "
+            f"{len(failed)} failed: {'; '.join(failed)}"
+        )
     return len(left), len(paths) - len(left)

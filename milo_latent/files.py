@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,14 +16,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from milo_latent.pictures import picture_to_array
+
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 LATENT_SUFFIXES = frozenset({".npy", ".safetensors"})
 ALPHA_SUFFIXES = frozenset({".png", ".webp", ".tif", ".tiff"})
+SHOWN = 4  # file names in a message
 MAX_PIXELS = 128 * 1024 * 1024  # a 100-megapixel camera passes, a decompression bomb does not
 
 
 def read_image(path: str | Path) -> Tensor:
-    """Read an image as RGB: orientation applied, palettes, grey and 16 bit converted, transparency dropped.
+    """Read an image as sRGB: orientation and colour profile applied, palettes, grey and 16 bit converted, no alpha.
 
     Args:
         path: an image file.
@@ -39,20 +43,6 @@ def read_image(path: str | Path) -> Tensor:
     except TypeError as error:
         raise ValueError(f"{error} It is {path}.") from error
     return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))[None]  # (1, 3, H, W)
-
-
-def picture_to_array(picture: Image.Image) -> np.ndarray:
-    """Turn a picture of any mode into RGB, (H, W, 3) float32, in [0, 1]; 16 bit keep their precision.
-
-    Raises:
-        TypeError: for floating point, whose range is unknown.
-    """
-    if picture.mode.startswith("I;16") or picture.mode == "I":
-        grey = np.asarray(picture).astype(np.float32) / 65535.0
-        return np.repeat(grey[..., None], 3, axis=2).clip(0.0, 1.0)
-    if picture.mode == "F":
-        raise TypeError("Expected a picture of 8 or 16 bit, got 32-bit floating point. Save it as 16-bit PNG.")
-    return np.asarray(picture.convert("RGB")).astype(np.float32) / 255.0
 
 
 def read_alpha(path: str | Path) -> Tensor | None:
@@ -226,8 +216,22 @@ def write_latents(path: str | Path, latents: Tensor, *, metadata: dict[str, str]
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file in UTF-8, completely or not at all."""
-    write_atomically(Path(path), lambda partial: partial.write_text(text, encoding="utf-8"))
+    """Write a text file in UTF-8, completely or not at all; file names that are none are kept byte by byte."""
+    write_atomically(
+        Path(path), lambda partial: partial.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
+    )
+
+
+def make_readable(folder: str | Path) -> None:
+    """Give the weights in a folder the permissions of any other new file; their library makes them private."""
+    for path in Path(folder).rglob("*.safetensors"):
+        path.chmod(0o666 & ~_umask())
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -247,9 +251,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     partial = Path(name)
     try:
         write(partial)
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)  # mkstemp makes files private; ours are as any other
+        partial.chmod(0o666 & ~_umask())  # mkstemp makes files private; ours are as any other
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -270,6 +272,11 @@ def list_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and not is_hidden(path))
     if not paths:
         raise FileNotFoundError(f"Expected files of {sorted(suffixes)} in {folder}, found none.")
-    if len({path.stem for path in paths}) < len(paths):
-        raise ValueError(f"Expected each name once in {folder}, whatever its suffix; two would become one file.")
+    counts = Counter(path.stem for path in paths)
+    twice = [path.name for path in paths if counts[path.stem] > 1]
+    if twice:
+        names = ", ".join(twice[:SHOWN]) + (", ..." if len(twice) > SHOWN else "")
+        raise ValueError(
+            f"Expected each name once in {folder}, whatever its suffix, since its results bear it; {names}."
+        )
     return paths

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from milo_latent.checks import check_batch, check_choice, check_finite
+from milo_latent.checks import check_batch, check_choice, check_finite, check_range
 from milo_latent.diffbir.versions import UPSCALE, TaskName
 from milo_latent.faces import Detector, restore_faces
 from milo_latent.guidance.callback import MILOGuidance
@@ -86,10 +86,7 @@ def restore_image(
     check_batch("image", image, 3)
     check_finite("image", image)
     restorer = model if isinstance(model, Restorer) else load_restorer(model)
-    task = task or (restorer.release.task if restorer.release is not None else "denoise")
-    check_choice("task", task, TASKS)
-    if restorer.release is not None:
-        restorer.release.check_task(task)
+    task = _task(restorer, task)
     defaults, seeds = TASKS[task], _seeds(seed, image.shape[0])
     guide = _guide(restorer, defaults, milo_scale, schedule)
     factor = defaults.upscale if upscale is None else upscale
@@ -117,6 +114,56 @@ def restore_image(
         for photo, each in zip(image.split(1), seeds, strict=True)
     ]
     return torch.cat(photos)
+
+
+@torch.no_grad()
+def check_restoration(
+    *,
+    model: Restorer,
+    task: TaskName | None = None,
+    milo_scale: float | None = None,
+    schedule: Schedule | None = None,
+    steps: int | None = None,
+    tile: int | None = None,
+    upscale: float | None = None,
+    **options: Any,
+) -> None:
+    """Refuse what no image could be restored with, before the first of many is read; prompts are encoded, and kept.
+
+    Args:
+        model: a restorer.
+        task: as of `restore_image`, as are the others.
+        milo_scale: see there.
+        schedule: see there.
+        steps: see there.
+        tile: see there.
+        upscale: see there.
+        **options: see there.
+
+    Raises:
+        ValueError: as of `restore_image`.
+    """
+    defaults, pipeline = TASKS[_task(model, task)], model.pipeline
+    _guide(model, defaults, milo_scale, schedule)
+    with pipeline.tiling(tile):
+        pass
+    check_range("upscale", 1.0 if upscale is None else upscale, 1e-3, 1e3, "It is how much larger the result is.")
+    arguments = _call_arguments(model, defaults, steps) | options
+    check_range("steps", arguments["num_inference_steps"], 1, 1e6, "It is a number of denoising steps.")
+    scale = arguments.get("guidance_scale", 1.0)
+    pipeline.check_inputs(scale, ["latents"])
+    prompts = [arguments.get(name) for name in ("prompt", "negative_prompt")]
+    given = {name: arguments[name] for name in ("prompt_embeds", "negative_prompt_embeds") if name in arguments}
+    pipeline.encode_prompt(*prompts, guided=scale > 1, **given)
+
+
+def _task(restorer: Restorer, task: TaskName | None) -> TaskName:
+    """Return the task: the given one, which must be one of the model's, or the model's own."""
+    task = task or (restorer.release.task if restorer.release is not None else "denoise")
+    check_choice("task", task, TASKS)
+    if restorer.release is not None:
+        restorer.release.check_task(task)
+    return task
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
 
 from milo_latent.files import ALPHA_SUFFIXES, IMAGE_SUFFIXES, list_files, read_alpha, read_image, write_image
 
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow converts
 Restore = Callable[[Tensor], Tensor]
 
 
@@ -44,7 +46,7 @@ def check_image_output(output: Path) -> None:
 
 
 def restore_file(photo: Path, output: Path, restore: Restore) -> tuple[str, str]:
-    """Restore a photo; a transparent one stays so, its opacity resized.
+    """Restore a photo; a transparent one stays so, its opacity resized, and a grey one stays grey.
 
     Args:
         photo: any size.
@@ -61,6 +63,8 @@ def restore_file(photo: Path, output: Path, restore: Restore) -> tuple[str, str]
     image, alpha = read_image(photo), read_alpha(photo)
     check_image_output(output)
     restored = restore(image)
+    if is_grey(image):
+        restored = to_grey(restored)
     if output.suffix.lower() not in ALPHA_SUFFIXES:
         alpha = None
     if alpha is not None:
@@ -68,6 +72,17 @@ def restore_file(photo: Path, output: Path, restore: Restore) -> tuple[str, str]
     write_image(output, restored, alpha=alpha)
     before, after = ("{1}x{0}".format(*each.shape[2:]) for each in (image, restored))
     return before, after
+
+
+def is_grey(image: Tensor) -> bool:
+    """Return whether the channels of an image, (1, 3, H, W), are equal everywhere."""
+    return torch.equal(image[:, 0], image[:, 1]) and torch.equal(image[:, 1], image[:, 2])
+
+
+def to_grey(image: Tensor) -> Tensor:
+    """Return the luma of an image, (B, 3, H, W), in all channels: a model of colours tints grey photos a little."""
+    luma = (image * image.new_tensor(LUMA).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
+    return luma.expand_as(image)
 
 
 def restore_folder(photos: Path, output: Path, restore: Restore) -> FolderReport:
@@ -83,8 +98,10 @@ def restore_folder(photos: Path, output: Path, restore: Restore) -> FolderReport
 
     Raises:
         FileNotFoundError: if there is no image in the folder.
-        ValueError: if two photos differ in their suffix only.
+        ValueError: if two photos differ in their suffix only, or the results would lie among the photos.
     """
+    if output.resolve() == photos.resolve():
+        raise ValueError(f"Expected another folder for the results than that of the photos, got {output} for both.")
     paths = list_files(photos, IMAGE_SUFFIXES)
     output.mkdir(parents=True, exist_ok=True)
     left = [path for path in paths if not (output / f"{path.stem}.png").exists()]

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, ModelMixin
 
 from milo_latent.diffbir.loading import open_cleaner
 from milo_latent.diffbir.release import RELEASE_FILE, Release, read_release, release_text
-from milo_latent.files import write_text
+from milo_latent.files import make_readable, write_text
 from milo_latent.metric.network import MILO
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
 from milo_latent.resources import available_weights, weights_dir
@@ -59,6 +59,7 @@ class Restorer:
             self.metric.save_pretrained(target / METRIC_FOLDER)
         if self.background_cleaner is not None:
             self.background_cleaner.save_pretrained(target / BACKGROUND_FOLDER)
+            make_readable(target / BACKGROUND_FOLDER)
         if self.release is not None:
             write_text(target / RELEASE_FILE, release_text(self.release.version, self.release.task))
 
@@ -87,11 +88,11 @@ def load_restorer(
         metric: MILO_L instead of the model's own: what `MILO.from_pretrained` takes.
 
     Returns:
-        Pipeline and metric.
+        Pipeline and metric, frozen.
 
     Raises:
         FileNotFoundError: if there is no such model, or a metric only.
-        ValueError: if there is no such device.
+        ValueError: if there is no such device, or weights are missing.
     """
     folder = weights_dir(str(model)) if str(model) in available_weights() else Path(model)
     if not folder.is_dir() and (folder.is_absolute() or str(model).count("/") != 1):
@@ -105,6 +106,9 @@ def load_restorer(
         )
     source = folder if folder.is_dir() else str(model)
     pipeline = DiffBIRPipeline.from_pretrained(source, dtype=dtype or torch.float32)
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False)  # gradients to images and latents still flow
     folder, target = Path(pipeline.name_or_path), _check_device(device or best_device())
     if target == "cpu" and isinstance(pipeline.vae, AutoencoderKL):
         pipeline.vae.to(memory_format=torch.channels_last)  # 5 % faster there (docs/diffbir.md); slower for the UNet

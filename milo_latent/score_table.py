@@ -43,7 +43,7 @@ class ScoreTable:
             self._read()
 
     def _read(self) -> None:
-        lines = self.partial.read_text(encoding="utf-8").split("\n")
+        lines = self.partial.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
         if lines[0] != json.dumps(self.key):
             return
         for line in lines[1:-1]:  # what follows the last line break was cut off in writing
@@ -55,7 +55,7 @@ class ScoreTable:
         """Add rows, each on disk before the next is computed."""
         kept = [self._line(row) for row in self.rows.values()]
         write_text(self.partial, "\n".join([json.dumps(self.key), *kept, ""]))
-        with self.partial.open("a", encoding="utf-8") as file:
+        with self.partial.open("a", encoding="utf-8", errors="surrogateescape", newline="") as file:
             for row in rows:
                 file.write(self._line(row) + "\n")
                 file.flush()

@@ -141,6 +141,14 @@ def test_other_files_of_the_same_names_are_refused(material, tmp_path):
     assert list(metric_digests(["ssim", f"milo:{mine / 'teacher'}", "pyiqa:lpips"])) == [f"milo:{mine / 'teacher'}"]
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_mistyped_member_ends_at_once_and_leaves_no_trace(material, tmp_path, workers):
+    wrong = [{"psnr": "foo"}.get(each, each) for each in arguments(material, tmp_path / "set", "--workers", workers)]
+    with pytest.raises(ValueError, match="got 'foo'"):
+        build_dataset.main(wrong)
+    assert not (tmp_path / "set").exists()
+
+
 def test_a_side_that_cuts_cells_is_refused(material, tmp_path):
     with pytest.raises(ValueError, match="multiple of 8 px, a cell of the latents, got 60"):
         build_dataset.main([*arguments(material, tmp_path / "set"), "--side", "60"])

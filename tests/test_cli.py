@@ -1,5 +1,9 @@
 """The command line: right results for odd inputs, one clear line and a non-zero exit for bad ones."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -71,6 +75,82 @@ def test_a_folder_is_restored_and_gone_on_with(restore, photo, tmp_path, capsys)
     assert "1 were there already" in line
     assert (output / "a.png").stat().st_mtime_ns == before
     assert (output / "b.png").exists()
+
+
+def test_folders_whose_names_hold_dots_have_results_of_their_own(restore, photo, tmp_path, monkeypatch, capsys):
+    for name in ("trip.2023", "trip.2024"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(photo.read_bytes())
+        assert restore(tmp_path / name) == 0
+        assert "1 photos" in capsys.readouterr().out
+        assert (tmp_path / f"{name}_restored" / "a.png").is_file()
+    monkeypatch.chdir(tmp_path / "trip.2023")
+    assert restore(".") == 0
+    assert "1 were there already" in capsys.readouterr().out  # the same results as from outside
+
+
+def test_a_folder_is_not_its_own_result(restore, photo, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(photo.read_bytes())
+    assert restore(folder, "-o", folder) == 1
+    assert "another folder for the results" in one_error_line(capsys)
+    (folder / "a.jpg").write_bytes(photo.read_bytes())
+    assert restore(folder) == 1
+    assert "a.jpg, a.png" in one_error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--tile", "100"], "at least 320 pixels, got 100"),
+        (["--steps", "0"], "`steps` in [1,"),
+        (["--guidance", "5"], "`milo_scale` in [0, 1]"),
+        (["--upscale", "0"], "`upscale` in"),
+        (["--prompt", "a dog"], "takes none"),
+        (["--cfg-scale", "4"], "this model takes no prompt"),
+    ],
+)
+def test_options_that_cannot_work_are_told_once_for_a_folder(model, photo, tmp_path, capsys, arguments, match):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in "abc":
+        (folder / f"{name}.png").write_bytes(photo.read_bytes())
+    assert main(["restore", str(folder), "--model", model, *arguments]) == 1
+    assert match in (line := one_error_line(capsys))
+    assert "a.png" not in line
+    assert not (tmp_path / "photos_restored").exists()
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "LA", "RGB"])
+def test_grey_photos_stay_grey(restore, tmp_path, mode):
+    grey = np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)
+    Image.fromarray(grey).convert(mode).save(tmp_path / "grey.png")
+    assert restore(tmp_path / "grey.png") == 0
+    result = read_image(tmp_path / "grey_restored.png")
+    assert torch.equal(result[:, 0], result[:, 1])
+    assert torch.equal(result[:, 1], result[:, 2])
+    assert result.std() > 0
+
+
+def test_names_that_are_no_text_are_shown_and_kept(restore, model, photo, tmp_path, capfd):
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        (tmp_path / name).write_bytes(photo.read_bytes())
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 only")
+    command = [sys.executable, "-m", "milo_latent.cli"]
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    arguments = ["restore", str(tmp_path / name), "--model", model, "--steps", "1", "-o", str(tmp_path / "out.png")]
+    done = subprocess.run([*command, *arguments], capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    folders = [tmp_path / "ref", tmp_path / "dist"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / name).write_bytes(photo.read_bytes())
+    table = tmp_path / "t.csv"
+    assert main(["score", "--ref", str(folders[0]), "--dist", str(folders[1]), "--csv", str(table)]) == 0
+    assert b"caf\xe9" in table.read_bytes()
 
 
 def test_the_photo_is_enlarged_as_asked(restore, photo, tmp_path):

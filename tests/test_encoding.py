@@ -1,7 +1,10 @@
 """Photos to files of latents and back: sizes kept, folders gone on with, other VAEs refused."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from milo_latent.cli import main
 from milo_latent.encoding import decode_file, encode_file, load_vae
@@ -62,11 +65,35 @@ def test_an_interrupted_folder_is_gone_on_with(model, photos, tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in latents.iterdir()} == whole
 
 
-def test_a_damaged_photo_stops_the_folder_and_loses_nothing(model, photos, tmp_path, capsys):
+def test_a_damaged_photo_is_told_of_and_stops_no_other(model, photos, tmp_path, capsys):
     (photos / "1.png").write_text("no image")
-    assert main(["encode", str(photos), "-o", str(tmp_path / "latents"), "--model", model]) == 1
-    assert "1.png" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "latents").iterdir()] == ["0.safetensors"]
+    arguments = ["encode", str(photos), "-o", str(tmp_path / "latents"), "--model", model]
+    assert main(arguments) == 1
+    assert "2 files" in (error := capsys.readouterr().err)
+    assert "1 failed: 1.png" in error
+    assert sorted(path.name for path in (tmp_path / "latents").iterdir()) == ["0.safetensors", "2.safetensors"]
+    assert main([*arguments, "--tile", "100"]) == 1
+    assert "failed" not in (error := capsys.readouterr().err)  # told before the first photo
+    assert "multiple of 8 of at least 320 pixels, got 100" in error
+
+
+def test_a_vae_that_lacks_weights_is_refused(model, photos, tmp_path, capsys):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    for part in ("vae", "unet"):
+        path = broken / part / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(path)
+        first = next(iter(tensors))
+        save_file({name: value for name, value in tensors.items() if name != first}, path)
+        name = f"{first}"
+        arguments = ["encode", str(photos / "0.png"), "-o", str(tmp_path / "a.npy")] if part == "vae" else None
+        arguments = arguments or ["restore", str(photos / "0.png"), "-o", str(tmp_path / "a.png")]
+        assert main([*arguments, "--model", str(broken)]) == 1
+        assert f"{part}, missing: {name}" in capsys.readouterr().err
+        shutil.copy(f"{model}/{part}/{path.name}", path)
+    path.write_bytes(b"half")
+    (broken / "vae" / path.name).write_bytes(b"half")
+    with pytest.raises(ValueError, match="weights of a VAE"):
+        load_vae(broken)
 
 
 def test_latents_of_another_vae_are_refused(model, photos, tmp_path):

@@ -42,6 +42,7 @@ LEVELS = {
     "milo_latent.training": 6,
     "milo_latent.testing": 6,
     "milo_latent.programs": 0,
+    "milo_latent.pictures": -1,
     "milo_latent.cli": 9,
 }
 

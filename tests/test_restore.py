@@ -1,12 +1,14 @@
 """The one call: defaults of each task, batches, refusals."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
 import torch
 
 from milo_latent import Restorer, load_restorer
+from milo_latent.codec import encode_image
 from milo_latent.diffbir.release import Release
 from milo_latent.diffbir.versions import VERSIONS
 from milo_latent.faces import TEMPLATE, Face
@@ -56,6 +58,19 @@ def test_what_is_saved_opens_again_whole(restorer, pipeline, tmp_path):
             torch.equal(value, expected[key]) for key, value in getattr(opened.pipeline, part).state_dict().items()
         )
     assert type(opened.background_cleaner) is type(pipeline.cleaner)
+
+
+def test_what_is_saved_can_be_read_by_others_and_what_is_opened_is_frozen(restorer, tmp_path):
+    umask = os.umask(0o022)
+    try:
+        restorer.save_pretrained(tmp_path / "saved")
+    finally:
+        os.umask(umask)
+    weights = list((tmp_path / "saved").rglob("*.safetensors"))
+    assert len(weights) > 3
+    assert {path.stat().st_mode & 0o777 for path in weights} == {0o644}
+    opened = load_restorer(tmp_path / "saved", device="cpu")
+    assert not encode_image(opened.pipeline.vae, torch.rand(1, 3, 64, 64)).requires_grad
 
 
 def test_what_cannot_be_restored_is_refused(restorer, pipeline):

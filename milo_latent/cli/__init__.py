@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 
@@ -52,6 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 2
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what a terminal cannot show
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     return run_program(
         lambda: print(options.run(options)), interrupted="no file is half written, and the same command goes on"

@@ -71,12 +71,12 @@ def run(options: argparse.Namespace) -> str:
     """Restore; return the line to print."""
     import torch
 
-    from milo_latent.restore import TASKS, restore_image
+    from milo_latent.restore import TASKS, check_restoration, restore_image
     from milo_latent.restore_files import check_image_output, restore_file, restore_folder
     from milo_latent.restorer import load_restorer
 
     folder = options.input.is_dir()
-    output = options.output or options.input.with_name(f"{options.input.stem}_restored{'' if folder else '.png'}")
+    output = options.output or _beside(options.input, folder=folder)
     if not folder:
         if not options.input.is_file():
             raise FileNotFoundError(f"Expected a photo or a folder of photos, got {options.input}, which is not there.")
@@ -100,6 +100,7 @@ def run(options: argparse.Namespace) -> str:
     )
     began = time.perf_counter()
     if folder:
+        check_restoration(**restore.keywords)
         report = restore_folder(options.input, output, restore)
         line = f"{report.restored} photos of {options.input} -> {output} ({report.skipped} were there already"
         if report.failed:
@@ -113,6 +114,14 @@ def run(options: argparse.Namespace) -> str:
     steps = "" if options.steps is None else f"{options.steps} steps, "
     seconds = time.perf_counter() - began
     return f"{task}: {line}, {options.model}, {steps}{guided}, seed {options.seed}) in {seconds:.1f} s"
+
+
+def _beside(path: Path, *, folder: bool) -> Path:
+    """Return where the result of `path` goes if nothing is said: a folder, whose name may hold dots, or a PNG."""
+    if not folder:
+        return path.with_name(f"{path.stem}_restored.png")
+    named = path.resolve() if path.name in ("", "..") else path  # such as "."
+    return named.with_name(f"{named.name}_restored")
 
 
 def _detector(path: Path | None) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 from milo_latent.checks import check_choice, check_range
 from milo_latent.diffbir.colour import COLOR_FIXES
 from milo_latent.diffbir.sampling import COMPATIBILITIES, START_POINTS
-from milo_latent.files import picture_to_array
+from milo_latent.pictures import picture_to_array
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 ROUNDING = 0.01  # by which resampled images may leave [0, 1]

@@ -9,6 +9,7 @@ import torch
 from diffusers import ModelMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import nn
 
 from milo_latent.diffbir.bsrnet import BSRNet
 from milo_latent.diffbir.cleaner import Cleaner
@@ -17,6 +18,7 @@ from milo_latent.diffbir.prompts import read_prompt_embeds, write_prompt_embeds
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner
 from milo_latent.diffbir.scunet import SCUNet
 from milo_latent.diffbir.swinir import SwinIR
+from milo_latent.files import make_readable
 
 CLEANERS = {cls.__name__: cls for cls in (BSRNet, ResidualCleaner, SCUNet, SwinIR)}
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
@@ -70,6 +72,9 @@ class FolderMixin:
         """
         folder = pipeline_folder(pretrained_model_name_or_path, kwargs)
         pipeline: Self = super().from_pretrained(folder, **kwargs)  # type: ignore[misc]
+        for name, component in pipeline.components.items():  # type: ignore[attr-defined]
+            if isinstance(component, nn.Module):
+                check_whole(component, folder / name)
         return pipeline
 
     @classmethod
@@ -121,6 +126,7 @@ class FolderMixin:
             )
         write_prompt_embeds(save_directory, self.prompt_cache.stored)
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        make_readable(save_directory)
 
 
 def open_cleaner(folder: str | Path, *, dtype: torch.dtype) -> ModelMixin:
@@ -134,9 +140,18 @@ def open_cleaner(folder: str | Path, *, dtype: torch.dtype) -> ModelMixin:
         The cleaner.
 
     Raises:
-        ValueError: if it is of another class.
+        ValueError: if it is of another class, or not whole.
     """
     name = str(Cleaner.load_config(folder).get("_class_name"))
     if name not in CLEANERS:
         raise ValueError(f"Expected a cleaner of the classes {sorted(CLEANERS)} in {folder}, got {name}.")
-    return CLEANERS[name].from_pretrained(folder, dtype=dtype).eval()
+    cleaner = CLEANERS[name].from_pretrained(folder, dtype=dtype).eval()
+    check_whole(cleaner, folder)
+    return cleaner
+
+
+def check_whole(module: nn.Module, folder: str | Path) -> None:
+    """Raise ValueError if weights were missing in `folder`: diffusers only warns, and leaves them without values."""
+    missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+    if missing:
+        raise ValueError(f"Expected every weight in {folder}, missing: {', '.join(missing[:4])}.")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from milo_latent.checks import check_choice
-from milo_latent.codec import check_tile, pad_image
+from milo_latent.codec import check_tile, pad_image, vae_scale_factor
 from milo_latent.diffbir.colour import ColorFix, fix_colour, low_frequencies
 from milo_latent.diffbir.official_tiles import official_tiled
 from milo_latent.tiling import tiled
@@ -90,7 +90,7 @@ class TilingMixin:
             check_choice("stages", stage, STAGES)
         chosen = Tile(tile, tile // 4 if overlap is None else overlap)
         if self.vae is not None and {"encoder", "decoder"} & set(stages):
-            check_tile(self.vae, tile // 8 * 8)
+            check_tile(self.vae, tile - tile % vae_scale_factor(self.vae), given=tile)
         self._tiles = self._tiles | dict.fromkeys(stages, chosen)  # anew: other pipelines may hold the same ones
 
     def _tile_size(self, stage: str, multiple: int = 8) -> int | None:

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from milo_latent.checks import ValueWatch, check_batch, check_finite
 from milo_latent.codec import VAE, encode_image
-from milo_latent.files import picture_to_array, read_image
+from milo_latent.files import read_image
 from milo_latent.metric.network import MILO
+from milo_latent.pictures import picture_to_array
 
 
 def encode_reference(

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from milo_latent.checkpoints import CHECKPOINT_SUFFIXES, read_checkpoint, rename_keys
 from milo_latent.checks import check_batch, check_model_input, check_pair, check_region
+from milo_latent.files import make_readable
 from milo_latent.metric.card import write_card
 from milo_latent.metric.mask_finder import MaskFinder, is_transforming
 from milo_latent.resources import available_weights, weights_dir
@@ -178,6 +179,7 @@ class MILO(ModelMixin, ConfigMixin):
         if Path(save_directory).is_file():
             raise ValueError(f"Expected a folder to save the metric in, got the file {save_directory}.")
         super().save_pretrained(str(save_directory), **kwargs)
+        make_readable(save_directory)
         write_card(self, Path(save_directory))
 
     def frozen(self) -> MILO:

@@ -21,7 +21,6 @@ from milo_latent.files import write_text
 from milo_latent.programs import run_program
 from milo_latent.training.conditions import CONDITIONS
 from milo_latent.training.dataset import list_images
-from milo_latent.training.full_reference import load_vae
 from milo_latent.training.pseudo_mos import format_agreement, member_agreement
 from milo_latent.training.shard_worker import RECORD, DatasetConfig, Worker, shard_path
 from milo_latent.training.shards import CONFIG_FILE, SUMMARY_FILE, read_shard
@@ -83,7 +82,9 @@ def build(config: DatasetConfig, paths: Sequence[Path], output: Path, *, workers
         OSError: if there is too little space on the disk, before anything is made; or if it fills up: what is complete
             stays, and the same command goes on from there.
     """
-    _check_side(config)
+    with one_thread():
+        worker = Worker(config, paths, output)  # opened first: what cannot be opened leaves no trace
+    _check_side(config, worker)
     output.mkdir(parents=True, exist_ok=True)
     _check_config(config, paths, output)
     (output / SUMMARY_FILE).unlink(missing_ok=True)  # which says that a set is whole
@@ -96,7 +97,6 @@ def build(config: DatasetConfig, paths: Sequence[Path], output: Path, *, workers
     with tqdm(total=count, initial=count - len(missing), desc=output.name, unit="shard", mininterval=5) as progress:
         if workers <= 1:
             with one_thread():
-                worker = Worker(config, paths, output)
                 for index in missing:
                     worker.make(index)
                     progress.update()
@@ -108,8 +108,8 @@ def build(config: DatasetConfig, paths: Sequence[Path], output: Path, *, workers
     return _summarise(config, output, count)
 
 
-def _check_side(config: DatasetConfig) -> None:
-    factor = vae_scale_factor(load_vae(config.vae)) if config.vae else 1
+def _check_side(config: DatasetConfig, worker: Worker) -> None:
+    factor = vae_scale_factor(worker.vae) if worker.vae is not None else 1
     if config.side < factor or config.side % factor:
         raise ValueError(
             f"Expected a side that is a multiple of {factor} px, a cell of the latents, got {config.side}."

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from milo_latent.codec import VAE, encode_image
 from milo_latent.metric.network import MILO
-from milo_latent.resources import available_weights, weights_dir
 
 PYIQA_LICENCE = "pyiqa's licence is non-commercial: labels made with it, and what is trained on them, may inherit that."
 
@@ -146,22 +144,6 @@ def pyiqa_metric(name: str) -> FullReference:
         return metric(dist, ref).reshape(-1)
 
     return FullReference(f"pyiqa:{name}", score, higher_is_better=not metric.lower_better)
-
-
-def load_vae(source: str | Path) -> VAE:
-    """Open a frozen autoencoder: the name of a shipped set, or a folder (of it, or with a folder `vae`)."""
-    folder = weights_dir(str(source)) if str(source) in available_weights() else Path(source)
-    if not (folder / "config.json").is_file():
-        folder = folder / "vae"
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"Expected an autoencoder in {source}, found no config.json there or in its folder vae."
-        )
-    text = (folder / "config.json").read_text()
-    from diffusers import AutoencoderKL
-
-    kind: Any = AutoencoderTiny if "AutoencoderTiny" in text else AutoencoderKL
-    return kind.from_pretrained(folder, torch_dtype=torch.float32).eval().requires_grad_(False)
 
 
 def by_name(text: str, *, vae: VAE | None = None) -> FullReference:

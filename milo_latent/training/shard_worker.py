@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from milo_latent.codec import VAE, encode_image, vae_scale_factor
+from milo_latent.encoding import load_vae
 from milo_latent.files import read_image, write_atomically
 from milo_latent.metric.network import MILO
 from milo_latent.training.conditions import CONDITIONS
 from milo_latent.training.distortions import distort
-from milo_latent.training.full_reference import load_vae
 from milo_latent.training.pseudo_mos import Ensemble, build_ensemble
 
 RECORD = "record"  # metadata of a shard
@@ -33,7 +33,7 @@ class DatasetConfig:
         images: names of the image files, in order.
         members: metrics that label, as of `full_reference.by_name`.
         calibrations: their file, None for the shipped ones.
-        vae: whose latents are kept, as of `full_reference.load_vae`; None keeps none.
+        vae: whose latents are kept, as of `encoding.load_vae`; None keeps none.
         keep_images: keep the images too, as MILO_I needs them.
         map_teacher: MILO_I weights whose error map is kept at the latents' size, as a second label; None keeps none.
         side: pixels of the squares.

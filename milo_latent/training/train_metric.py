@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from milo_latent.encoding import load_vae
 from milo_latent.files import write_text
 from milo_latent.metric.network import MILO
 from milo_latent.programs import run_program
 from milo_latent.training.correlation import pearson, spearman
-from milo_latent.training.full_reference import load_vae
 from milo_latent.training.initialise import initialise
 from milo_latent.training.loop import fit, training_state
 from milo_latent.training.recipe import Recipe, read_recipe

@@ -1,0 +1,95 @@
+"""Pictures: colours as their profiles mean them."""
+
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from milo_latent.files import read_image
+from milo_latent.pictures import picture_to_array
+
+D50 = (0.9642, 1.0, 0.8249)
+SRGB = ((0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141))  # colorants, adapted to D50
+WIDE = ((0.5151, 0.2412, -0.0011), (0.2919, 0.6922, 0.0419), (0.1572, 0.0666, 0.7841))  # Display P3's
+
+
+def fixed(value):
+    return struct.pack(">i", round(value * 65536))
+
+
+def profile(colorants=None, gamma=2.2):
+    """Return an ICC profile, version 2: of colorants and a gamma, or of greys."""
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256))
+    description = b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(4 + 4 + 2 + 1 + 67)
+    tags = {b"desc": description, b"cprt": b"text" + bytes(4) + b"none\0", b"wtpt": xyz(D50)}
+    if colorants is None:
+        tags[b"kTRC"] = curve
+    else:
+        for letter, colorant in zip((b"r", b"g", b"b"), colorants, strict=True):
+            tags |= {letter + b"XYZ": xyz(colorant), letter + b"TRC": curve}
+    place, table, body = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for name, content in tags.items():
+        table += name + struct.pack(">II", place + len(body), len(content))
+        body += content + bytes(-len(content) % 4)
+    head = struct.pack(">I4sI4s4s4s", place + len(body), b"lcms", 0x02400000, b"mntr", space(colorants), b"XYZ ")
+    head += struct.pack(">6H4s", 2026, 1, 1, 0, 0, 0, b"acsp") + bytes(28) + b"".join(map(fixed, D50))
+    return head.ljust(128, b"\0") + table + body
+
+
+def space(colorants):
+    return b"GRAY" if colorants is None else b"RGB "
+
+
+def xyz(values):
+    return b"XYZ " + bytes(4) + b"".join(map(fixed, values))
+
+
+def encoded(light):
+    return np.where(light <= 0.0031308, light * 12.92, 1.055 * light.clip(0) ** (1 / 2.4) - 0.055)
+
+
+@pytest.fixture
+def rgb():
+    return np.random.default_rng(0).integers(40, 200, (16, 20, 3), dtype=np.uint8)
+
+
+def test_a_wide_profile_is_applied(tmp_path, rgb):
+    Image.fromarray(rgb).save(tmp_path / "wide.png", icc_profile=profile(WIDE))
+    light = (rgb / 255.0) ** 2.2 @ np.array(WIDE) @ np.linalg.inv(np.array(SRGB))
+    expected = encoded(light.clip(0, 1)).clip(0, 1)
+    read = read_image(tmp_path / "wide.png")[0].permute(1, 2, 0).numpy()
+    assert np.abs(read - expected).max() < 2.5 / 255
+    plain = rgb / 255.0
+    assert np.abs(read - plain).max() > 20 / 255  # the colours are more saturated than their numbers look
+    with Image.open(tmp_path / "wide.png") as picture:
+        assert np.array_equal(picture_to_array(picture), read)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "L", "LA"])
+def test_profiles_of_other_modes_are_applied_too(tmp_path, rgb, mode):
+    picture = Image.fromarray(rgb).convert(mode)
+    grey = mode in ("L", "LA")
+    picture.save(tmp_path / "a.png", icc_profile=profile(None if grey else WIDE, gamma=1.5))
+    read = read_image(tmp_path / "a.png")[0]
+    values = np.asarray(picture.convert("RGB")) / 255.0
+    light = values**1.5 if grey else values**1.5 @ np.array(WIDE) @ np.linalg.inv(np.array(SRGB))
+    assert np.abs(read.permute(1, 2, 0).numpy() - encoded(light.clip(0, 1)).clip(0, 1)).max() < 3 / 255
+    assert not grey or (torch.equal(read[0], read[1]) and torch.equal(read[1], read[2]))
+
+
+def test_a_profile_of_srgb_changes_no_value(tmp_path, rgb):
+    from PIL import ImageCms
+
+    own = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(rgb).save(tmp_path / "a.png", icc_profile=own)
+    assert np.array_equal((read_image(tmp_path / "a.png")[0].permute(1, 2, 0).numpy() * 255).round(), rgb)
+
+
+@pytest.mark.parametrize("broken", [b"no profile", profile(None)])
+def test_a_profile_that_cannot_be_applied_is_told_of_and_left_out(tmp_path, rgb, broken):
+    Image.fromarray(rgb).save(tmp_path / "a.png", icc_profile=broken)
+    with pytest.warns(UserWarning, match="colour profile was left out"):
+        image = read_image(tmp_path / "a.png")
+    assert np.array_equal((image[0].permute(1, 2, 0).numpy() * 255).round(), rgb)
