@@ -26,6 +26,20 @@ from milo_latent.files import (
 from milo_latent.resources import available_weights, weights_dir
 
 
+def vae_folder(source: str | Path) -> Path:
+    """Return the folder of the VAE of a shipped set, of a pipeline folder, or of a folder of its own.
+
+    Raises:
+        FileNotFoundError: if there is no VAE.
+    """
+    folder = weights_dir(str(source)) if str(source) in available_weights() else Path(source)
+    if (folder / "vae").is_dir():
+        folder = folder / "vae"
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"Expected a VAE in {source}, found neither vae/config.json nor config.json there.")
+    return folder
+
+
 def load_vae(source: str | Path) -> VAE:
     """Open the VAE of a shipped set, of a pipeline folder, or of a folder of its own, in float32.
 
@@ -39,11 +53,7 @@ def load_vae(source: str | Path) -> VAE:
         FileNotFoundError: if there is no VAE.
         ValueError: if it is of another class, damaged, or not whole.
     """
-    folder = weights_dir(str(source)) if str(source) in available_weights() else Path(source)
-    if (folder / "vae").is_dir():
-        folder = folder / "vae"
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"Expected a VAE in {source}, found neither vae/config.json nor config.json there.")
+    folder = vae_folder(source)
     name = AutoencoderKL.load_config(folder).get("_class_name")
     classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     if name not in classes:

@@ -140,7 +140,7 @@ def read_latents(path: str | Path) -> Tensor:
     latents = _read_npy(path) if path.suffix.lower() == ".npy" else _read_safetensors(path)
     if latents.ndim == 3:
         latents = latents[None]
-    if latents.ndim != 4 or not latents.is_floating_point():
+    if latents.ndim != 4 or not latents.is_floating_point() or 0 in latents.shape:
         raise ValueError(
             f"Expected latents (C, h, w) or (B, C, h, w), floating point, in {path}, "
             f"got {tuple(latents.shape)} {latents.dtype}."
@@ -222,10 +222,11 @@ def write_text(path: str | Path, text: str) -> None:
     )
 
 
-def make_readable(folder: str | Path) -> None:
-    """Give the weights in a folder the permissions of any other new file; their library makes them private."""
-    for path in Path(folder).rglob("*.safetensors"):
-        path.chmod(0o666 & ~_umask())
+def make_readable(*folders: str | Path) -> None:
+    """Give the weights just saved in these folders the permissions of new files; their library makes them private."""
+    for folder in folders:
+        for path in Path(folder).glob("*.safetensors"):
+            path.chmod(0o666 & ~_umask())
 
 
 def _umask() -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from milo_latent.files import write_text
-from milo_latent.metric.network import MILO
+from milo_latent.metric.network import MILO, is_image_metric
 from milo_latent.resources import available_weights, cache_dir, weights_dir
 
 CARD = """\
@@ -129,7 +129,7 @@ def convert(path: str | Path, folder: str | Path, *, official: bool = True) -> P
     weights = folder / "diffusion_pytorch_model.safetensors"
     card = CARD.format(
         name=folder.name,
-        kind=f"MILO_L, {metric.config.latent_space} latents" if metric.config.latent_space else "MILO_I, images",
+        kind="MILO_I, images" if is_image_metric(metric) else f"MILO_L, {metric.config.latent_space} latents",
         origin="the official checkpoint" if known else "a checkpoint laid out like the official ones,",
         file=path.name,
         digest=digest,
@@ -187,7 +187,8 @@ def describe(source: str) -> str:
     hashes = [f"{path.name}: SHA-256 {sha256(path)}"] if path.is_file() else check_hashes(path)
     metric = MILO.from_pretrained(source)
     config = metric.config
-    space = f"MILO_L, latents of {config.latent_space}" if config.latent_space else "MILO_I, images in [0, 1]"
+    latents = f"MILO_L, latents of {config.latent_space or 'a VAE without a name'}"
+    space = "MILO_I, images in [0, 1]" if is_image_metric(metric) else latents
     lines = [
         f"{source}: {space}",
         f"channels {config.channels}, levels {config.levels}, scaling factor {config.scaling_factor}",

@@ -6,20 +6,23 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageChops, ImageCms
 
 GREY_MODES = ("1", "L", "LA")
 
 
 def picture_to_array(picture: Image.Image) -> np.ndarray:
-    """Turn a picture of any mode into sRGB, (H, W, 3) float32, in [0, 1]; 16 bit keep their precision.
+    """Turn a picture of any mode into sRGB, (H, W, 3) float32, in [0, 1]; 16-bit greys keep their precision.
 
-    An embedded colour profile is applied, as viewers do, since what is written holds none.
+    An embedded colour profile is applied, as viewers do, since what is written holds none; that of 16 bit is left out,
+    with a warning.
 
     Raises:
         TypeError: for floating point, whose range is unknown.
     """
     if picture.mode.startswith("I;16") or picture.mode == "I":
+        if picture.info.get("icc_profile"):
+            warnings.warn("The picture's colour profile was left out, since it has 16 bit.", stacklevel=2)
         grey = np.asarray(picture).astype(np.float32) / 65535.0
         return np.repeat(grey[..., None], 3, axis=2).clip(0.0, 1.0)
     if picture.mode == "F":
@@ -35,8 +38,6 @@ def _in_srgb(picture: Image.Image) -> Image.Image:
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         grey = source.profile.xcolor_space.strip() == "GRAY"
-        if ImageCms.getProfileDescription(source).startswith("sRGB"):
-            return picture  # spares the rounding
         if picture.mode != "CMYK":
             picture = picture.convert("L" if grey and picture.mode in GREY_MODES else "RGB")
         converted = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
@@ -44,4 +45,8 @@ def _in_srgb(picture: Image.Image) -> Image.Image:
         warnings.warn(f"The picture's colour profile was left out, since it cannot be applied: {error}", stacklevel=2)
         return picture
     assert converted is not None  # not in place
-    return converted.convert("L") if grey else converted  # exactly grey
+    if grey:
+        return converted.convert("L")  # exactly
+    if picture.mode == "RGB" and np.max(ImageChops.difference(picture, converted).getextrema()) <= 1:
+        return picture  # a profile of sRGB, of whatever name: spares the rounding
+    return converted

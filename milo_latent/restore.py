@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from milo_latent.checks import check_batch, check_choice, check_finite, check_range
+from milo_latent.checks import check_batch, check_choice, check_finite
+from milo_latent.diffbir.inputs import check_call
+from milo_latent.diffbir.sampling import check_scheduler
 from milo_latent.diffbir.versions import UPSCALE, TaskName
 from milo_latent.faces import Detector, restore_faces
-from milo_latent.guidance.callback import MILOGuidance
+from milo_latent.guidance.callback import MILOGuidance, find_guidance
 from milo_latent.guidance.curriculum import Schedule
 from milo_latent.restorer import Restorer, load_restorer
 
@@ -39,6 +42,7 @@ class Task:
 
 TASKS: dict[TaskName, Task] = {name: Task(upscale=factor) for name, factor in UPSCALE.items()}
 RESERVED = {"generator", "output_type", "return_dict", "callback_on_step_end"}  # of the pipeline's call, set below
+PROMPTS = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds")  # likewise
 assert set(TASKS) == set(get_args(TaskName))
 
 
@@ -99,10 +103,7 @@ def restore_image(
     run = partial(_run, guide=guide, tile=tile, arguments=arguments)
     if task != "unaligned_face":
         return run(restorer, image, seeds=seeds, upscale=factor)
-    if detector is None:
-        raise ValueError(
-            "Expected a `detector` of faces, got None. Pass milo_latent.face_detector.YuNet(path), or --detector FILE."
-        )
+    detector = _detector(detector)
     photos = [
         restore_faces(
             photo,
@@ -126,6 +127,7 @@ def check_restoration(
     steps: int | None = None,
     tile: int | None = None,
     upscale: float | None = None,
+    detector: Detector | None = None,
     **options: Any,
 ) -> None:
     """Refuse what no image could be restored with, before the first of many is read; prompts are encoded, and kept.
@@ -138,23 +140,36 @@ def check_restoration(
         steps: see there.
         tile: see there.
         upscale: see there.
+        detector: see there.
         **options: see there.
 
     Raises:
         ValueError: as of `restore_image`.
     """
-    defaults, pipeline = TASKS[_task(model, task)], model.pipeline
-    _guide(model, defaults, milo_scale, schedule)
+    task, pipeline = _task(model, task), model.pipeline
+    if task == "unaligned_face":
+        _detector(detector)
+    guide = _guide(model, TASKS[task], milo_scale, schedule)
     with pipeline.tiling(tile):
         pass
-    check_range("upscale", 1.0 if upscale is None else upscale, 1e-3, 1e3, "It is how much larger the result is.")
-    arguments = _call_arguments(model, defaults, steps) | options
-    check_range("steps", arguments["num_inference_steps"], 1, 1e6, "It is a number of denoising steps.")
-    scale = arguments.get("guidance_scale", 1.0)
-    pipeline.check_inputs(scale, ["latents"])
-    prompts = [arguments.get(name) for name in ("prompt", "negative_prompt")]
-    given = {name: arguments[name] for name in ("prompt_embeds", "negative_prompt_embeds") if name in arguments}
-    pipeline.encode_prompt(*prompts, guided=scale > 1, **given)
+    arguments = {name: each.default for name, each in inspect.signature(pipeline.__call__).parameters.items()}
+    arguments |= _call_arguments(model, TASKS[task], steps) | options
+    arguments |= {"upscale": TASKS[task].upscale if upscale is None else upscale}
+    checked = {name: arguments[name] for name in inspect.signature(check_call).parameters if name in arguments}
+    check_call(**checked, total_timesteps=pipeline.scheduler.config.num_train_timesteps)
+    check_scheduler(pipeline.scheduler, arguments["num_inference_steps"])
+    find_guidance(guide, pipeline)
+    pipeline.check_inputs(arguments["guidance_scale"], ["latents"])
+    prompts = {name: arguments[name] for name in PROMPTS}
+    pipeline.encode_prompt(**prompts, guided=arguments["guidance_scale"] > 1)
+
+
+def _detector(detector: Detector | None) -> Detector:
+    if detector is None:
+        raise ValueError(
+            "Expected a `detector` of faces, got None. Pass milo_latent.face_detector.YuNet(path), or --detector FILE."
+        )
+    return detector
 
 
 def _task(restorer: Restorer, task: TaskName | None) -> TaskName:

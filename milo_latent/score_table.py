@@ -90,7 +90,7 @@ def rows_to_json(rows: list[ScoreRow], *, metric: str, weights: str) -> str:
         "mean": {"score": mean.score, "quality": mean.quality},
         "pairs": [asdict(row) for row in rows],
     }
-    return json.dumps(table, indent=2)
+    return json.dumps(table, indent=2, allow_nan=False)
 
 
 def mean_row(rows: list[ScoreRow]) -> ScoreRow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -20,7 +21,7 @@ from milo_latent.files import (
     read_latents,
     read_latents_metadata,
 )
-from milo_latent.metric.network import MILO, MILOOutput
+from milo_latent.metric.network import MILO, MILOOutput, is_image_metric
 from milo_latent.score_table import ScoreRow
 
 BATCH_SIZE = 16
@@ -118,7 +119,7 @@ def check_fits(metric: MILO, path: Path, tensor: Tensor) -> None:
         tensor: (B, C, H, W).
     """
     metadata = read_latents_metadata(path) if path.suffix.lower() == ".safetensors" else {}
-    told, vae = metadata.get("scaling_factor"), metadata.get("vae", "another VAE")
+    told, vae = _factor(path, metadata), metadata.get("vae", "another VAE")
     takes = describe_input(metric)
     if tensor.shape[1] != metric.config.channels:
         if is_latents(path):
@@ -130,8 +131,17 @@ def check_fits(metric: MILO, path: Path, tensor: Tensor) -> None:
         )
     if told is not None and is_image_metric(metric):
         raise ValueError(f"Expected {takes}, got latents of {vae} in {path}. Use that VAE's metric.")
-    if told is not None and metric.config.scaling_factor not in (None, float(told)):
+    if told is not None and metric.config.scaling_factor not in (None, told):
         raise ValueError(f"Expected {takes}, got those of {vae} ({told}) in {path}. Use that VAE's metric.")
+
+
+def _factor(path: Path, metadata: dict[str, str]) -> float | None:
+    """Return the scaling factor that the metadata of `path` tells; None where they do not."""
+    told = metadata.get("scaling_factor")
+    try:
+        return None if told is None else float(told)
+    except ValueError as error:
+        raise ValueError(f"Expected a number as `scaling_factor` in {path}, got {told!r}. Encode it again.") from error
 
 
 def check_vae(metric: MILO, vae: VAE) -> None:
@@ -151,11 +161,6 @@ def describe_input(metric: MILO) -> str:
     factor = metric.config.scaling_factor
     scale = "" if factor is None else f", scaling factor {factor:g}"
     return f"latents of {metric.config.latent_space or 'any VAE'} ({metric.config.channels} channels{scale})"
-
-
-def is_image_metric(metric: MILO) -> bool:
-    """Return whether a metric is for images (MILO_I), not for latents (MILO_L)."""
-    return metric.config.latent_space is None and metric.config.channels == 3
 
 
 @torch.inference_mode()
@@ -206,6 +211,8 @@ def _score_batch(metric: MILO, batch: list[Pair], tensors: list[tuple[Tensor, Te
         results = [_compare(metric, pair, *each) for pair, each in zip(batch, tensors, strict=True)]
         scores = [(each.score.mean().item(), each.quality.mean().item()) for each in results]
     for pair, (score, quality) in zip(batch, scores, strict=True):
+        if not (math.isfinite(score) and math.isfinite(quality)):
+            raise ValueError(f"Expected a finite score, got {score} of {pair.ref} and {pair.dist}: values too large?")
         yield ScoreRow(pair.name, score, quality)
 
 

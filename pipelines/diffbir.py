@@ -300,7 +300,6 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
         total, official = self.scheduler.config.num_train_timesteps, compatibility == "official"
         self.check_inputs(guidance_scale, tensor_inputs)
         check_call(
-            image=image,
             output_type=output_type,
             color_fix=color_fix,
             start_point=start_point,
@@ -312,7 +311,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
             guidance_rescale=guidance_rescale,
             total_timesteps=total,
         )
-        sampling.check_scheduler(self.scheduler)
+        sampling.check_scheduler(self.scheduler, num_inference_steps)
         guides = find_guidance(callback_on_step_end, self)
         self._guidance_scale, self._interrupt = guidance_scale, False
         device = self._execution_device
@@ -350,7 +349,8 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
         cells = {"pixels": self.vae_scale_factor, "multiple": self._size_multiple(), "official": official}
 
         # 3. Stage 2: denoise
-        sampling.hand_over(image, guides)
+        rows, columns = (side * self.vae_scale_factor for side in condition.shape[2:])
+        sampling.hand_over(image, guides, size=(rows, columns))
         with ExitStack() as stack, self.progress_bar(total=self._num_timesteps) as progress_bar:
             guides = [stack.enter_context(guide.run(condition, self._num_timesteps)) for guide in guides]
             for step_index, timestep in enumerate(timesteps):

@@ -159,6 +159,8 @@ def test_a_set_that_is_not_whole_is_refused(built, tmp_path):
     (part / "shard-00001.safetensors").unlink()
     with pytest.raises(ValueError, match=r"Expected 3 shards in .*part, found 2"):
         PairSet(part, space="latents")
+    (part / "dataset.json").write_text("{}")  # of an older set, which does not tell
+    assert len(PairSet(part, space="latents")) < len(PairSet(built, space="latents"))
     (part / "dataset.json").unlink()
     with pytest.raises(ValueError, match=r"whole training set in .*part, found no dataset.json"):
         PairSet(part, space="latents")

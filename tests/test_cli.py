@@ -104,9 +104,11 @@ def test_a_folder_is_not_its_own_result(restore, photo, tmp_path, capsys):
     ("arguments", "match"),
     [
         (["--tile", "100"], "at least 320 pixels, got 100"),
-        (["--steps", "0"], "`steps` in [1,"),
+        (["--steps", "0"], "`num_inference_steps` to be a whole number of at least 1"),
         (["--guidance", "5"], "`milo_scale` in [0, 1]"),
-        (["--upscale", "0"], "`upscale` in"),
+        (["--upscale", "0"], "`upscale` above 0"),
+        (["--noise-aug", "5000"], "`noise_aug` to be a timestep"),
+        (["--task", "unaligned_face"], "`detector` of faces"),
         (["--prompt", "a dog"], "takes none"),
         (["--cfg-scale", "4"], "this model takes no prompt"),
     ],

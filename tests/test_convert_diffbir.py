@@ -269,6 +269,9 @@ def test_keys_beside_the_networks_are_refused_unless_they_are_named(tiny, tmp_pa
     state = read_checkpoint(tiny.files["sd"]) | {"extra.thing": torch.zeros(1), "model_ema.decay": torch.zeros(1)}
     torch.save(state, tmp_path / "sd.ckpt")
     refused(tiny, tmp_path, r"1 unknown \(extra\.thing\).*--ignore", sd=tmp_path / "sd.ckpt")
+    refused(
+        tiny, tmp_path, r"regular expressions to ignore, got '\*\.thing'", sd=tmp_path / "sd.ckpt", ignore=["*.thing"]
+    )
     arguments = tiny.convert_arguments() | {"sd": tmp_path / "sd.ckpt", "ignore": [r"extra\..*"]}
     assert convert_diffbir("v2.1", "sr", **arguments, output=tmp_path / "out").is_dir()
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from milo_latent import MILO, MILOLoss, read_image, read_latents
+from milo_latent.official import describe
 from milo_latent.testing import latent_pair, tiny_metric
 from milo_latent.training.train_metric import initialise
 
@@ -317,6 +319,36 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
     torch.save(print, path)
     with pytest.raises(ValueError, match="cannot be read"):
         MILO.from_pretrained(path)
+
+
+def test_a_card_written_by_us_keeps_the_hash_of_the_weights_beside_it(tmp_path):
+    tiny_metric(seed=1).save_pretrained(tmp_path)
+    tiny_metric(seed=2).save_pretrained(tmp_path)
+    assert any("agrees" in line or "SHA-256" in line for line in describe(str(tmp_path)).splitlines())
+    card = (tmp_path / "README.md").read_text()
+    digest = hashlib.sha256((tmp_path / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    assert digest in card
+    (tmp_path / "README.md").write_text("my own card")
+    tiny_metric(seed=3).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "my own card"
+
+
+def test_a_metric_for_latents_of_no_name_is_described_as_one(tmp_path):
+    tiny_metric().save_pretrained(tmp_path / "latents")
+    tiny_metric(channels=3).save_pretrained(tmp_path / "images")
+    assert "MILO_L, latents of" in describe(str(tmp_path / "latents"))
+    assert "MILO_I, images" in describe(str(tmp_path / "images"))
+
+
+@pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": False}])
+def test_weights_that_are_not_whole_are_refused_however_they_are_loaded(tmp_path, options):
+    tiny_metric().save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors.pop("scaler.0.weight")
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"missing: scaler\.0\.weight"):
+        MILO.from_pretrained(tmp_path, **options)
 
 
 def test_values_that_are_not_numbers_are_not_taken_for_equal(metric):

@@ -1,6 +1,9 @@
 """DiffBIRPipeline's options: tiles, prompts, starts, growing and rescaled guidance, one step, compiled networks."""
 
+import copy
 import gc
+import pickle
+import shutil
 import weakref
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from milo_latent.diffbir.schedulers import OFFICIAL_SAMPLERS, SolverScheduler, o
 from milo_latent.diffbir.stages import STAGES
 from milo_latent.diffbir.swinir import SwinIR
 from milo_latent.guidance.callback import MILOGuidance
+from milo_latent.guidance.restoration import RestorationGuidance
 from milo_latent.restore import restore_image
 from milo_latent.restorer import Restorer
 from milo_latent.testing import generator, replayed_noise, tiny_metric
@@ -245,6 +249,7 @@ def test_a_text_encoder_can_be_removed_and_its_prompts_are_kept():
     del encoder
     gc.collect()
     assert alive() is None
+    assert pickle.loads(pickle.dumps(cache)).size == cache.size
     assert torch.equal(encode("a", None), before)
     with pytest.raises(ValueError, match="no text encoder for 'b'"):
         encode("b", None)
@@ -258,7 +263,10 @@ def test_stored_prompts_come_along_however_the_pipeline_is_opened(prompted, tmp_
     custom = diffusers.DiffusionPipeline.from_pretrained(
         tmp_path, custom_pipeline=str(REPOSITORY / "pipelines" / "diffbir.py"), trust_remote_code=True
     )
-    for each in (own, custom, DiffBIRPipeline.from_pipe(own)):
+    copied = copy.deepcopy(own)
+    custom.prompt_cache  # noqa: B018 (read with its first use)
+    shutil.rmtree(tmp_path)
+    for each in (own, custom, DiffBIRPipeline.from_pipe(own), copied):
         assert torch.allclose(run(each), expected, atol=1e-5)
 
 
@@ -379,6 +387,10 @@ def test_the_official_rule_pads_latents_where_it_padded_the_image_less(pipeline,
     result = run(pipeline, image, compatibility="official")
     assert result.shape == image.shape
     assert set(seen) == {(18, 20)}  # 17 and 19 cells, padded to those that the UNet halves
+    for loss, space in (("mse", "rgb"), ("w_mse", "latent")):  # whose images are those of the latents
+        guide = RestorationGuidance(pipeline.vae, 0.5, loss=loss, space=space)
+        guided = run(pipeline, image, compatibility="official", callback_on_step_end=guide)
+        assert not torch.equal(guided, result)
 
 
 def test_the_official_rule_cuts_the_size(pipeline):

@@ -44,6 +44,23 @@ def noise(*shape):
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
+def test_latents_of_no_items_or_beyond_all_range_are_refused(weights, refused):
+    empty = npy(weights / "empty.npy", np.zeros((0, 4, 32, 32), np.float32))
+    good, huge = (npy(weights / f"{name}.npy", noise(4, 32, 32) * scale) for name, scale in (("a", 1), ("b", 3e37)))
+    assert "empty.npy, got (0, 4, 32, 32)" in refused(empty, empty, "--weights", weights / "any")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the range
+        assert "Expected a finite score" in (told := refused(good, huge, "--weights", weights / "any", "--json"))
+    assert "b.npy" in told
+
+
+def test_a_scaling_factor_that_is_no_number_names_the_file(weights, refused):
+    path = weights / "a.safetensors"
+    write_latents(path, torch.randn(1, 4, 32, 32), metadata={"scaling_factor": "abc"})
+    assert "`scaling_factor` in" in (told := refused(path, path, "--weights", weights / "sd"))
+    assert "a.safetensors, got 'abc'" in told
+
+
 def test_images_of_a_wrong_range_are_warned_of_once(weights):
     metric, image = MILO.from_pretrained(weights / "image"), np.abs(noise(3, 20, 20)).clip(0, 1)
     image[0, 0, 0] = 0

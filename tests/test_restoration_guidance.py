@@ -141,6 +141,16 @@ def test_it_attaches_to_other_pipelines(pipeline):
     assert torch.allclose(guided, reference, atol=1e-4)
 
 
+def test_one_reference_serves_several_images(pipeline):
+    reference, images = torch.zeros(1, 4, 16, 16), torch.rand(2, 3, 128, 128, generator=generator())
+    guide = RestorationGuidance(pipeline.vae, 0.5, reference_latents=reference)
+    options = {"num_inference_steps": 2, "output_type": "latent"}
+    generators = [generator(0), generator(1)]
+    both = pipeline(image=images, callback_on_step_end=guide, generator=generators, **options).images
+    second = pipeline(image=images[1:], callback_on_step_end=guide, generator=generator(1), **options).images
+    assert torch.allclose(both[1:], second, atol=1e-4)
+
+
 def test_each_result_of_an_image_is_guided(pipeline):
     guide = RestorationGuidance(pipeline.vae, 0.5, loss="w_mse", space="rgb")
     generators = [generator(0), generator(1)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -69,6 +70,12 @@ def test_what_is_saved_can_be_read_by_others_and_what_is_opened_is_frozen(restor
     weights = list((tmp_path / "saved").rglob("*.safetensors"))
     assert len(weights) > 3
     assert {path.stat().st_mode & 0o777 for path in weights} == {0o644}
+    other = tmp_path / "saved" / "other"
+    other.mkdir()
+    shutil.copy(weights[0], other / "private.safetensors")
+    (other / "private.safetensors").chmod(0o600)
+    restorer.save_pretrained(tmp_path / "saved")
+    assert (other / "private.safetensors").stat().st_mode & 0o777 == 0o600  # none of ours
     opened = load_restorer(tmp_path / "saved", device="cpu")
     assert not encode_image(opened.pipeline.vae, torch.rand(1, 3, 64, 64)).requires_grad
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from milo_latent import MILO, scoring
 from milo_latent.cli import main
@@ -157,6 +158,27 @@ def test_images_are_scored_as_latents_and_mapped(photo, tmp_path, capsys):
     picture = read_image(tmp_path / "map.png")
     assert picture.shape[2] == 136
     assert picture.shape[3] > 144
+
+
+def test_maps_lie_where_the_difference_is_whatever_the_size_of_a_cell(tmp_path):
+    torch.manual_seed(0)
+    down, up = ("DownEncoderBlock2D",) * 3, ("UpDecoderBlock2D",) * 3
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8), down_block_types=down, up_block_types=up, norm_num_groups=4, latent_channels=4
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    photo = torch.full((1, 3, 160, 160), 0.5)
+    write_image(tmp_path / "a.png", photo)
+    photo[..., 80:, 80:] = 1.0
+    write_image(tmp_path / "b.png", photo)
+    files = ["--ref", str(tmp_path / "a.png"), "--dist", str(tmp_path / "b.png"), "--vae", str(tmp_path / "vae")]
+    metric = MILO(scaling_factor=vae.config.scaling_factor)
+    metric.load_state_dict(MILO.from_pretrained("nano").state_dict())
+    metric.save_pretrained(tmp_path / "fits")
+    assert main(["score", *files, "--weights", str(tmp_path / "fits"), "--map", str(tmp_path / "map.png")]) == 0
+    light = read_image(tmp_path / "map.png")[..., :160, :160].mean(dim=1)[0]
+    inside, outside = light[96:144, 96:144].mean(), light[16:64, 16:64].mean()
+    assert inside > 1.2 * outside
 
 
 def test_latents_of_another_vae_are_refused(tmp_path):

@@ -45,10 +45,14 @@ def dataset(tmp_path_factory):
     return folder
 
 
+def toml(value):
+    return str(value).lower() if isinstance(value, bool) else repr(value).replace("'", '"')
+
+
 def recipe_file(folder, **changes):
     fields = {"steps": 60, "batch_size": 4, "validate_every": 20, "warmup": 5, "learning_rate": 2e-3} | changes
     path = folder / "recipe.toml"
-    path.write_text("".join(f"{name} = {value!r}\n".replace("'", '"') for name, value in fields.items()))
+    path.write_text("".join(f"{name} = {toml(value)}\n" for name, value in fields.items()))
     return path
 
 
@@ -184,6 +188,17 @@ def test_an_undefined_correlation_is_never_the_best(tmp_path):
     expected = tiny_metric(seed=1).state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in weights(tmp_path, "best").items())
     assert train_metric.best_srcc(tmp_path) == 0.9
+
+
+def test_a_run_goes_on_with_its_own_pairs_and_recipe_only(dataset, tmp_path):
+    train_metric.main(command(dataset, tmp_path / "run", recipe_file(tmp_path, steps=20)))
+    moved = shutil.copytree(dataset, tmp_path / "moved")
+    train_metric.main(command(moved, tmp_path / "run", recipe_file(tmp_path, steps=22)))
+    with pytest.raises(ValueError, match=r"data\.mirror is False there and True here"):
+        train_metric.main(command(dataset, tmp_path / "run", recipe_file(tmp_path, steps=24, mirror=True)))
+    (moved / "config.json").write_text((moved / "config.json").read_text() + "\n")
+    with pytest.raises(ValueError, match=r"data\.dataset is"):
+        train_metric.main(command(moved, tmp_path / "run", recipe_file(tmp_path, steps=24)))
 
 
 def test_maps_that_a_recipe_needs_must_be_there(dataset, tmp_path):

@@ -26,7 +26,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     diffbir.add_argument("--cleaner", type=Path, required=True, metavar="FILE", help="SwinIR, SCUNet or BSRNet")
     diffbir.add_argument("--background", type=Path, metavar="FILE", help="cleaner around the faces of unaligned_face")
     diffbir.add_argument(
-        "--ignore", action="append", default=[], metavar="PATTERN", help="keys of --sd that may have no place"
+        "--ignore", action="append", default=[], metavar="REGEX", help="keys of --sd that may have no place"
     )
     pull = actions.add_parser("pull", help="fetch the official files, and convert them")
     pull.set_defaults(run=run_pull)

@@ -9,7 +9,7 @@ from typing import Any
 
 from milo_latent.cli.loading import hide_loading_bar
 
-PIXELS_PER_CELL = 8  # of every VAE of the Stable Diffusion families
+PIXELS_PER_CELL = 8  # of every VAE of the Stable Diffusion families, where the VAE is not at hand
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -45,9 +45,9 @@ def run(options: argparse.Namespace) -> str:
     """Score two files, or the files of folders; return what to print."""
     from tqdm.auto import tqdm
 
-    from milo_latent.metric.network import MILO
+    from milo_latent.metric.network import MILO, is_image_metric
     from milo_latent.score_table import ScoreTable, mean_row, rows_to_json
-    from milo_latent.scoring import is_image_metric, match_pairs, score_pairs, unfinished
+    from milo_latent.scoring import match_pairs, score_pairs, unfinished
 
     largest = _map_scale(options)
     if options.overlay is not None and options.map is None:
@@ -132,6 +132,7 @@ def _write_map(
     import torch
 
     from milo_latent.files import read_image, write_image
+    from milo_latent.metric.network import is_image_metric
     from milo_latent.metric.visualize import colour_error_map, map_scale
     from milo_latent.scoring import check_fits, read_input
 
@@ -144,19 +145,23 @@ def _write_map(
         error_map = metric.compare(ref=ref, dist=dist).error_map[:1]
     largest = map_scale(error_map) if largest is None else largest
     image = read_image(options.overlay) if options.overlay else None
-    error_map = _enlarge(error_map, read_image(pairs[0].ref).shape[2:] if encode else None, metric)
+    if not is_image_metric(metric):
+        error_map = _enlarge(error_map, pairs[0].ref, encode)
     write_image(options.map, colour_error_map(error_map, image=image, largest=largest))
     which = f", of the first of {dist.shape[0]} latents" if dist.shape[0] > 1 else ""
     return [f"map: {options.map}, from 0 (dark) to {largest:.3g} (light){which}"]
 
 
-def _enlarge(error_map: Any, size: Any, metric: Any) -> Any:
-    """Enlarge a map of latents to the pixels they stand for, and cut off what encoding padded to `size`."""
+def _enlarge(error_map: Any, ref: Path, encode: Any) -> Any:
+    """Enlarge a map of latents to the pixels they stand for, and cut off what encoding added to the image `ref`."""
     from torch.nn.functional import interpolate
 
-    from milo_latent.scoring import is_image_metric
+    from milo_latent.codec import vae_scale_factor
+    from milo_latent.files import read_image
 
-    if is_image_metric(metric):
+    factor = PIXELS_PER_CELL if encode is None else vae_scale_factor(encode.args[0])
+    error_map = interpolate(error_map, scale_factor=factor, mode="bilinear", align_corners=False)
+    if encode is None:
         return error_map
-    error_map = interpolate(error_map, scale_factor=PIXELS_PER_CELL, mode="bilinear", align_corners=False)
-    return error_map if size is None else error_map[..., : size[0], : size[1]]
+    height, width = read_image(ref).shape[2:]
+    return error_map[..., :height, :width]

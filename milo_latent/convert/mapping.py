@@ -130,11 +130,14 @@ def convert_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def check_rest(state: Mapping[str, Tensor], prefixes: tuple[str, ...], ignorable: Iterable[str], *, what: str) -> None:
     """Raise ValueError if a key lies below none of `prefixes` and no pattern of `ignorable` matches it."""
-    patterns = [re.compile(pattern) for pattern in ignorable]
+    try:
+        patterns = [re.compile(pattern) for pattern in ignorable]
+    except re.error as error:
+        raise ValueError(f"Expected regular expressions to ignore, got {error.pattern!r}: {error}.") from error
     rest = [key for key in state if not key.startswith(prefixes)]
     unknown = [key for key in rest if not any(pattern.fullmatch(key) for pattern in patterns)]
     if unknown:
         raise ValueError(
             f"Expected {what}, got one with keys beside those of its networks: {_report({'unknown': unknown})}. "
-            "If nothing needs them, name them by a pattern: `ignore`, or --ignore."
+            "If nothing needs them, name them by a regular expression: `ignore`, or --ignore."
         )

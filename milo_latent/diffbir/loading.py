@@ -9,7 +9,9 @@ import torch
 from diffusers import ModelMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedModel
 
 from milo_latent.diffbir.bsrnet import BSRNet
 from milo_latent.diffbir.cleaner import Cleaner
@@ -73,8 +75,9 @@ class FolderMixin:
         folder = pipeline_folder(pretrained_model_name_or_path, kwargs)
         pipeline: Self = super().from_pretrained(folder, **kwargs)  # type: ignore[misc]
         for name, component in pipeline.components.items():  # type: ignore[attr-defined]
-            if isinstance(component, nn.Module):
+            if isinstance(component, nn.Module) and name not in kwargs:
                 check_whole(component, folder / name)
+        pipeline.prompt_cache.stored = read_prompt_embeds(folder)
         return pipeline
 
     @classmethod
@@ -126,7 +129,7 @@ class FolderMixin:
             )
         write_prompt_embeds(save_directory, self.prompt_cache.stored)
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
-        make_readable(save_directory)
+        make_readable(*(Path(save_directory) / name for name in self.components))  # type: ignore[attr-defined]
 
 
 def open_cleaner(folder: str | Path, *, dtype: torch.dtype) -> ModelMixin:
@@ -150,8 +153,21 @@ def open_cleaner(folder: str | Path, *, dtype: torch.dtype) -> ModelMixin:
     return cleaner
 
 
+def _keys(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
+def _is_among(name: str, keys: set[str]) -> bool:
+    """Tell whether a weight is in a file, whose names may have a prefix more or less."""
+    return name in keys or any(key.endswith(f".{name}") or name.endswith(f".{key}") for key in keys)
+
+
 def check_whole(module: nn.Module, folder: str | Path) -> None:
-    """Raise ValueError if weights were missing in `folder`: diffusers only warns, and leaves them without values."""
-    missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+    """Raise ValueError if weights of `module` were missing in `folder`, of which its library only warns."""
+    missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]  # left so by diffusers
+    if isinstance(module, PreTrainedModel):  # which are filled at random
+        keys = {key for path in Path(folder).glob("*.safetensors") for key in _keys(path)}
+        missing += [name for name, _ in module.named_parameters() if keys and not _is_among(name, keys)]
     if missing:
         raise ValueError(f"Expected every weight in {folder}, missing: {', '.join(missing[:4])}.")

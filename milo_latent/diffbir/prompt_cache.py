@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,12 @@ class PromptCache:
     def __init__(self, size: int = CACHED_PROMPTS) -> None:
         self.size = size
         self.stored: dict[str, Tensor] = {}  # embeddings, (1, tokens, width), that need no text encoder
-        self._encoder: Callable[[], Any] = lambda: None  # of the embeddings kept; weak, so that it can be removed
+        self._encoder: weakref.ReferenceType[Any] | None = None  # of the embeddings kept; weak, so that it can go
         self._kept: OrderedDict[tuple[str, torch.dtype], Tensor] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles hold: not what was encoded, which belongs to this process's encoder."""
+        return {"size": self.size, "stored": self.stored, "_encoder": None, "_kept": OrderedDict()}
 
     def clear(self) -> None:
         """Forget all embeddings: after the text encoder's weights were changed in place."""
@@ -54,7 +58,8 @@ class PromptCache:
                     f"`negative_prompt_embeds`{', or a stored prompt' if self.stored else ''}."
                 )
             return torch.cat([kept[text].to(device) for text in texts])
-        if self._encoder() is not text_encoder or text_encoder.training:
+        known = None if self._encoder is None else self._encoder()
+        if known is None or known is not text_encoder or text_encoder.training:
             self.clear()
             self._encoder = weakref.ref(text_encoder)
         dtype = text_encoder.dtype

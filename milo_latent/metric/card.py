@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
+
+from milo_latent.files import write_text
 
 if TYPE_CHECKING:
     from milo_latent.metric.network import MILO
@@ -42,19 +45,23 @@ may be used, is for whoever made them to add here.
 
 
 def write_card(metric: MILO, folder: Path) -> None:
-    """Write `README.md` into the folder of a saved metric, unless there is one.
+    """Write `README.md` into the folder of a saved metric; of one that is there only the hashes are written anew.
 
     Args:
         metric: the metric.
         folder: where its weights are.
     """
     path = folder / "README.md"
+    hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.safetensors"))}
     if path.exists():
+        text = path.read_text(encoding="utf-8")
+        for file, digest in hashes.items():
+            text = re.sub(rf"(\| SHA-256 of `{re.escape(file)}` \| `)[0-9a-f]{{64}}(?=`)", rf"\g<1>{digest}", text)
+        write_text(path, text)
         return
     config, latents = metric.config, metric.config.channels != 3
     name, factor = config.latent_space or "unnamed", config.scaling_factor
     scale = "" if factor is None else f", times the scaling factor {factor:g}"
-    hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.safetensors"))}
     data = ModelCardData(
         library_name="diffusers", tags=["image-quality-assessment", "perceptual-metric", "milo", "milo_latent"]
     )

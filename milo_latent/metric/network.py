@@ -103,7 +103,7 @@ class MILO(ModelMixin, ConfigMixin):
             ValueError: if what is there is not MILO, or not all of it, or for options that are not taken.
         """
         source = Path(pretrained_model_name_or_path)
-        if kwargs.get("output_loading_info"):
+        if kwargs.pop("output_loading_info", False):
             raise ValueError(
                 "Expected no `output_loading_info`: whatever is not loaded whole is refused. Leave it out."
             )
@@ -125,13 +125,12 @@ class MILO(ModelMixin, ConfigMixin):
                 f"({', '.join(available_weights())}), nor a folder with config.json, nor an official .pth file."
             )
         try:
-            metric = super().from_pretrained(source, **kwargs)
+            metric, info = super().from_pretrained(source, **kwargs, output_loading_info=True)
         except (OSError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(f"Expected MILO weights in {pretrained_model_name_or_path}: {error}") from error
-        missing = [name for name, parameter in metric.named_parameters() if parameter.is_meta]
-        if missing:  # diffusers only warns and leaves them on the meta device, to fail at first use
+        if info["missing_keys"]:  # diffusers only warns, and leaves them without values or with random ones
             raise ValueError(
-                f"Expected every weight in {pretrained_model_name_or_path}, missing: {', '.join(missing)}."
+                f"Expected every weight in {pretrained_model_name_or_path}, missing: {', '.join(info['missing_keys'])}."
             )
         return metric.frozen()
 
@@ -290,6 +289,11 @@ class MILO(ModelMixin, ConfigMixin):
             error_map=error_map,
             similarity=1.0 - quality / worst,
         )
+
+
+def is_image_metric(metric: MILO) -> bool:
+    """Return whether a metric is for images (MILO_I), not for latents (MILO_L)."""
+    return metric.config.latent_space is None and metric.config.channels == 3
 
 
 def check_metric(metric: Any) -> None:

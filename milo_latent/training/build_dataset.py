@@ -101,6 +101,7 @@ def build(config: DatasetConfig, paths: Sequence[Path], output: Path, *, workers
                     worker.make(index)
                     progress.update()
         else:
+            del worker  # each process opens its own
             context = multiprocessing.get_context("spawn")
             with context.Pool(workers, _start_worker, (config, paths, output)) as pool:
                 for _ in pool.imap_unordered(_make_shard, missing):
@@ -122,6 +123,7 @@ def _check_config(config: DatasetConfig, paths: Sequence[Path], output: Path) ->
     record = json.loads(json.dumps(asdict(config) | {"sources": sources}))
     path = output / CONFIG_FILE
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else record
+    before = {"sources": sources} | before  # older sets do not tell
     differing = sorted(name for name in record | before if record.get(name) != before.get(name))
     if differing:
         raise ValueError(

@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,10 +18,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from milo_latent.files import write_text
+from milo_latent.training.dataset import list_images
 from milo_latent.training.optimizers import SOAP_BETAS, OptimizerName, build_optimizer
 from milo_latent.training.run_logs import RunLogs
 from milo_latent.training.run_record import check_record, write_record
+from milo_latent.training.shards import CONFIG_FILE
+from milo_latent.training.sources import files_digest, source_digest
 
+NETWORKS = ("teacher", "vae", "metric", "cleaner")  # options that name frozen networks
 LOG_EVERY = 50  # steps, over which the logged loss is a mean
 LOSS_FILE = "loop.json"  # in a checkpoint
 Precision = Literal["no", "bf16", "fp16"]
@@ -49,6 +53,7 @@ class RunConfig:
         step_size: steps between the multiplications.
         step_factor: what is multiplied by.
         optimizer: "adamw", or "soap", which fits one network to another in far fewer steps.
+        data: what else settles the run, such as fingerprints of what it trains on; only kept and compared.
     """
 
     output: Path
@@ -68,6 +73,7 @@ class RunConfig:
     step_size: int = 1000
     step_factor: float = 1.0
     optimizer: OptimizerName = "adamw"
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 def add_run_options(
@@ -110,8 +116,18 @@ def run_config(options: argparse.Namespace, **recipe: Any) -> RunConfig:
         seed=options.seed,
         precision=options.precision,
         optimizer=options.optimizer,
+        data=_data(options),
         **recipe,
     )
+
+
+def _data(options: argparse.Namespace) -> dict[str, Any]:
+    """Return fingerprints of what a command trains on: folders may move, their contents may not change."""
+    found: dict[str, Any] = {"crop_size": options.crop_size, "images": files_digest(list_images(options.images))}
+    found |= {name: source_digest(vars(options)[name]) for name in NETWORKS if vars(options).get(name) is not None}
+    if vars(options).get("encoded"):
+        found["encoded"] = source_digest(options.encoded[0] / CONFIG_FILE)
+    return found
 
 
 def learning_rate_factor(step: int, config: RunConfig) -> float:

@@ -56,8 +56,8 @@ class Recipe:
     optimizer: OptimizerName = "adamw"
     seed: int = 0
 
-    def run(self, output: Path, processes: int) -> RunConfig:
-        """Return the run of the loop, for each of `processes`."""
+    def run(self, output: Path, processes: int, data: dict[str, Any] | None = None) -> RunConfig:
+        """Return the run of the loop, for each of `processes`; `data` settles it too, as of `RunConfig`."""
         if self.batch_size % processes:
             raise ValueError(f"Expected batch_size to be a multiple of {processes} processes, got {self.batch_size}.")
         return RunConfig(
@@ -77,6 +77,7 @@ class Recipe:
             precision=self.precision,
             optimizer=self.optimizer,
             seed=self.seed,
+            data=(data or {}) | {"map_weight": self.map_weight, "mirror": self.mirror},
         )
 
 

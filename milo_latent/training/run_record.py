@@ -35,8 +35,7 @@ def check_record(folder: Path, settings: dict[str, Any], *, done: int) -> None:
         raise ValueError(f"Expected {done} steps or more, which {folder} has done, got {settings['steps']}.")
     if not path.is_file():
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(settings))
+    before, now = (_flat(each) for each in (json.loads(path.read_text(encoding="utf-8")), settings))
     differing = [
         f"{name} is {before[name]!r} there and {value!r} here"
         for name, value in now.items()
@@ -46,6 +45,13 @@ def check_record(folder: Path, settings: dict[str, Any], *, done: int) -> None:
         raise ValueError(
             f"Expected the settings of the run in {folder}: {'; '.join(differing)}. Choose another folder."
         )
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings as JSON holds them, those of `data` by their own names."""
+    settings = json.loads(json.dumps(settings))
+    data = settings.pop("data", {})
+    return settings | {f"data.{name}": value for name, value in data.items()}
 
 
 def write_record(folder: Path, settings: dict[str, Any], *, done: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from milo_latent.codec import VAE, encode_image, vae_scale_factor
-from milo_latent.encoding import load_vae
+from milo_latent.encoding import load_vae, vae_folder
 from milo_latent.files import read_image, write_atomically
 from milo_latent.metric.network import MILO
 from milo_latent.training.conditions import CONDITIONS
@@ -56,10 +56,11 @@ class DatasetConfig:
     images_per_shard: int = 8
     seed: int = 0
 
-    def files(self) -> dict[str, str]:
+    def files(self) -> dict[str, str | Path]:
         """Return what the set is made with, where it is named: files, folders or sets of weights."""
-        named = {"calibrations": self.calibrations, "vae": self.vae, "map_teacher": self.map_teacher}
-        return {name: source for name, source in named.items() if source is not None}
+        named = {"calibrations": self.calibrations, "map_teacher": self.map_teacher}
+        found: dict[str, str | Path] = {name: source for name, source in named.items() if source is not None}
+        return found | ({"vae": vae_folder(self.vae)} if self.vae else {})
 
 
 class Worker:

@@ -98,6 +98,6 @@ def _check_whole(folder: Path, shards: int) -> None:
         raise ValueError(
             f"Expected a whole training set in {folder}, found no {SUMMARY_FILE}. Finish it: build_dataset."
         )
-    expected = json.loads(summary.read_text(encoding="utf-8"))["shards"]
+    expected = json.loads(summary.read_text(encoding="utf-8")).get("shards", shards)  # older sets do not tell
     if shards != expected:
         raise ValueError(f"Expected {expected} shards in {folder}, found {shards}. Make them again: build_dataset.")

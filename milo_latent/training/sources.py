@@ -21,8 +21,10 @@ def source_digest(source: str | Path) -> str | None:
         return sha256(path)
     if not path.is_dir():
         return None
-    files = sorted(file for file in path.rglob("*") if file.suffix in {".json", ".safetensors", ".bin"})
-    lines = (f"{file.relative_to(path).as_posix()} {sha256(file)}\n" for file in files)
+    if not (path / "config.json").is_file() and (path / "metric").is_dir():
+        path = path / "metric"  # of a pipeline's folder
+    files = sorted(file for file in path.iterdir() if file.suffix in {".json", ".safetensors", ".bin"})
+    lines = (f"{file.name} {sha256(file)}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

@@ -12,7 +12,7 @@ from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
 from milo_latent.codec import decode_latents, encode_image, latents_spread
-from milo_latent.files import read_image
+from milo_latent.files import make_readable, read_image
 from milo_latent.programs import run_program
 from milo_latent.training.dataset import ImageCrops, list_images
 from milo_latent.training.loop import add_run_options, fit, run_config, training_state
@@ -127,6 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
     sample = crops.batch(crops.generator(options.steps), 64)
     vae.register_to_config(scaling_factor=round(1.0 / latents_spread(vae, sample), 5))
     vae.save_pretrained(options.output / "vae")
+    make_readable(options.output / "vae")
     print(f"Mean PSNR on {options.validation}: {reconstruction_psnr(vae, options.validation):.2f} dB")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner
-from milo_latent.files import read_image
+from milo_latent.files import make_readable, read_image
 from milo_latent.programs import run_program
 from milo_latent.training.dataset import ImageCrops, list_images
 from milo_latent.training.degradations import add_noise, draw_degraded
@@ -73,6 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not training_state().is_main_process:
         return
     cleaner.save_pretrained(options.output / "cleaner")
+    make_readable(options.output / "cleaner")
     print(f"Mean PSNR at noise 50/255 on {options.validation}: {denoising_psnr(cleaner, options.validation):.2f} dB")
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from milo_latent.codec import VAE, encode_image
 from milo_latent.diffbir.ircontrolnet import IRControlNet
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner
+from milo_latent.files import make_readable
 from milo_latent.programs import run_program
 from milo_latent.training.dataset import ImageCrops
 from milo_latent.training.degradations import degrade
@@ -144,6 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     unet.save_pretrained(options.output / "unet")
     controlnet.save_pretrained(options.output / "controlnet")
+    make_readable(options.output / "unet", options.output / "controlnet")
     scheduler.save_pretrained(options.output / "scheduler")
 
 
