@@ -1,10 +1,12 @@
 """Training: a resumed run equals an uninterrupted one; every command trains two steps on generated images."""
 
+import argparse
 import json
 import subprocess
 import sys
 import types
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +27,7 @@ from milo_latent.training import (
 )
 from milo_latent.training.dataset import ImageCrops, list_images, spread_over
 from milo_latent.training.degradations import add_noise, blur, compress_jpeg, degrade, downscale_and_back
-from milo_latent.training.loop import RunConfig, fit, learning_rate_factor
+from milo_latent.training.loop import RunConfig, add_run_options, fit, learning_rate_factor, run_config
 
 
 class Quadratic(nn.Module):
@@ -77,6 +79,23 @@ def test_a_run_records_what_it_is(tmp_path):
     assert start["versions"]["torch"] == version("torch")
     assert "pytest" in start["command"]
     assert start["commit"] is None or len(start["commit"].rstrip("+")) == 40
+
+
+def test_what_a_command_trains_on_is_part_of_the_run(images, tmp_path):
+    parser = argparse.ArgumentParser()
+    add_run_options(parser)
+    parser.add_argument("--encoded", type=Path, nargs=2)
+    parser.add_argument("--noise-levels", type=int, default=4)
+    given = ["--images", str(images), "--output", str(tmp_path / "run"), "--steps", "2", "--precision", "no"]
+    plain, other, fewer = (
+        run_config(parser.parse_args([*given, *more]))
+        for more in ([], ["--encoded", str(tmp_path), str(tmp_path)], ["--noise-levels", "1"])
+    )
+    fit(Quadratic(), draw_target, plain)
+    fit(Quadratic(), draw_target, plain)
+    for config, name in ((other, "encoded"), (fewer, "noise_levels")):
+        with pytest.raises(ValueError, match=rf"data\.{name} is"):
+            fit(Quadratic(), draw_target, config)
 
 
 def test_a_run_goes_on_with_its_own_settings_only(tmp_path):

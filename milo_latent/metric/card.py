@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from milo_latent.files import write_text
+from milo_latent.files import write_atomically
 
 if TYPE_CHECKING:
     from milo_latent.metric.network import MILO
@@ -45,7 +45,7 @@ may be used, is for whoever made them to add here.
 
 
 def write_card(metric: MILO, folder: Path) -> None:
-    """Write `README.md` into the folder of a saved metric; of one that is there only the hashes are written anew.
+    """Write `README.md` into the folder of a saved metric; in one of ours that is there the hashes are renewed.
 
     Args:
         metric: the metric.
@@ -54,10 +54,12 @@ def write_card(metric: MILO, folder: Path) -> None:
     path = folder / "README.md"
     hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.safetensors"))}
     if path.exists():
-        text = path.read_text(encoding="utf-8")
+        before = after = path.read_bytes()  # anyone's, in whatever encoding
         for file, digest in hashes.items():
-            text = re.sub(rf"(\| SHA-256 of `{re.escape(file)}` \| `)[0-9a-f]{{64}}(?=`)", rf"\g<1>{digest}", text)
-        write_text(path, text)
+            row = rf"(\| SHA-256 of `{re.escape(file)}` \| `)[0-9a-f]{{64}}(?=`)".encode()
+            after = re.sub(row, rf"\g<1>{digest}".encode(), after)
+        if after != before:
+            write_atomically(path, lambda partial: partial.write_bytes(after))
         return
     config, latents = metric.config, metric.config.channels != 3
     name, factor = config.latent_space or "unnamed", config.scaling_factor

@@ -22,8 +22,7 @@ from milo_latent.training.dataset import list_images
 from milo_latent.training.optimizers import SOAP_BETAS, OptimizerName, build_optimizer
 from milo_latent.training.run_logs import RunLogs
 from milo_latent.training.run_record import check_record, write_record
-from milo_latent.training.shards import CONFIG_FILE
-from milo_latent.training.sources import files_digest, source_digest
+from milo_latent.training.sources import files_digest, shards_digest, source_digest
 
 NETWORKS = ("teacher", "vae", "metric", "cleaner")  # options that name frozen networks
 LOG_EVERY = 50  # steps, over which the logged loss is a mean
@@ -125,8 +124,10 @@ def _data(options: argparse.Namespace) -> dict[str, Any]:
     """Return fingerprints of what a command trains on: folders may move, their contents may not change."""
     found: dict[str, Any] = {"crop_size": options.crop_size, "images": files_digest(list_images(options.images))}
     found |= {name: source_digest(vars(options)[name]) for name in NETWORKS if vars(options).get(name) is not None}
-    if vars(options).get("encoded"):
-        found["encoded"] = source_digest(options.encoded[0] / CONFIG_FILE)
+    if "encoded" in vars(options):
+        found["encoded"] = options.encoded and shards_digest(options.encoded[0])
+    if "noise_levels" in vars(options):
+        found["noise_levels"] = options.noise_levels
     return found
 
 

@@ -34,6 +34,11 @@ def files_digest(paths: Sequence[Path]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def shards_digest(folder: Path) -> str:
+    """Return the SHA-256 of the names and sizes of a set's shards, which building it again leaves as they are."""
+    return files_digest(sorted(folder.glob("shard-*.safetensors")))
+
+
 def metric_digests(names: Iterable[str]) -> dict[str, str]:
     """Return the SHA-256 of the weights of those metrics, named as of `full_reference.by_name`, that have any."""
     found = {name: source_digest(name.partition(":")[2]) for name in names if ":" in name}

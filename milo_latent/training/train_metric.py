@@ -30,7 +30,7 @@ from milo_latent.training.loop import fit, training_state
 from milo_latent.training.recipe import Recipe, read_recipe
 from milo_latent.training.run_logs import read_log
 from milo_latent.training.shards import CONFIG_FILE, PairSet
-from milo_latent.training.sources import source_digest
+from milo_latent.training.sources import shards_digest, source_digest
 
 VALIDATION_BATCH = 16
 
@@ -171,7 +171,7 @@ def train(
     """
     state = training_state()
     processes = state.num_processes
-    data = {"space": space, "dataset": source_digest(dataset / CONFIG_FILE), "start": start and source_digest(start)}
+    data = {"space": space, "dataset": shards_digest(dataset), "start": start and source_digest(start)}
     config = recipe.run(output, processes, data)
     pairs, unseen = PairSet(dataset, space=space), PairSet(validation, space=space)
     if recipe.map_weight > 0 and pairs.maps is None:
