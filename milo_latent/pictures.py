@@ -37,9 +37,9 @@ def _in_srgb(picture: Image.Image) -> Image.Image:
         return picture
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        grey = source.profile.xcolor_space.strip() == "GRAY"
+        grey = picture.mode in GREY_MODES
         if picture.mode != "CMYK":
-            picture = picture.convert("L" if grey and picture.mode in GREY_MODES else "RGB")
+            picture = picture.convert("L" if grey and source.profile.xcolor_space.strip() == "GRAY" else "RGB")
         converted = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, ImportError, OSError, ValueError) as error:
         warnings.warn(f"The picture's colour profile was left out, since it cannot be applied: {error}", stacklevel=2)

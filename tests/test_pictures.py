@@ -87,6 +87,15 @@ def test_a_profile_of_srgb_changes_no_value(tmp_path, rgb):
     assert np.array_equal((read_image(tmp_path / "a.png")[0].permute(1, 2, 0).numpy() * 255).round(), rgb)
 
 
+def test_greys_with_a_profile_of_colours_stay_grey(tmp_path, rgb):
+    Image.fromarray(rgb).convert("L").save(tmp_path / "a.png", icc_profile=profile(WIDE, gamma=1.5))
+    read = read_image(tmp_path / "a.png")[0]
+    assert torch.equal(read[0], read[1])
+    assert torch.equal(read[1], read[2])
+    plain = np.asarray(Image.fromarray(rgb).convert("L")) / 255.0
+    assert np.abs(read[0].numpy() - encoded(plain**1.5)).max() < 3 / 255
+
+
 def test_a_profile_named_after_srgb_is_judged_by_what_it_does(tmp_path, rgb):
     named = profile(SRGB, gamma=1.0).replace(b"test\0", b"sRGB\0")
     Image.fromarray(rgb).save(tmp_path / "a.png", icc_profile=named)
