@@ -87,7 +87,7 @@ def test_gradients_match_finite_differences_along_random_directions(channels, he
         direction = torch.randn(ref.shape, generator=generator, dtype=torch.float64)
         scale = gradient.norm().item() * direction.norm().item() / direction.numel() ** 0.5
         tolerance = {"rel": 1e-3, "abs": 1e-3 * scale + 1e-9}
-        # |ref - dist| and ReLU have kinks: where one lies within a step its two sides differ, and a smaller one is taken
+        # |ref - dist| and ReLU have kinks: where one lies within a step, its sides differ, and a smaller one is taken
         for size in (1e-7, 1e-8, 1e-9):
             step = size / direction.abs().max()
             with torch.no_grad():
