@@ -33,7 +33,6 @@ import yaml
 from diffbir_parity import fill, import_official, official_configs
 from torch import nn
 
-from milo_latent.codec import decode_latents, encode_image
 from milo_latent.convert.kinds import find_cleaner
 from milo_latent.convert.mapping import select
 from milo_latent.convert.networks import find_controlnet, find_text_encoder, find_unet, find_vae
@@ -42,6 +41,7 @@ from milo_latent.diffbir.colour import fix_colour
 from milo_latent.diffbir.sampling import controlled_output
 from milo_latent.diffbir.schedulers import official_scheduler
 from milo_latent.diffbir.versions import NEGATIVE_PROMPT, PROMPT
+from milo_latent.latents.codec import decode_latents, encode_image
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

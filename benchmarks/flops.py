@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from milo_latent import MILO, IRControlNet, MILOGuidance
-from milo_latent.metric.functional import MILOLoss
-from milo_latent.training.reports import write_rows
+from milo_latent.evaluation.reports import write_rows
+from milo_latent.metric.loss import MILOLoss
 
 SHAPE = {
     "block_out_channels": (320, 640, 1280, 1280),
@@ -101,7 +101,7 @@ def ours(networks: dict[str, torch.nn.Module], latents: Tensor, reference: Tenso
     if latents.device.type == "meta":  # no values to check for NaN
 
         def call() -> Tensor:
-            from milo_latent.guidance.callback import GuidedRun
+            from milo_latent.guidance.milo import GuidedRun
 
             with guide.resume(GuidedRun(reference, num_steps=10, step=3)):
                 return guide.guided_model_output(scheduler, latents, 500, latents)

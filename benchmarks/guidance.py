@@ -30,14 +30,14 @@ from tqdm.auto import tqdm
 
 from milo_latent.diffbir.cleaning import resize
 from milo_latent.files import read_image
-from milo_latent.guidance.attachment import SchedulerGuidance
-from milo_latent.guidance.callback import MODES, MILOGuidance
+from milo_latent.guidance.base import SchedulerGuidance
 from milo_latent.guidance.curriculum import SCHEDULES
-from milo_latent.guidance.restoration import RestorationGuidance
+from milo_latent.guidance.milo import MODES, MILOGuidance
+from milo_latent.guidance.region_adaptive import RestorationGuidance
 from milo_latent.metric.network import MILO
-from milo_latent.restore import TASKS
-from milo_latent.restorer import Restorer, load_restorer
-from milo_latent.training.dataset import list_images
+from milo_latent.restoration.restore import TASKS
+from milo_latent.restoration.restorer import Restorer, load_restorer
+from milo_latent.training.data.crops import list_images
 
 COLUMNS = ("setting", "row", "image", "psnr", "ssim", "milo_i", "seconds")
 CLEANER, NONE = "cleaner only", "no guidance"

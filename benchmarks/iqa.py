@@ -13,14 +13,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from milo_latent.encoding import load_vae
+from milo_latent.evaluation.agreement import agreement, agreement_per_kind, score_ratings
+from milo_latent.evaluation.conditions import CONDITIONS, read_condition_means, score_conditions
+from milo_latent.evaluation.iqa_datasets import LOADERS
+from milo_latent.evaluation.metrics import by_name
+from milo_latent.evaluation.reports import agreement_rows, format_rows, level_study, rising_rows, scatter, write_rows
+from milo_latent.latents.files import load_vae
 from milo_latent.programs import run_program
-from milo_latent.training.conditions import CONDITIONS, read_condition_means, score_conditions
-from milo_latent.training.dataset import list_images, spread_over
-from milo_latent.training.evaluate import agreement, agreement_per_kind, score_ratings
-from milo_latent.training.full_reference import by_name
-from milo_latent.training.iqa_datasets import LOADERS
-from milo_latent.training.reports import agreement_rows, format_rows, level_study, rising_rows, scatter, write_rows
+from milo_latent.training.data.crops import list_images, spread_over
 
 
 def parse() -> argparse.Namespace:

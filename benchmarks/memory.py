@@ -35,7 +35,7 @@ def one(size: int, options: argparse.Namespace) -> None:
     """Restore in this process and print its figures."""
     import torch
 
-    from milo_latent.restorer import load_restorer
+    from milo_latent.restoration.restorer import load_restorer
 
     torch.set_num_threads(options.threads)
     pipeline = load_restorer(options.model, device="cpu").pipeline
@@ -77,7 +77,7 @@ def main() -> None:
             above = row["mib"] - base["mib"] if row["mib"] != "" else row["note"]
             print(f"| {size} | {each or 'whole'} | {row['mib']} | {above} | {row['seconds']} |", flush=True)
     if options.csv:
-        from milo_latent.training.reports import write_rows  # here, so that measured processes do not load it
+        from milo_latent.evaluation.reports import write_rows  # here, so that measured processes do not load it
 
         write_rows(options.csv, rows)
 

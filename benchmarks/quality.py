@@ -18,14 +18,14 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm.auto import tqdm
 
-from milo_latent.codec import decode_latents, encode_image, pad_image
+from milo_latent.evaluation.reports import write_rows
 from milo_latent.files import read_image
 from milo_latent.guidance.curriculum import SCHEDULES
+from milo_latent.latents.codec import decode_latents, encode_image, pad_image
 from milo_latent.metric.network import MILO
-from milo_latent.restore import restore_image
-from milo_latent.restorer import Restorer, load_restorer
-from milo_latent.training.dataset import list_images
-from milo_latent.training.reports import write_rows
+from milo_latent.restoration.restore import restore_image
+from milo_latent.restoration.restorer import Restorer, load_restorer
+from milo_latent.training.data.crops import list_images
 
 COLUMNS = ("psnr", "ssim", "milo_i", "seconds")
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from milo_latent import MILO
-from milo_latent.training.reports import write_rows
+from milo_latent.evaluation.reports import write_rows
 
 CASES = {  # name: shape of `ref` and `dist`, whether they are latents
     "latents 1x4x64x64": ((1, 4, 64, 64), True),

@@ -20,13 +20,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from milo_latent.diffbir.schedulers import official_scheduler
+from milo_latent.evaluation.reports import write_rows
 from milo_latent.files import read_image
-from milo_latent.guidance.callback import MILOGuidance
+from milo_latent.guidance.milo import MILOGuidance
 from milo_latent.metric.network import MILO
-from milo_latent.restore import TASKS
-from milo_latent.restorer import load_restorer
-from milo_latent.training.dataset import list_images
-from milo_latent.training.reports import write_rows
+from milo_latent.restoration.restore import TASKS
+from milo_latent.restoration.restorer import load_restorer
+from milo_latent.training.data.crops import list_images
 
 OFFICIAL = ("spaced", "ddim", "dpm++_m2", "edm_euler", "edm_dpm++_2m", "edm_dpm++_3m_sde")
 STOCK = {

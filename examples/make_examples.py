@@ -7,7 +7,7 @@ import skimage
 import torch
 
 from milo_latent import read_image, restore_image, write_image
-from milo_latent.training.degradations import add_noise
+from milo_latent.training.data.degradations import add_noise
 
 FOLDER = Path(__file__).resolve().parent
 NOISE_SIGMA = 50.0  # of 255

@@ -16,7 +16,6 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from milo_latent.codec import decode_latents, encode_image, vae_scale_factor
 from milo_latent.diffbir import sampling, schedulers  # noqa: F401 (saved pipelines name their modules)
 from milo_latent.diffbir.bsrnet import BSRNet
 from milo_latent.diffbir.cleaning import clean_image, resize
@@ -29,7 +28,8 @@ from milo_latent.diffbir.residual_cleaner import ResidualCleaner
 from milo_latent.diffbir.scunet import SCUNet
 from milo_latent.diffbir.stages import TilingMixin, cleaner_tiles, pad, predict, put_colour
 from milo_latent.diffbir.swinir import SwinIR
-from milo_latent.guidance.callback import find_guidance
+from milo_latent.guidance.milo import find_guidance
+from milo_latent.latents.codec import decode_latents, encode_image, vae_scale_factor
 
 SMALLEST_LATENTS = 16  # cells a side: the metric's four levels need them
 

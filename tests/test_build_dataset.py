@@ -15,17 +15,17 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from milo_latent.distortions import distort
+from milo_latent.evaluation.conditions import CONDITIONS
+from milo_latent.evaluation.logistic import Logistic
+from milo_latent.evaluation.metrics import FullReference, by_name, psnr
 from milo_latent.testing import tiny_metric, tiny_pipeline
 from milo_latent.training import build_dataset, pseudo_mos, shard_worker
 from milo_latent.training.build_dataset import build, estimated_bytes
-from milo_latent.training.conditions import CONDITIONS
-from milo_latent.training.distortions import distort
-from milo_latent.training.full_reference import FullReference, by_name, psnr
-from milo_latent.training.logistic import Logistic
+from milo_latent.training.data.fingerprints import metric_digests
+from milo_latent.training.data.shards import PairSet, read_shard
 from milo_latent.training.pseudo_mos import Calibration, Ensemble, calibrate, member_agreement, read_calibrations
 from milo_latent.training.shard_worker import DatasetConfig, draw_conditions, square
-from milo_latent.training.shards import PairSet, read_shard
-from milo_latent.training.sources import metric_digests
 
 MEMBERS = ["psnr", "mae"]
 

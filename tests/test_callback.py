@@ -13,7 +13,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipeline
 
 from milo_latent import MILOGuidance
-from milo_latent.codec import encode_image, pad_image
+from milo_latent.latents.codec import encode_image, pad_image
 from milo_latent.testing import generator, latent_pair, tiny_metric, tiny_pipeline
 
 

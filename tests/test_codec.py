@@ -4,9 +4,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from milo_latent.codec import decode_latents, encode_image, pad_image, vae_scale_factor
-from milo_latent.encoding import decode_file, encode_file, load_vae
 from milo_latent.files import read_image, read_latents, read_latents_metadata, write_image, write_latents
+from milo_latent.latents.codec import decode_latents, encode_image, pad_image, vae_scale_factor
+from milo_latent.latents.files import decode_file, encode_file, load_vae
 
 # channels, scaling factor, shift factor, quantising convolutions, as the published configurations say
 FAMILIES = {

@@ -10,14 +10,19 @@ from safetensors.torch import save_file
 from milo_latent import MILO
 from milo_latent.files import write_latents
 from milo_latent.testing import latent_pair, tiny_metric
-from milo_latent.training import distill_metric
-from milo_latent.training.dataset import ImageCrops
-from milo_latent.training.distill_metric import MatchingLoss, compare, levels_and_mask
-from milo_latent.training.encoded_pairs import EncodedPairs, half_encoded
-from milo_latent.training.image_pairs import draw_image_pairs
-from milo_latent.training.latent_distortions import DISTORTIONS, draw_latent_pairs
-from milo_latent.training.latent_fields import coloured_noise, encode_randomly, encoder_kernels, piecewise_constant
-from milo_latent.training.perturbations import perturb_pair
+from milo_latent.training.data.crops import ImageCrops
+from milo_latent.training.data.image_pairs import draw_image_pairs
+from milo_latent.training.distillation import distill_metric
+from milo_latent.training.distillation.distill_metric import MatchingLoss, compare, levels_and_mask
+from milo_latent.training.distillation.encoded_pairs import EncodedPairs, half_encoded
+from milo_latent.training.distillation.latent_distortions import DISTORTIONS, draw_latent_pairs
+from milo_latent.training.distillation.latent_fields import (
+    coloured_noise,
+    encode_randomly,
+    encoder_kernels,
+    piecewise_constant,
+)
+from milo_latent.training.distillation.perturbations import perturb_pair
 
 
 def seeded(seed=0):
@@ -148,7 +153,7 @@ def test_the_held_out_pair_is_perturbed_in_more_than_200_ways():
 
 def test_the_student_never_reads_the_teacher_s_weights(repository):
     """Only its outputs: no `state_dict`, `parameters` or `copy_` in the module, and a start from random weights."""
-    tree = ast.parse((repository / "milo_latent" / "training" / "distill_metric.py").read_text())
+    tree = ast.parse((repository / "milo_latent" / "training" / "distillation" / "distill_metric.py").read_text())
     names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert not names & {"state_dict", "load_state_dict", "parameters", "copy_", "weight", "data"}
 

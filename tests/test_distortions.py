@@ -5,13 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
+from milo_latent.distortions import DISTORTIONS, LEVELS, distort, distort_file, seed_of
+from milo_latent.distortions.colour_spaces import lab_to_rgb, rgb_to_lab, scale_hsv_saturation
+from milo_latent.distortions.contact_sheet import contact_sheet
+from milo_latent.distortions.kernels import disk_kernel, line_kernel
+from milo_latent.distortions.spatial import best_thresholds
+from milo_latent.distortions.tones import tone_curve
 from milo_latent.files import read_image
-from milo_latent.training.contact_sheet import contact_sheet
-from milo_latent.training.distortions import DISTORTIONS, LEVELS, distort, distort_file, seed_of
-from milo_latent.training.distortions.colour_spaces import lab_to_rgb, rgb_to_lab, scale_hsv_saturation
-from milo_latent.training.distortions.kernels import disk_kernel, line_kernel
-from milo_latent.training.distortions.spatial import best_thresholds
-from milo_latent.training.distortions.tones import tone_curve
 
 GRADED = [  # whose damage grows from level to level; the others have signed, random or wrapping parameters
     name

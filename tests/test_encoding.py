@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from milo_latent.cli import main
-from milo_latent.encoding import decode_file, encode_file, load_vae
 from milo_latent.files import read_image, read_latents, read_latents_metadata, write_image, write_latents
+from milo_latent.latents.files import decode_file, encode_file, load_vae
 from milo_latent.testing import tiny_pipeline
 
 

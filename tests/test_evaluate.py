@@ -8,15 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
+from milo_latent.evaluation import conditions as conditions_module
+from milo_latent.evaluation.agreement import agreement, agreement_per_kind, score_ratings
+from milo_latent.evaluation.conditions import CONDITIONS, read_condition_means, rising_share, score_conditions
+from milo_latent.evaluation.correlation import kendall, pearson, ranks, spearman
+from milo_latent.evaluation.iqa_datasets import LOADERS
+from milo_latent.evaluation.logistic import Logistic, fit_logistic
+from milo_latent.evaluation.metrics import FullReference, by_name, psnr, structural
+from milo_latent.evaluation.reports import agreement_rows, format_rows, level_study, rising_rows, scatter, write_rows
 from milo_latent.testing import tiny_metric, tiny_pipeline
-from milo_latent.training import conditions as conditions_module
-from milo_latent.training.conditions import CONDITIONS, read_condition_means, rising_share, score_conditions
-from milo_latent.training.correlation import kendall, pearson, ranks, spearman
-from milo_latent.training.evaluate import agreement, agreement_per_kind, score_ratings
-from milo_latent.training.full_reference import FullReference, by_name, psnr, structural
-from milo_latent.training.iqa_datasets import LOADERS
-from milo_latent.training.logistic import Logistic, fit_logistic
-from milo_latent.training.reports import agreement_rows, format_rows, level_study, rising_rows, scatter, write_rows
 
 stats = pytest.importorskip("scipy.stats")
 PSNR = FullReference("psnr", psnr, True)

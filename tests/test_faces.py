@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from milo_latent.face_detector import YuNet
-from milo_latent.faces import (
+from milo_latent.restoration.face_detector import YuNet
+from milo_latent.restoration.faces import (
     FACE_SIZE,
     TEMPLATE,
     Face,

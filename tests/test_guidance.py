@@ -12,9 +12,9 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, IPNDMScheduler
 
 from milo_latent import MILO, MILOGuidance
-from milo_latent.codec import encode_image
 from milo_latent.guidance.hook import add_hook
 from milo_latent.guidance.reference import match_reference, match_region
+from milo_latent.latents.codec import encode_image
 from milo_latent.testing import generator, latent_pair, tiny_metric, tiny_pipeline
 
 REFERENCE, START = latent_pair(noise=2.0)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
 from milo_latent import MILO
-from milo_latent.codec import encode_image
-from milo_latent.encoding import load_vae
+from milo_latent.latents.codec import encode_image
+from milo_latent.latents.files import load_vae
 from milo_latent.testing import tiny_metric
 
 SIDES, SEEDS = st.integers(16, 33), st.integers(0, 10_000)
@@ -197,7 +197,7 @@ for module in pkgutil.walk_packages(milo_latent.__path__, "milo_latent."):
 for name in milo_latent.__all__:
     getattr(milo_latent, name)
 from milo_latent.metric.network import MILO
-from milo_latent.encoding import load_vae
+from milo_latent.latents.files import load_vae
 MILO.from_pretrained("nano"), load_vae("nano")
 print(len([name for name in sys.modules if name.startswith("milo_latent")]))
 """

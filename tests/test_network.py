@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from milo_latent import MILO, MILOLoss, read_image, read_latents
-from milo_latent.official import describe
+from milo_latent.convert.official import describe
 from milo_latent.testing import latent_pair, tiny_metric
 from milo_latent.training.train_metric import initialise
 

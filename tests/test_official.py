@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from milo_latent import MILO, official
+from milo_latent import MILO
 from milo_latent.cli import main
+from milo_latent.convert import official
 from milo_latent.resources import available_weights, cache_dir
 from milo_latent.testing import latent_pair, tiny_metric
 

@@ -23,10 +23,10 @@ from milo_latent.diffbir.prompt_cache import PromptCache, listed
 from milo_latent.diffbir.schedulers import OFFICIAL_SAMPLERS, SolverScheduler, official_scheduler
 from milo_latent.diffbir.stages import STAGES
 from milo_latent.diffbir.swinir import SwinIR
-from milo_latent.guidance.callback import MILOGuidance
-from milo_latent.guidance.restoration import RestorationGuidance
-from milo_latent.restore import restore_image
-from milo_latent.restorer import Restorer
+from milo_latent.guidance.milo import MILOGuidance
+from milo_latent.guidance.region_adaptive import RestorationGuidance
+from milo_latent.restoration.restore import restore_image
+from milo_latent.restoration.restorer import Restorer
 from milo_latent.testing import generator, replayed_noise, tiny_metric
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -9,9 +9,9 @@ import torch
 from milo_latent import MILO
 from milo_latent.checks import ValueWatch
 from milo_latent.cli import main
-from milo_latent.encoding import decode_file, load_vae
 from milo_latent.files import write_image, write_latents
-from milo_latent.scoring import match_pairs, score_pairs
+from milo_latent.latents.files import decode_file, load_vae
+from milo_latent.score.pairs import match_pairs, score_pairs
 from milo_latent.testing import latent_pair, tiny_metric, tiny_pipeline
 
 

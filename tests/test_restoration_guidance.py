@@ -5,9 +5,14 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from golden import golden, golden_pipeline, numbered, part, relative, scheduler_for, tiny_networks
 
-from milo_latent.codec import scale_latents
 from milo_latent.diffbir.sampling import controlled_output
-from milo_latent.guidance.restoration import RestorationGuidance, flatness, official_step, posterior_mean_coefficient
+from milo_latent.guidance.region_adaptive import (
+    RestorationGuidance,
+    flatness,
+    official_step,
+    posterior_mean_coefficient,
+)
+from milo_latent.latents.codec import scale_latents
 from milo_latent.testing import generator, replayed_noise
 
 CLOSE = 1e-4

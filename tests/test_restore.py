@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from milo_latent import Restorer, load_restorer
-from milo_latent.codec import encode_image
 from milo_latent.diffbir.release import Release
 from milo_latent.diffbir.versions import VERSIONS
-from milo_latent.faces import TEMPLATE, Face
-from milo_latent.restore import TASKS, restore_image
+from milo_latent.latents.codec import encode_image
+from milo_latent.restoration.faces import TEMPLATE, Face
+from milo_latent.restoration.restore import TASKS, restore_image
 from milo_latent.testing import generator
 
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from milo_latent import MILO, scoring
+from milo_latent import MILO
 from milo_latent.cli import main
 from milo_latent.files import LATENT_SUFFIXES, list_files, read_image, read_latents, write_image, write_latents
-from milo_latent.score_table import ScoreRow, ScoreTable
-from milo_latent.scoring import match_pairs, score_pairs
+from milo_latent.score import pairs as scoring
+from milo_latent.score.pairs import match_pairs, score_pairs
+from milo_latent.score.table import ScoreRow, ScoreTable
 from milo_latent.testing import latent_pair, tiny_metric, tiny_pipeline
 
 
@@ -225,7 +226,7 @@ def test_the_mean_over_pairs_is_printed(folders, weights, capsys):
 
 SCORE_SLOWLY = """
 import sys, time
-from milo_latent import scoring
+from milo_latent.score import pairs as scoring
 from milo_latent.cli import main
 real = scoring.read_input
 scoring.read_input = lambda path, encode=None: time.sleep(0.02) or real(path, encode)

@@ -6,7 +6,7 @@ import torch
 
 from milo_latent.guidance.coefficients import StepCoefficients, step_coefficients
 from milo_latent.guidance.curriculum import curriculum_weight
-from milo_latent.guidance.step import gradient_push, masked_pull, predict_original_sample, shift_model_output
+from milo_latent.guidance.x0 import gradient_push, masked_pull, predict_original_sample, shift_model_output
 from milo_latent.testing import latent_pair, tiny_metric
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from milo_latent.tiling import tile_spans, tiled
+from milo_latent.latents.tiling import tile_spans, tiled
 
 
 def convolutions(count, *, seed=0):

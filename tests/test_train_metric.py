@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from milo_latent import MILO
 from milo_latent.testing import tiny_metric
 from milo_latent.training import train_metric
-from milo_latent.training.loop import RunConfig, _is_due
-from milo_latent.training.optimizers import build_optimizer
-from milo_latent.training.recipe import Recipe, read_recipe
-from milo_latent.training.run_logs import RunLogs, read_log
+from milo_latent.training.engine.loop import RunConfig, _is_due
+from milo_latent.training.engine.optimizers import build_optimizer
+from milo_latent.training.engine.recipe import Recipe, read_recipe
+from milo_latent.training.engine.run_logs import RunLogs, read_log
 from milo_latent.training.train_metric import OpinionLoss, mirrored, new_metric, scale_map
 
 PAIRS = 24

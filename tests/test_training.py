@@ -16,18 +16,18 @@ from torch import nn
 
 from milo_latent import load_restorer
 from milo_latent.files import read_image
-from milo_latent.restore import restore_image
+from milo_latent.restoration.restore import restore_image
 from milo_latent.training import (
     assemble,
-    run_logs,
     train_autoencoder,
     train_cleaner,
     train_metric_online,
     train_restorer,
 )
-from milo_latent.training.dataset import ImageCrops, list_images, spread_over
-from milo_latent.training.degradations import add_noise, blur, compress_jpeg, degrade, downscale_and_back
-from milo_latent.training.loop import RunConfig, add_run_options, fit, learning_rate_factor, run_config
+from milo_latent.training.data.crops import ImageCrops, list_images, spread_over
+from milo_latent.training.data.degradations import add_noise, blur, compress_jpeg, degrade, downscale_and_back
+from milo_latent.training.engine import run_logs
+from milo_latent.training.engine.loop import RunConfig, add_run_options, fit, learning_rate_factor, run_config
 
 
 class Quadratic(nn.Module):

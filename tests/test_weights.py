@@ -9,12 +9,12 @@ import torch
 from diffusers import DiffusionPipeline
 
 from milo_latent import MILO, load_restorer, read_image
-from milo_latent.codec import encode_image
+from milo_latent.distortions import DISTORTIONS, distort
+from milo_latent.evaluation.correlation import spearman
+from milo_latent.latents.codec import encode_image
 from milo_latent.resources import available_weights, weights_dir
-from milo_latent.restore import restore_image
+from milo_latent.restoration.restore import restore_image
 from milo_latent.testing import generator
-from milo_latent.training.correlation import spearman
-from milo_latent.training.distortions import DISTORTIONS, distort
 
 
 @pytest.fixture(scope="module")

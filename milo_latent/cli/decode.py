@@ -26,7 +26,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace) -> str:
     """Decode; return the line to print."""
-    from milo_latent.encoding import decode_file, decode_folder, load_vae
+    from milo_latent.latents.files import decode_file, decode_folder, load_vae
 
     hide_loading_bar()
     if options.input.is_dir():

@@ -34,7 +34,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace) -> str:
     """Encode; return the line to print."""
-    from milo_latent.encoding import encode_file, encode_folder, load_vae
+    from milo_latent.latents.files import encode_file, encode_folder, load_vae
 
     hide_loading_bar()
     if options.input.is_dir():

@@ -71,9 +71,9 @@ def run(options: argparse.Namespace) -> str:
     """Restore; return the line to print."""
     import torch
 
-    from milo_latent.restore import TASKS, check_restoration, restore_image
-    from milo_latent.restore_files import check_image_output, restore_file, restore_folder
-    from milo_latent.restorer import load_restorer
+    from milo_latent.restoration.files import check_image_output, restore_file, restore_folder
+    from milo_latent.restoration.restore import TASKS, check_restoration, restore_image
+    from milo_latent.restoration.restorer import load_restorer
 
     folder = options.input.is_dir()
     output = options.output or _beside(options.input, folder=folder)
@@ -127,7 +127,7 @@ def _beside(path: Path, *, folder: bool) -> Path:
 def _detector(path: Path | None) -> Any:
     if path is None:
         return None
-    from milo_latent.face_detector import YuNet
+    from milo_latent.restoration.face_detector import YuNet
 
     return YuNet(path)
 

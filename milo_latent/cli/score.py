@@ -46,8 +46,8 @@ def run(options: argparse.Namespace) -> str:
     from tqdm.auto import tqdm
 
     from milo_latent.metric.network import MILO, is_image_metric
-    from milo_latent.score_table import ScoreTable, mean_row, rows_to_json
-    from milo_latent.scoring import match_pairs, score_pairs, unfinished
+    from milo_latent.score.pairs import match_pairs, score_pairs, unfinished
+    from milo_latent.score.table import ScoreTable, mean_row, rows_to_json
 
     largest = _map_scale(options)
     if options.overlay is not None and options.map is None:
@@ -95,7 +95,7 @@ def _map_scale(options: argparse.Namespace) -> float | None:
 def _weights(options: argparse.Namespace, pairs: list[Any]) -> str:
     """Return the weights to score with."""
     from milo_latent.resources import default_image_metric
-    from milo_latent.scoring import is_latents
+    from milo_latent.score.pairs import is_latents
 
     kinds = {is_latents(path) for pair in pairs for path in (pair.ref, pair.dist)}
     if len(kinds) > 1:
@@ -115,9 +115,9 @@ def _encoder(metric: Any, source: str) -> Any:
     """Return what encodes images with the VAE of `source`, whose latents the metric must know."""
     from functools import partial
 
-    from milo_latent.codec import encode_image
-    from milo_latent.encoding import load_vae
-    from milo_latent.scoring import check_vae
+    from milo_latent.latents.codec import encode_image
+    from milo_latent.latents.files import load_vae
+    from milo_latent.score.pairs import check_vae
 
     hide_loading_bar()
     vae = load_vae(source)
@@ -134,7 +134,7 @@ def _write_map(
     from milo_latent.files import read_image, write_image
     from milo_latent.metric.network import is_image_metric
     from milo_latent.metric.visualize import colour_error_map, map_scale
-    from milo_latent.scoring import check_fits, read_input
+    from milo_latent.score.pairs import check_fits, read_input
 
     if len(pairs) != 1:
         raise ValueError(f"Expected one pair for --map, got {len(pairs)}.")
@@ -156,8 +156,8 @@ def _enlarge(error_map: Any, ref: Path, encode: Any) -> Any:
     """Enlarge a map of latents to the pixels they stand for, and cut off what encoding added to the image `ref`."""
     from torch.nn.functional import interpolate
 
-    from milo_latent.codec import vae_scale_factor
     from milo_latent.files import read_image
+    from milo_latent.latents.codec import vae_scale_factor
 
     factor = PIXELS_PER_CELL if encode is None else vae_scale_factor(encode.args[0])
     error_map = interpolate(error_map, scale_factor=factor, mode="bilinear", align_corners=False)

@@ -29,7 +29,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run_list(options: argparse.Namespace) -> str:
     """Return the list to print."""
-    from milo_latent.official import OFFICIAL
+    from milo_latent.convert.official import OFFICIAL
     from milo_latent.resources import available_weights, weights_dir
 
     at_hand = [f"{name}  {weights_dir(name)}" for name in available_weights()]
@@ -39,14 +39,14 @@ def run_list(options: argparse.Namespace) -> str:
 
 def run_pull(options: argparse.Namespace) -> str:
     """Fetch; return the line to print."""
-    from milo_latent.official import pull
+    from milo_latent.convert.official import pull
 
     return f"pull: {options.name} -> {pull(options.name)}"
 
 
 def run_convert(options: argparse.Namespace) -> str:
     """Convert; return the line to print."""
-    from milo_latent.official import convert
+    from milo_latent.convert.official import convert
 
     folder = convert(options.input, options.output, official=not options.unofficial)
     return f"convert: {options.input} -> {folder}"
@@ -54,6 +54,6 @@ def run_convert(options: argparse.Namespace) -> str:
 
 def run_info(options: argparse.Namespace) -> str:
     """Return the description to print."""
-    from milo_latent.official import describe
+    from milo_latent.convert.official import describe
 
     return describe(options.source)

@@ -11,9 +11,9 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from milo_latent.codec import pad_image
 from milo_latent.diffbir.cleaner import Cleaner, channels_last
 from milo_latent.diffbir.windows import join_windows, position_bias, split_windows, window_attention
+from milo_latent.latents.codec import pad_image
 
 __all__ = ["ModelMixin", "SCUNet"]  # ModelMixin: diffusers looks for it beside the class
 HEAD_CHANNELS = 32

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from milo_latent.checks import check_choice
-from milo_latent.codec import check_tile, pad_image, vae_scale_factor
 from milo_latent.diffbir.colour import ColorFix, fix_colour, low_frequencies
 from milo_latent.diffbir.official_tiles import official_tiled
-from milo_latent.tiling import tiled
+from milo_latent.latents.codec import check_tile, pad_image, vae_scale_factor
+from milo_latent.latents.tiling import tiled
 
 Stage = Literal["cleaner", "encoder", "diffusion", "decoder"]
 STAGES: tuple[str, ...] = get_args(Stage)

@@ -16,9 +16,9 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from milo_latent.codec import pad_image
 from milo_latent.diffbir.cleaner import Cleaner, channels_last
 from milo_latent.diffbir.windows import join_windows, position_bias, split_windows, window_attention
+from milo_latent.latents.codec import pad_image
 
 __all__ = ["ModelMixin", "SwinIR"]  # ModelMixin: diffusers looks for it beside the class
 IMAGE_MEAN = (0.4488, 0.4371, 0.4040)  # RGB, of the DIV2K photos

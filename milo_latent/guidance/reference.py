@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from milo_latent.checks import ValueWatch, check_batch, check_finite
-from milo_latent.codec import VAE, encode_image
 from milo_latent.files import read_image
+from milo_latent.latents.codec import VAE, encode_image
 from milo_latent.metric.network import MILO
 from milo_latent.pictures import picture_to_array
 

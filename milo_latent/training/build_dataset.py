@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from milo_latent.codec import vae_scale_factor
+from milo_latent.evaluation.conditions import CONDITIONS
 from milo_latent.files import write_text
+from milo_latent.latents.codec import vae_scale_factor
 from milo_latent.programs import run_program
-from milo_latent.training.conditions import CONDITIONS
-from milo_latent.training.dataset import list_images
+from milo_latent.training.data.crops import list_images
+from milo_latent.training.data.fingerprints import files_digest, metric_digests, source_digest
+from milo_latent.training.data.shards import CONFIG_FILE, SUMMARY_FILE, read_shard
 from milo_latent.training.pseudo_mos import format_agreement, member_agreement
 from milo_latent.training.shard_worker import RECORD, DatasetConfig, Worker, shard_path
-from milo_latent.training.shards import CONFIG_FILE, SUMMARY_FILE, read_shard
-from milo_latent.training.sources import files_digest, metric_digests, source_digest
 
 SPARE = 1.2  # times the estimated size must be free
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from milo_latent.evaluation.conditions import ConditionScores, read_condition_means, score_conditions
+from milo_latent.evaluation.correlation import spearman
+from milo_latent.evaluation.logistic import Logistic, fit_logistic
+from milo_latent.evaluation.metrics import FullReference, by_name
 from milo_latent.files import write_text
 from milo_latent.programs import run_program
-from milo_latent.training.conditions import ConditionScores, read_condition_means, score_conditions
-from milo_latent.training.correlation import spearman
-from milo_latent.training.dataset import list_images, spread_over
-from milo_latent.training.full_reference import FullReference, by_name
-from milo_latent.training.logistic import Logistic, fit_logistic
+from milo_latent.training.data.crops import list_images, spread_over
 
 DEFAULT_MEMBERS = ("ssim", "ms-ssim", "vif")  # beside MILO_I, whose weights the user names
 OPINION_RANGE = 4.0  # of KADID-10k's scale, 1 to 5

@@ -14,12 +14,12 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-from milo_latent.codec import VAE, encode_image, vae_scale_factor
-from milo_latent.encoding import load_vae, vae_folder
+from milo_latent.distortions import distort
+from milo_latent.evaluation.conditions import CONDITIONS
 from milo_latent.files import read_image, write_atomically
+from milo_latent.latents.codec import VAE, encode_image, vae_scale_factor
+from milo_latent.latents.files import load_vae, vae_folder
 from milo_latent.metric.network import MILO
-from milo_latent.training.conditions import CONDITIONS
-from milo_latent.training.distortions import distort
 from milo_latent.training.pseudo_mos import Ensemble, build_ensemble
 
 RECORD = "record"  # metadata of a shard

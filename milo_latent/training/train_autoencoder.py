@@ -11,11 +11,11 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
-from milo_latent.codec import decode_latents, encode_image, latents_spread
 from milo_latent.files import make_readable, read_image
+from milo_latent.latents.codec import decode_latents, encode_image, latents_spread
 from milo_latent.programs import run_program
-from milo_latent.training.dataset import ImageCrops, list_images
-from milo_latent.training.loop import add_run_options, fit, run_config, training_state
+from milo_latent.training.data.crops import ImageCrops, list_images
+from milo_latent.training.engine.loop import add_run_options, fit, run_config, training_state
 
 NUM_BLOCKS = (0, 0, 2, 4)  # of the encoder, from full size to 1/8; the decoder mirrors it
 LATENT_NOISE = 0.05  # of latents with a spread of about 1: keeps nearby latents decoding to nearby images

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner
 from milo_latent.files import make_readable, read_image
 from milo_latent.programs import run_program
-from milo_latent.training.dataset import ImageCrops, list_images
-from milo_latent.training.degradations import add_noise, draw_degraded
-from milo_latent.training.loop import add_run_options, fit, run_config, training_state
+from milo_latent.training.data.crops import ImageCrops, list_images
+from milo_latent.training.data.degradations import add_noise, draw_degraded
+from milo_latent.training.engine.loop import add_run_options, fit, run_config, training_state
 
 
 class CleanerLoss(nn.Module):

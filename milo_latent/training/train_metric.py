@@ -20,17 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from milo_latent.encoding import load_vae
+from milo_latent.evaluation.correlation import pearson, spearman
 from milo_latent.files import write_text
+from milo_latent.latents.files import load_vae
 from milo_latent.metric.network import MILO
 from milo_latent.programs import run_program
-from milo_latent.training.correlation import pearson, spearman
+from milo_latent.training.data.fingerprints import shards_digest, source_digest
+from milo_latent.training.data.shards import CONFIG_FILE, PairSet
+from milo_latent.training.engine.loop import fit, training_state
+from milo_latent.training.engine.recipe import Recipe, read_recipe
+from milo_latent.training.engine.run_logs import read_log
 from milo_latent.training.initialise import initialise
-from milo_latent.training.loop import fit, training_state
-from milo_latent.training.recipe import Recipe, read_recipe
-from milo_latent.training.run_logs import read_log
-from milo_latent.training.shards import CONFIG_FILE, PairSet
-from milo_latent.training.sources import shards_digest, source_digest
 
 VALIDATION_BATCH = 16
 

@@ -11,14 +11,14 @@ from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from milo_latent.codec import VAE, encode_image
+from milo_latent.evaluation.correlation import spearman
+from milo_latent.latents.codec import VAE, encode_image
 from milo_latent.metric.network import MILO
 from milo_latent.programs import run_program
-from milo_latent.training.correlation import spearman
-from milo_latent.training.dataset import ImageCrops
-from milo_latent.training.image_pairs import draw_image_pairs
+from milo_latent.training.data.crops import ImageCrops
+from milo_latent.training.data.image_pairs import draw_image_pairs
+from milo_latent.training.engine.loop import add_run_options, fit, run_config, training_state
 from milo_latent.training.initialise import initialise
-from milo_latent.training.loop import add_run_options, fit, run_config, training_state
 
 MAP_WEIGHT = 1.0  # of the error map's loss beside that of the score
 

@@ -10,14 +10,14 @@ import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from milo_latent.codec import VAE, encode_image
 from milo_latent.diffbir.ircontrolnet import IRControlNet
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner
 from milo_latent.files import make_readable
+from milo_latent.latents.codec import VAE, encode_image
 from milo_latent.programs import run_program
-from milo_latent.training.dataset import ImageCrops
-from milo_latent.training.degradations import degrade
-from milo_latent.training.loop import add_run_options, fit, run_config, training_state
+from milo_latent.training.data.crops import ImageCrops
+from milo_latent.training.data.degradations import degrade
+from milo_latent.training.engine.loop import add_run_options, fit, run_config, training_state
 
 SHAPE = {  # of UNet and IRControlNet alike, whose features are added; they attend to nothing and take no prompt
     "in_channels": 4,

@@ -1,0 +1,1 @@
+"""Evaluation: how well metrics agree with people, and how well restorers restore."""

@@ -1,0 +1,1 @@
+"""Restoration: one call, files and folders, faces."""

@@ -1,0 +1,78 @@
+"""Find faces and their landmarks with OpenCV's YuNet (an extra: faces)."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from milo_latent.checks import check_batch, check_range
+from milo_latent.restoration.faces import Face
+
+INSTALL = 'pip install "milo_latent[faces]"'
+WEIGHTS = "https://github.com/opencv/opencv_zoo/tree/main/models/face_detection_yunet"
+
+
+class YuNet:
+    """Find faces with YuNet: 0.2 MB, MIT licence, milliseconds on a CPU.
+
+    Args:
+        path: its `.onnx` file, which nobody downloads for you: face_detection_yunet_2023mar.onnx of OpenCV's model zoo.
+        score_threshold: the least certainty of a face, in [0, 1].
+
+    Raises:
+        ImportError: if OpenCV is not installed, with the command that installs it.
+        FileNotFoundError: if there is no such file, with the address that has it.
+        ValueError: if the file is no such model, or `score_threshold` is outside [0, 1].
+
+    Source: Wu et al., "YuNet: A Tiny Millisecond-level Face Detector", Machine Intelligence Research 20, 2023.
+    """
+
+    def __init__(self, path: str | Path, *, score_threshold: float = 0.6) -> None:
+        check_range("score_threshold", score_threshold, 0.0, 1.0)
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"Expected YuNet's .onnx file, got {path}, which does not exist. It is at {WEIGHTS}."
+            )
+        cv2 = _import_opencv()
+        try:
+            self._network = cv2.FaceDetectorYN.create(str(path), "", (320, 320), score_threshold=score_threshold)
+        except cv2.error as error:
+            first_line = str(error).strip().splitlines()[0]
+            raise ValueError(f"Expected YuNet's .onnx file, got {path}: {first_line} It is at {WEIGHTS}.") from error
+
+    def __call__(self, image: Tensor) -> list[Face]:
+        """Find the faces of an image.
+
+        Args:
+            image: (1, 3, H, W), in [0, 1].
+
+        Returns:
+            Faces, surest first; none if there are none.
+        """
+        check_batch("image", image, 3)
+        pixels = image[0].detach().float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        self._network.setInputSize((image.shape[3], image.shape[2]))
+        rows = self._network.detect(np.ascontiguousarray(pixels[..., ::-1]))[1]  # it takes blue, green, red
+        return [] if rows is None else [to_face(row) for row in sorted(rows, key=lambda row: -row[14])]
+
+
+def to_face(row: np.ndarray) -> Face:
+    """Read a row of YuNet's: box, the person's right eye (left as seen) first among five points, and score, (15,)."""
+    left, top, width, height = (float(value) for value in row[:4])
+    landmarks = torch.from_numpy(np.array(row[4:14], dtype=np.float64).reshape(5, 2))
+    return Face((left, top, width, height), landmarks, float(row[14]))
+
+
+def _import_opencv() -> ModuleType:
+    try:
+        return importlib.import_module("cv2")
+    except ImportError as error:
+        raise ImportError(
+            f"Finding faces needs OpenCV ({error}). {INSTALL}. Or pass any detector: a function from an image to faces."
+        ) from error

@@ -1,0 +1,264 @@
+"""Faces in a photo: found, aligned as restorers of faces expect them, restored, and put back without a seam.
+
+All points are (x, y) in pixels, the centre of the first pixel being (0, 0).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from milo_latent.checks import check_batch, check_range
+
+FACE_SIZE = 512
+# left eye, right eye, tip of the nose, left and right corner of the mouth, as seen: where they are, on average, in
+# FFHQ's faces at 512 pixels, on which DiffBIR's face models were trained
+TEMPLATE = ((192.98, 239.95), (318.90, 240.19), (256.63, 314.02), (201.26, 371.41), (313.09, 371.15))
+MASK_BORDER, MASK_RAMP = 0.04, 0.12  # of the side: no weight, then the rise to full weight
+SMALLEST_EYE_DISTANCE = 5.0  # pixels; less is no face worth restoring, or one in profile
+DETECTION_SIDE = 640  # pixels of the short side, at which detectors see faces of ordinary photos well
+SAME_FACE = 0.4  # intersection over union
+
+
+@dataclass(frozen=True)
+class Face:
+    """A face that was found.
+
+    Args:
+        box: left, top, width, height.
+        landmarks: (5, 2): left eye, right eye, tip of the nose, left and right corner of the mouth, as seen.
+        score: of the detector, in [0, 1].
+    """
+
+    box: tuple[float, float, float, float]
+    landmarks: Tensor
+    score: float = 1.0
+
+    def scaled(self, factor: float) -> Face:
+        """Return the face in the photo enlarged by `factor`."""
+        left, top, width, height = (value * factor for value in self.box)
+        return Face((left, top, width, height), (self.landmarks + 0.5) * factor - 0.5, self.score)
+
+
+Detector = Callable[[Tensor], Sequence[Face]]
+Restorer = Callable[[Tensor], Tensor]
+
+
+def similarity_transform(source: Tensor, target: Tensor) -> Tensor:
+    """Find the rotation, scale and shift that take points to others, best in the sense of least squares.
+
+    Args:
+        source: points, (N, 2), N at least 2.
+        target: where they go, (N, 2).
+
+    Returns:
+        Matrix, (2, 3) float64: `matrix[:, :2] @ point + matrix[:, 2]`.
+
+    Raises:
+        ValueError: if the shapes differ, or all points of `source` are one.
+
+    Source: Umeyama, "Least-Squares Estimation of Transformation Parameters Between Two Point Patterns", IEEE TPAMI
+    13(4), 1991, eq. 40 to 43.
+    """
+    if source.shape != target.shape or source.ndim != 2 or source.shape[1] != 2:
+        raise ValueError(f"Expected points (N, 2) twice, got {tuple(source.shape)} and {tuple(target.shape)}.")
+    source, target = source.double(), target.double()
+    source_mean, target_mean = source.mean(0), target.mean(0)
+    centred = source - source_mean
+    variance = centred.square().sum(1).mean()
+    if not variance > 1e-12:
+        raise ValueError("Expected landmarks that differ, got one point several times.")
+    left, spread, right = torch.linalg.svd((target - target_mean).T @ centred / len(source))
+    keep = torch.ones(2, dtype=torch.float64, device=source.device)
+    keep[1] = torch.sign(torch.linalg.det(left) * torch.linalg.det(right))  # no mirror image
+    linear = (spread * keep).sum() / variance * (left @ torch.diag(keep) @ right)
+    return torch.cat([linear, (target_mean - linear @ source_mean)[:, None]], dim=1)  # (2, 3)
+
+
+def inverse_transform(matrix: Tensor) -> Tensor:
+    """Return the way back of a (2, 3) matrix."""
+    linear = torch.linalg.inv(matrix[:, :2])
+    return torch.cat([linear, -linear @ matrix[:, 2:]], dim=1)
+
+
+def warp(
+    image: Tensor, to_source: Tensor, size: tuple[int, int], *, padding: Literal["zeros", "border", "reflection"]
+) -> Tensor:
+    """Resample an image along an affine map: bicubic, averaged where it shrinks.
+
+    Args:
+        image: (1, C, H, W).
+        to_source: (2, 3), from points of the result to points of `image`.
+        size: height and width of the result.
+        padding: what lies outside `image`.
+
+    Returns:
+        (1, C, *size); may leave the range of `image` a little.
+    """
+    zoom = float(torch.linalg.det(to_source[:, :2]).abs().sqrt())  # pixels of `image` in one of the result
+    samples = max(1, round(zoom))
+    across, down = (
+        (torch.arange(side * samples, dtype=torch.float64, device=to_source.device) + 0.5) / samples - 0.5
+        for side in (size[1], size[0])
+    )
+    points = torch.stack(torch.meshgrid(across, down, indexing="xy"), dim=-1)  # (height, width, 2)
+    points = points @ to_source[:, :2].T + to_source[:, 2]
+    extent = torch.tensor([image.shape[3], image.shape[2]], dtype=torch.float64, device=to_source.device)
+    grid = ((2 * points + 1) / extent - 1)[None].to(image)
+    sampled = F.grid_sample(image, grid, mode="bicubic", padding_mode=padding, align_corners=False)
+    return F.avg_pool2d(sampled, samples) if samples > 1 else sampled
+
+
+def align_face(image: Tensor, landmarks: Tensor, *, size: int = FACE_SIZE) -> tuple[Tensor, Tensor]:
+    """Cut a face out, turned and scaled so that its landmarks lie where FFHQ's do.
+
+    Args:
+        image: (1, 3, H, W), in [0, 1].
+        landmarks: (5, 2), see `Face`.
+        size: side of the result.
+
+    Returns:
+        The face, (1, 3, size, size), and the matrix from points of the image to points of the face, (2, 3).
+    """
+    matrix = face_transform(landmarks.to(image.device), size=size)
+    face = warp(image, inverse_transform(matrix), (size, size), padding="reflection")
+    return face.clamp(0, 1), matrix
+
+
+def face_transform(landmarks: Tensor, *, size: int = FACE_SIZE) -> Tensor:
+    """Return the matrix from points of a photo with landmarks (5, 2) to points of the aligned face, (2, 3)."""
+    template = torch.tensor(TEMPLATE, dtype=torch.float64, device=landmarks.device)
+    return similarity_transform(landmarks, (template + 0.5) * (size / FACE_SIZE) - 0.5)
+
+
+def soft_mask(size: int) -> Tensor:
+    """Return how much of the restored face shows, (1, 1, size, size): 1 inside, falling smoothly to 0 at the border."""
+    place = (torch.arange(size) + 0.5) / size
+    border = torch.minimum(place, 1 - place)
+    rise = ((border - MASK_BORDER) / MASK_RAMP).clamp(0, 1)
+    profile = torch.sin(rise * math.pi / 2).square()
+    return (profile[:, None] * profile)[None, None]
+
+
+def paste_face(image: Tensor, face: Tensor, matrix: Tensor) -> Tensor:
+    """Put an aligned face back into its photo; only the pixels around it are computed.
+
+    Args:
+        image: (1, 3, H, W), in [0, 1].
+        face: (1, 3, size, size), in [0, 1].
+        matrix: from points of `image` to points of `face`, (2, 3), as `align_face` gives it.
+
+    Returns:
+        Image with the face, (1, 3, H, W); where the mask is 0, the pixels of `image` itself.
+    """
+    size = face.shape[-1]
+    back = inverse_transform(matrix.to(image.device))
+    end = size - 0.5
+    corners = back.new_tensor([[-0.5, -0.5], [end, -0.5], [-0.5, end], [end, end]]) @ back[:, :2].T + back[:, 2]
+    left, top = (max(0, math.floor(value)) for value in corners.amin(0).tolist())
+    right, bottom = (
+        min(limit, math.ceil(value) + 1)
+        for value, limit in zip(corners.amax(0).tolist(), (image.shape[3], image.shape[2]), strict=True)
+    )
+    if right <= left or bottom <= top:
+        return image
+    to_face = matrix.to(image.device).clone()
+    to_face[:, 2] += to_face[:, :2] @ to_face.new_tensor([left, top])
+    window = (bottom - top, right - left)
+    patch = warp(face.to(image), to_face, window, padding="border").clamp(0, 1)
+    weight = warp(soft_mask(size).to(image), to_face, window, padding="zeros").clamp(0, 1)
+    result = image.clone()
+    result[..., top:bottom, left:right] = image[..., top:bottom, left:right].lerp(patch, weight)
+    return result
+
+
+def find_faces(image: Tensor, detector: Detector) -> list[Face]:
+    """Find faces small and large: at a short side of 640 pixels, and in large photos at their full size, too.
+
+    Args:
+        image: (1, 3, H, W), in [0, 1].
+        detector: from such an image to faces.
+
+    Returns:
+        Faces in points of `image`, small ones first, each once; faces in profile and tiny ones are left out.
+    """
+    ideal = DETECTION_SIDE / min(image.shape[2:])
+    found: list[Face] = []
+    for factor in {ideal, 1.0} if ideal < 1 else {ideal}:
+        size = [max(1, round(side * factor)) for side in image.shape[2:]]
+        resized = F.interpolate(image, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+        found += [face.scaled(1 / factor) for face in detector(resized if factor != 1.0 else image)]
+    kept: list[Face] = []
+    for face in sorted(found, key=lambda each: -each.score):
+        eyes = float(torch.linalg.vector_norm(face.landmarks[0].double() - face.landmarks[1].double()))
+        if eyes * max(ideal, 1.0) >= SMALLEST_EYE_DISTANCE and all(_overlap(face, one) < SAME_FACE for one in kept):
+            kept.append(face)
+    return sorted(kept, key=lambda each: each.box[2] * each.box[3])
+
+
+def _overlap(one: Face, other: Face) -> float:
+    """Return the boxes' intersection over their union."""
+    sides = [
+        max(0.0, min(one.box[axis] + one.box[axis + 2], other.box[axis] + other.box[axis + 2]) - max(starts))
+        for axis, starts in enumerate(zip(one.box[:2], other.box[:2], strict=True))
+    ]
+    shared = sides[0] * sides[1]
+    return shared / max(one.box[2] * one.box[3] + other.box[2] * other.box[3] - shared, 1e-9)
+
+
+def restore_faces(
+    image: Tensor,
+    *,
+    detector: Detector,
+    restore_face: Restorer,
+    restore_background: Restorer | None = None,
+    upscale: float = 1.0,
+) -> Tensor:
+    """Restore a photo and, by a restorer of their own, the faces in it.
+
+    Args:
+        image: degraded photo, (1, 3, H, W), in [0, 1].
+        detector: from an image to the faces in it, such as `milo_latent.restoration.face_detector.YuNet`.
+        restore_face: from an aligned face, (1, 3, 512, 512), in [0, 1], to the restored one, of the same shape.
+        restore_background: from `image` to the restored photo, `upscale` times as large; None enlarges it only.
+        upscale: how much larger the result is.
+
+    Returns:
+        Restored photo, (1, 3, H * upscale, W * upscale), in [0, 1].
+
+    Raises:
+        TypeError: if `image` is not floating point.
+        ValueError: if it is no single image, no face is found, or a restorer returns another size than expected.
+    """
+    check_batch("image", image, 3)
+    check_range("upscale", upscale, 1 / 64, 64)
+    if image.shape[0] != 1:
+        raise ValueError(f"Expected one photo, (1, 3, H, W), got {tuple(image.shape)}. Restore them one by one.")
+    faces = find_faces(image, detector)
+    if not faces:
+        raise ValueError(
+            f"Expected a face, found none in {image.shape[3]}x{image.shape[2]} pixels. Restore the photo with task "
+            '"sr" or "denoise", or let the detector take faces that it is less sure of (`score_threshold`).'
+        )
+    size = tuple(round(side * upscale) for side in image.shape[2:])
+    if restore_background is None:
+        photo = F.interpolate(image, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+    else:
+        photo = _checked(restore_background(image), size, "restore_background")
+    for face in faces:
+        aligned, _ = align_face(image, face.landmarks)
+        restored = _checked(restore_face(aligned), (FACE_SIZE, FACE_SIZE), "restore_face")
+        photo = paste_face(photo, restored.to(photo), face_transform(face.scaled(upscale).landmarks.to(photo.device)))
+    return photo
+
+
+def _checked(image: Tensor, size: tuple[int, ...], name: str) -> Tensor:
+    if tuple(image.shape) != (1, 3, *size):
+        raise ValueError(f"Expected `{name}` to return {(1, 3, *size)}, got {tuple(image.shape)}.")
+    return image

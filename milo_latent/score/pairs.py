@@ -1,0 +1,238 @@
+"""Score many files: matched pairs, one reference against many; refuse what does not fit the metric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from milo_latent.checks import ValueWatch, check_finite
+from milo_latent.files import (
+    IMAGE_SUFFIXES,
+    LATENT_SUFFIXES,
+    is_hidden,
+    read_image,
+    read_latents,
+    read_latents_metadata,
+)
+from milo_latent.latents.codec import VAE
+from milo_latent.metric.network import MILO, MILOOutput, is_image_metric
+from milo_latent.score.table import ScoreRow
+
+BATCH_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two files to compare, and the name of the comparison in a table."""
+
+    name: str
+    ref: Path
+    dist: Path
+
+
+def match_pairs(ref: str | Path, dist: str | Path) -> list[Pair]:
+    """Pair two files, a file with every file of a folder, or the files of two folders by their names.
+
+    Args:
+        ref: reference file, or folder.
+        dist: distorted file, or folder.
+
+    Returns:
+        Pairs, sorted by name; names are those of `dist`, without suffix where two folders are matched.
+
+    Raises:
+        FileNotFoundError: if one is missing, or a folder holds no file that can be scored.
+        ValueError: if two folders do not hold the same names, listing those that differ.
+    """
+    ref, dist = Path(ref), Path(dist)
+    for path in (ref, dist):
+        if not path.exists():
+            raise FileNotFoundError(f"Expected a file or folder to score, got {path}, which does not exist.")
+    if ref.is_file():
+        candidates = [dist] if dist.is_file() else _scorable(dist)
+        return [Pair(path.name, ref, path) for path in candidates]
+    if dist.is_file():
+        raise ValueError(f"Expected a folder for `dist`, as {ref} is one, got the file {dist}.")
+    refs, dists = (_by_stem(folder) for folder in (ref, dist))
+    if refs.keys() != dists.keys():
+        alone = sorted(refs.keys() ^ dists.keys())
+        raise ValueError(f"Expected the same names in {ref} and {dist}, {len(alone)} are in one only: {alone[:5]}.")
+    return [Pair(name, refs[name], dists[name]) for name in sorted(refs)]
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    paths = _scorable(folder)
+    by_stem = {path.stem: path for path in paths}
+    if len(by_stem) < len(paths):
+        twice = sorted({path.name for path in paths} - {path.name for path in by_stem.values()})
+        raise ValueError(f"Expected each name once in {folder}, whatever its suffix, got these again: {twice[:5]}.")
+    return by_stem
+
+
+def _scorable(folder: Path) -> list[Path]:
+    suffixes = IMAGE_SUFFIXES | LATENT_SUFFIXES
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and not is_hidden(path))
+    if not paths:
+        raise FileNotFoundError(f"Expected images or latents in {folder}, found none of {sorted(suffixes)}.")
+    return paths
+
+
+def is_latents(path: Path) -> bool:
+    """Return whether a file is one of latents, by its suffix."""
+    return path.suffix.lower() in LATENT_SUFFIXES
+
+
+def read_input(path: Path, encode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Read latents, or an image, which `encode` turns into latents where it is given.
+
+    Args:
+        path: image or latents.
+        encode: from images, (1, 3, H, W), to latents.
+
+    Returns:
+        (B, C, H, W).
+
+    Raises:
+        ValueError: if the file is damaged, or its values are not finite.
+    """
+    if is_latents(path):
+        tensor = read_latents(path)
+    else:
+        tensor = read_image(path)
+        tensor = encode(tensor) if encode is not None else tensor
+    check_finite(str(path), tensor)
+    return tensor
+
+
+def check_fits(metric: MILO, path: Path, tensor: Tensor) -> None:
+    """Raise ValueError if `tensor`, read from `path`, is not what `metric` was trained on, saying what to use.
+
+    Args:
+        metric: that is to score the file.
+        path: its suffix and metadata tell what `tensor` is; only `.safetensors` tells of which VAE.
+        tensor: (B, C, H, W).
+    """
+    metadata = read_latents_metadata(path) if path.suffix.lower() == ".safetensors" else {}
+    told, vae = _factor(path, metadata), metadata.get("vae", "another VAE")
+    takes = describe_input(metric)
+    if tensor.shape[1] != metric.config.channels:
+        if is_latents(path):
+            way_out = "Pass --weights of a metric of their VAE; training.train_metric makes one."
+        else:
+            way_out = "Pass --vae to score images as latents, or --weights with MILO.pth to score them as images."
+        raise ValueError(
+            f"Expected {takes}, got {tensor.shape[1]} channels, {tuple(tensor.shape)}, in {path}. {way_out}"
+        )
+    if told is not None and is_image_metric(metric):
+        raise ValueError(f"Expected {takes}, got latents of {vae} in {path}. Use that VAE's metric.")
+    if told is not None and metric.config.scaling_factor not in (None, told):
+        raise ValueError(f"Expected {takes}, got those of {vae} ({told}) in {path}. Use that VAE's metric.")
+
+
+def _factor(path: Path, metadata: dict[str, str]) -> float | None:
+    """Return the scaling factor that the metadata of `path` tells; None where they do not."""
+    told = metadata.get("scaling_factor")
+    try:
+        return None if told is None else float(told)
+    except ValueError as error:
+        raise ValueError(f"Expected a number as `scaling_factor` in {path}, got {told!r}. Encode it again.") from error
+
+
+def check_vae(metric: MILO, vae: VAE) -> None:
+    """Raise ValueError if `metric` was not trained on latents such as `vae` makes."""
+    own = vae.config.scaling_factor
+    if metric.config.channels != vae.config.latent_channels or metric.config.scaling_factor not in (None, own):
+        raise ValueError(
+            f"Expected a VAE whose latents the metric knows, {describe_input(metric)}, got one of "
+            f"{vae.config.latent_channels} channels and scaling factor {own:g}. Pass the --weights trained for it."
+        )
+
+
+def describe_input(metric: MILO) -> str:
+    """Return in words what a metric takes."""
+    if is_image_metric(metric):
+        return "images of 3 channels"
+    factor = metric.config.scaling_factor
+    scale = "" if factor is None else f", scaling factor {factor:g}"
+    return f"latents of {metric.config.latent_space or 'any VAE'} ({metric.config.channels} channels{scale})"
+
+
+@torch.inference_mode()
+def score_pairs(
+    metric: MILO, pairs: Iterable[Pair], *, encode: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[ScoreRow]:
+    """Score pairs, in batches where neighbours have one size; a reference that many share is read and encoded once.
+
+    Warns, once, where values are outside the range of images or the scale of latents.
+
+    Args:
+        metric: for what the files hold, or for what `encode` makes of them.
+        pairs: files to compare.
+        encode: from images to latents.
+
+    Yields:
+        A row for each pair, in their order; a file of several latents counts with their mean.
+
+    Raises:
+        ValueError: for files that are damaged or do not fit each other or the metric.
+    """
+    remaining, watch = iter(pairs), ValueWatch()
+    last: tuple[Path, Tensor] | None = None
+
+    def read(path: Path) -> Tensor:
+        tensor = read_input(path, encode)
+        check_fits(metric, path, tensor)
+        watch.look(str(path), tensor, latents=not is_image_metric(metric), stacklevel=5)
+        return tensor
+
+    while batch := list(islice(remaining, BATCH_SIZE)):
+        tensors = []
+        for pair in batch:
+            if last is None or last[0] != pair.ref:
+                last = (pair.ref, read(pair.ref))
+            tensors.append((last[1], read(pair.dist)))
+        yield from _score_batch(metric, batch, tensors)
+
+
+def _score_batch(metric: MILO, batch: list[Pair], tensors: list[tuple[Tensor, Tensor]]) -> Iterator[ScoreRow]:
+    shapes = {tensor.shape for each in tensors for tensor in each}
+    if len(shapes) == 1 and next(iter(shapes))[0] == 1:
+        refs, dists = (torch.cat(each) for each in zip(*tensors, strict=True))
+        shared = len({pair.ref for pair in batch}) == 1
+        result = _compare(metric, batch[0], refs[:1] if shared else refs, dists)
+        scores = list(zip(result.score.tolist(), result.quality.tolist(), strict=True))
+    else:
+        results = [_compare(metric, pair, *each) for pair, each in zip(batch, tensors, strict=True)]
+        scores = [(each.score.mean().item(), each.quality.mean().item()) for each in results]
+    for pair, (score, quality) in zip(batch, scores, strict=True):
+        if not (math.isfinite(score) and math.isfinite(quality)):
+            raise ValueError(f"Expected a finite score, got {score} of {pair.ref} and {pair.dist}: values too large?")
+        yield ScoreRow(pair.name, score, quality)
+
+
+def _compare(metric: MILO, pair: Pair, ref: Tensor, dist: Tensor) -> MILOOutput:
+    """Compare what was read of a pair, and name its files where that cannot be done."""
+    try:
+        return metric.compare(ref=ref, dist=dist)
+    except ValueError as error:
+        cells = "" if is_image_metric(metric) else " Sizes are in latent cells."
+        raise ValueError(f"{pair.ref} and {pair.dist}: {error}{cells}") from error
+
+
+def unfinished(pairs: list[Pair], done: Container[str]) -> list[Pair]:
+    """Return the pairs of every batch that is not wholly done.
+
+    Whole batches, since a batch of another size could round the last digit of a score differently.
+
+    Args:
+        pairs: all of them.
+        done: names of those scored before.
+    """
+    batches = [pairs[first : first + BATCH_SIZE] for first in range(0, len(pairs), BATCH_SIZE)]
+    return [pair for batch in batches if any(each.name not in done for each in batch) for pair in batch]

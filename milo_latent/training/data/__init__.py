@@ -1,0 +1,1 @@
+"""The data of training: crops, degradations, pairs, shards and their fingerprints."""

@@ -1,0 +1,45 @@
+"""Fingerprints of what a training set is made from, so that one set is never made from two versions of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from milo_latent.convert.official import sha256
+from milo_latent.resources import available_weights, weights_dir
+
+
+def source_digest(source: str | Path) -> str | None:
+    """Return the SHA-256 of a file, or of a folder's configurations and weights; None where `source` is neither.
+
+    Args:
+        source: a file, a folder, or the name of a set of weights at hand.
+    """
+    path = weights_dir(str(source)) if str(source) in available_weights() else Path(source)
+    if path.is_file():
+        return sha256(path)
+    if not path.is_dir():
+        return None
+    if not (path / "config.json").is_file() and (path / "metric").is_dir():
+        path = path / "metric"  # of a pipeline's folder
+    files = sorted(file for file in path.iterdir() if file.suffix in {".json", ".safetensors", ".bin"})
+    lines = (f"{file.name} {sha256(file)}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def files_digest(paths: Sequence[Path]) -> str:
+    """Return the SHA-256 of names and sizes, which is enough to tell other photos of the same names."""
+    lines = (f"{path.name} {path.stat().st_size}\n" for path in paths)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def shards_digest(folder: Path) -> str:
+    """Return the SHA-256 of the names and sizes of a set's shards, which building it again leaves as they are."""
+    return files_digest(sorted(folder.glob("shard-*.safetensors")))
+
+
+def metric_digests(names: Iterable[str]) -> dict[str, str]:
+    """Return the SHA-256 of the weights of those metrics, named as of `full_reference.by_name`, that have any."""
+    found = {name: source_digest(name.partition(":")[2]) for name in names if ":" in name}
+    return {name: digest for name, digest in found.items() if digest is not None}

@@ -1,0 +1,1 @@
+"""The engine of training: one loop, its recipes, optimizers, logs and records."""
