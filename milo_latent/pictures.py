@@ -1,14 +1,103 @@
-"""Pictures of any mode and colour profile as sRGB."""
+"""What every other module does to pixels: 8 bit and back, cropping, blurring, codecs, sRGB from any picture."""
 
 from __future__ import annotations
 
 import io
 import warnings
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageChops, ImageCms
+from torch import Tensor
+from torch.nn import functional as F
 
+LUMA = (0.299, 0.587, 0.114)  # of R, G and B in the luma of ITU-R BT.601, as Pillow converts to grey
 GREY_MODES = ("1", "L", "LA")
+
+
+def to_8bit(image: Tensor) -> np.ndarray:
+    """Round images to 8 bit, channels last; values outside [0, 1] are clipped.
+
+    Args:
+        image: (C, H, W) or (B, C, H, W), in [0, 1].
+
+    Returns:
+        (H, W, C) or (B, H, W, C) uint8.
+    """
+    pixels = image.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
+    return np.ascontiguousarray(pixels.movedim(-3, -1).cpu().numpy())
+
+
+def from_8bit(pixels: np.ndarray) -> Tensor:
+    """Return 8-bit pixels, (H, W, C) or (B, H, W, C), as float32 images, (C, H, W) or (B, C, H, W), in [0, 1]."""
+    return torch.from_numpy(np.array(pixels)).movedim(-1, -3).float().div(255).contiguous()
+
+
+def round_to_8bit(image: Tensor) -> Tensor:
+    """Clip values to [0, 1] and round them to multiples of 1/255, as writing and reading an 8-bit file does."""
+    return image.clamp(0, 1).mul(255).round().div(255)
+
+
+def center_crop(image: Tensor, side: int | None = None) -> Tensor:
+    """Return the middle of an image.
+
+    Args:
+        image: (..., H, W).
+        side: the most that is kept of H and of W; None keeps the largest square.
+
+    Returns:
+        The crop, a view of `image`.
+    """
+    side = min(image.shape[-2:]) if side is None else side
+    top, left = (max(length - side, 0) // 2 for length in image.shape[-2:])
+    return image[..., top : top + side, left : left + side]
+
+
+def gaussian_blur(image: Tensor, sigma: float | Tensor, *, radius: int | None = None) -> Tensor:
+    """Blur every channel by a Gaussian; the border is repeated.
+
+    Args:
+        image: (C, H, W) or (B, C, H, W).
+        sigma: standard deviation in pixels, one for all images or (B,).
+        radius: pixels at which the kernel is cut; None cuts it at three standard deviations, which needs one `sigma`.
+
+    Returns:
+        Blurred images, of the shape of `image`.
+    """
+    radius = max(1, int(3 * float(sigma) + 0.5)) if radius is None else radius
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32, device=image.device)
+    spread = torch.as_tensor(sigma, dtype=torch.float32, device=image.device).reshape(-1, 1)
+    kernel = torch.exp(-0.5 * (offsets / spread) ** 2)
+    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).to(image.dtype)
+    flat = image.reshape(1, -1, *image.shape[-2:])  # (1, B * C, H, W)
+    kernel = kernel.repeat_interleave(flat.shape[1] // len(kernel), dim=0)  # (B * C, 2 * radius + 1)
+    padded = F.pad(flat, (radius,) * 4, mode="replicate")
+    rows = F.conv2d(padded, kernel[:, None, None, :], groups=len(kernel))
+    return F.conv2d(rows, kernel[:, None, :, None], groups=len(kernel)).view(image.shape)
+
+
+def codec_round_trip(image: Tensor, **options: Any) -> Tensor:
+    """Write and read images in memory.
+
+    Args:
+        image: (3, H, W) or (B, 3, H, W), in [0, 1]; rounded to 8 bit first.
+        options: of Pillow's `Image.save`, such as `format`.
+
+    Returns:
+        The decoded images, in the shape of `image`, float32.
+    """
+    if image.ndim == 4:
+        return torch.stack([codec_round_trip(each, **options) for each in image])
+    buffer = io.BytesIO()
+    Image.fromarray(to_8bit(image)).save(buffer, **options)
+    with Image.open(buffer) as picture:
+        return from_8bit(np.asarray(picture.convert("RGB")))
+
+
+def jpeg_round_trip(image: Tensor, quality: int) -> Tensor:
+    """Write and read images, (3, H, W) or (B, 3, H, W), in [0, 1], as JPEG of Pillow's `quality`, 1 to 95."""
+    return codec_round_trip(image, format="JPEG", quality=quality)
 
 
 def picture_to_array(picture: Image.Image) -> np.ndarray:

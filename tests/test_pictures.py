@@ -1,4 +1,4 @@
-"""Pictures: colours as their profiles mean them."""
+"""Pictures: colors as their profiles mean them; 8 bit and back, crops, blurs and JPEG."""
 
 import struct
 
@@ -8,7 +8,15 @@ import torch
 from PIL import Image
 
 from milo_latent.files import read_image
-from milo_latent.pictures import picture_to_array
+from milo_latent.pictures import (
+    center_crop,
+    from_8bit,
+    gaussian_blur,
+    jpeg_round_trip,
+    picture_to_array,
+    round_to_8bit,
+    to_8bit,
+)
 
 D50 = (0.9642, 1.0, 0.8249)
 SRGB = ((0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141))  # colorants, adapted to D50
@@ -116,3 +124,38 @@ def test_a_profile_that_cannot_be_applied_is_told_of_and_left_out(tmp_path, rgb,
     with pytest.warns(UserWarning, match="colour profile was left out"):
         image = read_image(tmp_path / "a.png")
     assert np.array_equal((image[0].permute(1, 2, 0).numpy() * 255).round(), rgb)
+
+
+def test_8_bit_and_back_is_the_same_and_clips():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
+    assert np.array_equal(to_8bit(from_8bit(pixels)), pixels)
+    image = from_8bit(pixels[0])
+    assert image.shape == (3, 5, 7)
+    assert torch.equal(round_to_8bit(image), image)
+    assert torch.equal(round_to_8bit(3 * image - 1), from_8bit(to_8bit(3 * image - 1)))
+
+
+def test_the_middle_is_cut():
+    image = torch.arange(63.0).view(1, 1, 7, 9)
+    assert torch.equal(center_crop(image), image[..., 1:8])
+    assert torch.equal(center_crop(image, 3), image[..., 2:5, 3:6])
+    assert torch.equal(center_crop(image, 8), image[..., :8])
+
+
+def test_a_gaussian_blur_spreads_by_sigma_and_keeps_borders_and_the_batch():
+    impulse = torch.zeros(2, 3, 41, 41)
+    impulse[..., 20, 20] = 1
+    blurred = gaussian_blur(impulse, torch.tensor([1.0, 3.0]), radius=12)
+    places = torch.arange(41.0) - 20
+    variance = (blurred.sum(dim=2) * places**2).sum(dim=2)  # (2, 3)
+    assert torch.allclose(variance, torch.tensor([[1.0], [9.0]]).expand(2, 3), rtol=1e-2)
+    assert torch.allclose(gaussian_blur(impulse[1], 3.0, radius=12), blurred[1], atol=1e-7)
+    assert torch.allclose(gaussian_blur(torch.ones(3, 9, 9), 2.0), torch.ones(3, 9, 9))
+
+
+def test_jpeg_loses_more_at_lower_quality():
+    image = torch.rand(2, 1, 16, 24, generator=torch.Generator().manual_seed(0)).expand(-1, 3, -1, -1)  # no chroma
+    fine, coarse = (jpeg_round_trip(image, quality) for quality in (95, 10))
+    assert fine.shape == image.shape
+    assert (fine - image).abs().mean() < (coarse - image).abs().mean() / 2
+    assert torch.equal(jpeg_round_trip(image[1], 10), coarse[1])
