@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from milo_latent.pictures import picture_to_array
 
@@ -38,31 +39,36 @@ def read_image(path: str | Path) -> Tensor:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no image, is truncated, or is larger than `MAX_PIXELS`.
     """
-    try:
-        array = picture_to_array(_open(path))
-    except TypeError as error:
-        raise ValueError(f"{error} It is {path}.") from error
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))[None]  # (1, 3, H, W)
+    return _to_tensor(_open(path), path)
 
 
-def read_alpha(path: str | Path) -> Tensor | None:
-    """Read the transparency of an image.
+def read_photo(path: str | Path) -> tuple[Tensor, Tensor | None]:
+    """Read an image as `read_image` does, and its transparency; the file is decoded once.
 
     Args:
         path: an image file.
 
     Returns:
-        Alpha, (1, 1, H, W), in [0, 1]; None where the image is opaque.
+        Image, (1, 3, H, W), and alpha, (1, 1, H, W), both float32, in [0, 1]; alpha is None where the image is opaque.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no image.
+        ValueError: if it is no image, is truncated, or is larger than `MAX_PIXELS`.
     """
-    image = _open(path)
-    if not image.has_transparency_data:
-        return None
-    alpha = np.asarray(image.convert("RGBA"))[..., 3].astype(np.float32) / 255.0
-    return None if alpha.min() == 1.0 else torch.from_numpy(alpha)[None, None]  # (1, 1, H, W)
+    picture = _open(path)
+    image, alpha = _to_tensor(picture, path), None
+    if picture.has_transparency_data:
+        array = np.asarray(picture.convert("RGBA"))[..., 3].astype(np.float32) / 255.0
+        alpha = None if array.min() == 1.0 else torch.from_numpy(array)[None, None]  # (1, 1, H, W)
+    return image, alpha
+
+
+def _to_tensor(picture: Image.Image, path: str | Path) -> Tensor:
+    try:
+        array = picture_to_array(picture)
+    except TypeError as error:
+        raise ValueError(f"{error} It is {path}.") from error
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))[None]  # (1, 3, H, W)
 
 
 def _open(path: str | Path) -> Image.Image:
@@ -281,3 +287,43 @@ def list_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
             f"Expected each name once in {folder}, whatever its suffix, since its results bear it; {names}."
         )
     return paths
+
+
+def process_folder(
+    folder: Path, output: Path, work: Callable[[Path, Path], object], *, inputs: frozenset[str], suffix: str, unit: str
+) -> tuple[int, int]:
+    """Call `work(path, result)` for every file of a folder whose result is not there yet.
+
+    Args:
+        folder: with the files.
+        output: folder of the results, made where it is missing; they bear the names of their files, with `suffix`.
+        work: reads the one file and writes the other; a file that it refuses does not stop the others.
+        inputs: suffixes of the files.
+        suffix: of the results, such as "png".
+        unit: what a file is called in messages, in the plural.
+
+    Returns:
+        How many files were processed, and how many had a result already.
+
+    Raises:
+        FileNotFoundError: if the folder holds no such file.
+        ValueError: at the start, if two files would have one result; at the end, with the reason for each file that
+            failed.
+    """
+    paths = list_files(folder, inputs)
+    output.mkdir(parents=True, exist_ok=True)
+    results = {path: output / f"{path.stem}.{suffix}" for path in paths}
+    left = [path for path in paths if not results[path].exists()]
+    failed = []
+    for path in tqdm(left, unit="file", disable=len(left) < 2):
+        try:
+            work(path, results[path])
+        except (ValueError, FileNotFoundError, MemoryError) as error:  # a full disk stops the run
+            failed.append(f"{path.name}: {' '.join(str(error).split())}")
+    skipped = len(paths) - len(left)
+    if failed:
+        raise ValueError(
+            f"{len(left) - len(failed)} {unit} of {folder} -> {output} ({skipped} were there already); "
+            f"{len(failed)} failed: {'; '.join(failed)}"
+        )
+    return len(left), skipped

@@ -7,10 +7,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from milo_latent.files import (
-    read_alpha,
     read_image,
     read_latents,
     read_latents_metadata,
+    read_photo,
     write_atomically,
     write_image,
     write_latents,
@@ -53,8 +53,10 @@ def test_every_mode_reads_as_rgb(tmp_path, rgb, mode):
 def test_transparency_is_kept_apart(tmp_path, rgb):
     alpha = np.arange(63, dtype=np.uint8).reshape(9, 7)
     Image.fromarray(np.dstack([rgb, alpha])).save(tmp_path / "a.png")
-    assert np.array_equal((read_alpha(tmp_path / "a.png")[0, 0].numpy() * 255).round(), alpha)
-    write_image(tmp_path / "b.png", read_image(tmp_path / "a.png"), alpha=read_alpha(tmp_path / "a.png"))
+    image, read = read_photo(tmp_path / "a.png")
+    assert torch.equal(image, read_image(tmp_path / "a.png"))
+    assert np.array_equal((read[0, 0].numpy() * 255).round(), alpha)
+    write_image(tmp_path / "b.png", image, alpha=read)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "b.png")), np.dstack([rgb, alpha]))
     with pytest.raises(ValueError, match="cannot hold transparency"):
         write_image(tmp_path / "b.jpg", torch.rand(1, 3, 4, 4), alpha=torch.rand(1, 1, 4, 4))
@@ -62,7 +64,7 @@ def test_transparency_is_kept_apart(tmp_path, rgb):
 
 def test_opaque_images_have_no_alpha(tmp_path, rgb):
     Image.fromarray(rgb).convert("RGBA").save(tmp_path / "a.png")
-    assert read_alpha(tmp_path / "a.png") is None
+    assert read_photo(tmp_path / "a.png")[1] is None
 
 
 def test_orientation_is_applied(tmp_path, rgb):

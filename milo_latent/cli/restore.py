@@ -101,10 +101,8 @@ def run(options: argparse.Namespace) -> str:
     began = time.perf_counter()
     if folder:
         check_restoration(**restore.keywords)
-        report = restore_folder(options.input, output, restore)
-        line = f"{report.restored} photos of {options.input} -> {output} ({report.skipped} were there already"
-        if report.failed:
-            raise ValueError(f"{line}); {len(report.failed)} failed: {'; '.join(report.failed)}")
+        count, skipped = restore_folder(options.input, output, restore)
+        line = f"{count} photos of {options.input} -> {output} ({skipped} were there already"
     else:
         line = "{} -> {} ({} to {}".format(options.input, output, *restore_file(options.input, output, restore))
     scale = TASKS[task].milo_scale if options.guidance is None else options.guidance

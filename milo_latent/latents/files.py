@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors import SafetensorError
-from tqdm.auto import tqdm
 
 from milo_latent.checks import ValueWatch
 from milo_latent.files import (
     IMAGE_SUFFIXES,
     LATENT_SUFFIXES,
-    list_files,
+    process_folder,
     read_image,
     read_latents,
     read_latents_metadata,
@@ -185,9 +184,13 @@ def encode_folder(
     """
     if tile is not None:
         check_tile(vae, tile)
-    paths = list_files(photos, IMAGE_SUFFIXES)
-    return _each(
-        paths, output, suffix, lambda path, to: encode_file(lambda: vae, path, to, vae_name=vae_name, tile=tile)
+    return process_folder(
+        photos,
+        output,
+        lambda path, latents: encode_file(lambda: vae, path, latents, vae_name=vae_name, tile=tile),
+        inputs=IMAGE_SUFFIXES,
+        suffix=suffix,
+        unit="photos",
     )
 
 
@@ -210,24 +213,12 @@ def decode_folder(vae: VAE, latents: Path, output: Path, *, tile: int | None = N
     """
     if tile is not None:
         check_tile(vae, tile)
-    paths = list_files(latents, LATENT_SUFFIXES)
     watch = ValueWatch()
-    return _each(paths, output, "png", lambda path, to: decode_file(lambda: vae, path, to, tile=tile, watch=watch))
-
-
-def _each(paths: list[Path], output: Path, suffix: str, work: Callable[[Path, Path], object]) -> tuple[int, int]:
-    """Do what is left; a damaged file does not stop the others, and is told of at the end."""
-    output.mkdir(parents=True, exist_ok=True)
-    left = [path for path in paths if not (output / f"{path.stem}.{suffix}").exists()]
-    failed = []
-    for path in tqdm(left, unit="file", disable=len(left) < 2):
-        try:
-            work(path, output / f"{path.stem}.{suffix}")
-        except (ValueError, FileNotFoundError, MemoryError) as error:  # a full disk stops the run
-            failed.append(f"{path.name}: {' '.join(str(error).split())}")
-    if failed:
-        raise ValueError(
-            f"{len(left) - len(failed)} files -> {output} ({len(paths) - len(left)} were there already), "
-            f"{len(failed)} failed: {'; '.join(failed)}"
-        )
-    return len(left), len(paths) - len(left)
+    return process_folder(
+        latents,
+        output,
+        lambda path, image: decode_file(lambda: vae, path, image, tile=tile, watch=watch),
+        inputs=LATENT_SUFFIXES,
+        suffix="png",
+        unit="latents",
+    )

@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from tqdm.auto import tqdm
 
-from milo_latent.files import ALPHA_SUFFIXES, IMAGE_SUFFIXES, list_files, read_alpha, read_image, write_image
+from milo_latent.files import ALPHA_SUFFIXES, IMAGE_SUFFIXES, process_folder, read_photo, write_image
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow converts
 Restore = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class FolderReport:
-    """What became of a folder of photos.
-
-    Args:
-        restored: how many were restored now.
-        skipped: how many had a result already.
-        failed: a line for each photo that could not be restored, with the reason.
-    """
-
-    restored: int
-    skipped: int
-    failed: tuple[str, ...]
 
 
 def check_image_output(output: Path) -> None:
@@ -60,7 +43,7 @@ def restore_file(photo: Path, output: Path, restore: Restore) -> tuple[str, str]
         FileNotFoundError: if there is no such photo, or no folder for `output`.
         ValueError: if the photo is damaged, or the suffix of `output` not that of an image.
     """
-    image, alpha = read_image(photo), read_alpha(photo)
+    image, alpha = read_photo(photo)
     check_image_output(output)
     restored = restore(image)
     if is_grey(image):
@@ -85,7 +68,7 @@ def to_grey(image: Tensor) -> Tensor:
     return luma.expand_as(image)
 
 
-def restore_folder(photos: Path, output: Path, restore: Restore) -> FolderReport:
+def restore_folder(photos: Path, output: Path, restore: Restore) -> tuple[int, int]:
     """Restore every photo of a folder as it would be restored alone; those with a result already are skipped.
 
     Args:
@@ -94,21 +77,20 @@ def restore_folder(photos: Path, output: Path, restore: Restore) -> FolderReport
         restore: as of `restore_file`.
 
     Returns:
-        How many were restored and skipped, and which failed: one damaged photo does not stop the others.
+        How many photos were restored, and how many had a result already.
 
     Raises:
         FileNotFoundError: if there is no image in the folder.
-        ValueError: if two photos differ in their suffix only, or the results would lie among the photos.
+        ValueError: at the start, if two photos differ in their suffix only, or the results would lie among the photos;
+            at the end, with the reason for each photo that could not be restored.
     """
     if output.resolve() == photos.resolve():
         raise ValueError(f"Expected another folder for the results than that of the photos, got {output} for both.")
-    paths = list_files(photos, IMAGE_SUFFIXES)
-    output.mkdir(parents=True, exist_ok=True)
-    left = [path for path in paths if not (output / f"{path.stem}.png").exists()]
-    failed = []
-    for path in tqdm(left, unit="photo", disable=len(left) < 2):
-        try:
-            restore_file(path, output / f"{path.stem}.png", restore)
-        except (ValueError, FileNotFoundError, MemoryError) as error:  # a full disk stops the run
-            failed.append(f"{path.name}: {' '.join(str(error).split())}")
-    return FolderReport(len(left) - len(failed), len(paths) - len(left), tuple(failed))
+    return process_folder(
+        photos,
+        output,
+        lambda photo, result: restore_file(photo, result, restore),
+        inputs=IMAGE_SUFFIXES,
+        suffix="png",
+        unit="photos",
+    )
