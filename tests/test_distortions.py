@@ -5,13 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from milo_latent.distortions import DISTORTIONS, LEVELS, distort, distort_file, seed_of
-from milo_latent.distortions.colour_spaces import lab_to_rgb, rgb_to_lab, scale_hsv_saturation
+from milo_latent.distortions import DISTORTIONS, LEVELS, distort, seed_of
+from milo_latent.distortions.blurs import disk_kernel, line_kernel
+from milo_latent.distortions.color_spaces import lab_to_rgb, rgb_to_lab, scale_hsv_saturation
 from milo_latent.distortions.contact_sheet import contact_sheet
-from milo_latent.distortions.kernels import disk_kernel, line_kernel
 from milo_latent.distortions.spatial import best_thresholds
 from milo_latent.distortions.tones import tone_curve
-from milo_latent.files import read_image
+from milo_latent.pictures import round_to_8bit, to_8bit
 
 GRADED = [  # whose damage grows from level to level; the others have signed, random or wrapping parameters
     name
@@ -76,7 +76,7 @@ def test_order_and_names_are_those_of_the_opinion_scores(shared):
 
 
 def test_unchanged_and_extreme_parameters_do_what_the_paper_says(image):
-    rounded = image.mul(255).round().div(255)
+    rounded = round_to_8bit(image)
     assert torch.equal(distort(image, "mean shift", 3, image_id="a"), rounded)  # amount 0
     grey = distort(image, "color saturation 1", 4, image_id="a")  # saturation 0
     assert (grey.amax(dim=1) - grey.amin(dim=1)).max() == 0
@@ -105,7 +105,7 @@ def test_kernels_sum_to_one_and_have_the_extent_they_should():
         assert spread == pytest.approx(10 / 12**0.5, rel=0.15)  # of an even line
 
 
-def test_colour_spaces_round_trip_and_meet_known_values(image):
+def test_color_spaces_round_trip_and_meet_known_values(image):
     assert torch.allclose(lab_to_rgb(rgb_to_lab(image)), image, atol=1e-4)
     red = rgb_to_lab(torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1)).flatten()
     assert red.tolist() == pytest.approx([53.24, 80.09, 67.20], abs=0.05)
@@ -134,10 +134,6 @@ def test_what_cannot_be_distorted_is_refused(image):
         distort(image, "JPEG", 1, image_id=["a", "b"])
 
 
-def test_files_are_distorted_by_their_name(tmp_path, image):
-    array = image[0].mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    Image.fromarray(array).save(tmp_path / "a.png")
-    distort_file(tmp_path / "a.png", tmp_path / "b.png", "white noise", 2)
-    expected = distort(read_image(tmp_path / "a.png"), "white noise", 2, image_id="a")
-    assert torch.allclose(read_image(tmp_path / "b.png"), expected, atol=1e-6)
+def test_the_contact_sheet_shows_all_kinds_and_levels(tmp_path, image):
+    Image.fromarray(to_8bit(image[0])).save(tmp_path / "a.png")
     assert contact_sheet(tmp_path / "a.png", side=16).size == ((150 + 16 * 6) * 2, 13 * 16)

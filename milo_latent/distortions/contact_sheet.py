@@ -1,4 +1,4 @@
-"""A contact sheet of all distortions at all levels: a row per kind, a column per level."""
+"""Draw a contact sheet of all distortions: a row for each kind, a column for each level, the photo itself first."""
 
 from __future__ import annotations
 
@@ -9,24 +9,19 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from milo_latent.distortions import DISTORTIONS, LEVELS, distort
-from milo_latent.distortions.codecs import to_pillow
 from milo_latent.files import read_image
+from milo_latent.pictures import center_crop, to_8bit
 from milo_latent.programs import run_program
 
 LABEL_WIDTH = 150  # pixels
-COLUMNS = 2  # of rows of kinds, beside each other
+BLOCKS = 2  # of rows, side by side
 
 
 def contact_sheet(path: Path, *, side: int = 128) -> Image.Image:
-    """Return the sheet of one image, whose centred square is shown `side` pixels wide; the first column is clean."""
-    image = read_image(path)
-    height, width = image.shape[2:]
-    crop = min(height, width)
-    top, left = (height - crop) // 2, (width - crop) // 2
-    image = image[..., top : top + crop, left : left + crop]
-    rows = -(-len(DISTORTIONS) // COLUMNS)
-    block = LABEL_WIDTH + side * (len(LEVELS) + 1)
-    sheet = Image.new("RGB", (block * COLUMNS, rows * side), "white")
+    """Return the sheet for the largest centered square of a photo, shown `side` pixels wide."""
+    image = center_crop(read_image(path))
+    rows, block = -(-len(DISTORTIONS) // BLOCKS), LABEL_WIDTH + side * (len(LEVELS) + 1)
+    sheet = Image.new("RGB", (block * BLOCKS, rows * side), "white")
     draw = ImageDraw.Draw(sheet)
     for index, distortion in enumerate(DISTORTIONS.values()):
         left, top = index // rows * block, index % rows * side
@@ -34,7 +29,7 @@ def contact_sheet(path: Path, *, side: int = 128) -> Image.Image:
         draw.text((left + 6, top + side // 2 - 10), label, fill="black")
         tiles = [image] + [distort(image, distortion.name, level, image_id=path.stem) for level in LEVELS]
         for column, tile in enumerate(tiles):
-            picture = to_pillow(tile)[0].resize((side - 2, side - 2), Image.Resampling.LANCZOS)
+            picture = Image.fromarray(to_8bit(tile[0])).resize((side - 2, side - 2), Image.Resampling.LANCZOS)
             sheet.paste(picture, (left + LABEL_WIDTH + column * side, top))
     return sheet
 

@@ -1,4 +1,4 @@
-"""Noise: white, in colour components, impulses, multiplicative, and what denoising leaves."""
+"""Noise: white, in color components, impulse and multiplicative noise, and the traces of denoising."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from milo_latent.distortions.colour_spaces import rgb_to_ycbcr, ycbcr_to_rgb
+from milo_latent.distortions.color_spaces import rgb_to_ycbcr, ycbcr_to_rgb
 
-BLOCK = 8  # of the denoiser's cosine transform
-STRIDE = 2  # between its blocks
-THRESHOLD = 2.7  # standard deviations of the noise, under which coefficients are dropped
+BLOCK = 8  # side of the blocks that the denoiser transforms, in pixels
+STRIDE = 2  # between blocks
+THRESHOLD = 2.7  # standard deviations of the noise, below which coefficients are dropped
 
 
 def _normal(image: Tensor, variance: float, generator: torch.Generator) -> Tensor:
@@ -24,7 +24,7 @@ def white_noise(image: Tensor, amount: float, generator: torch.Generator) -> Ten
     return image + _normal(image, amount, generator)
 
 
-def white_noise_in_colour_components(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:
+def white_noise_in_color_components(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:
     """Add white Gaussian noise of variance `amount` to each component of YCbCr."""
     ycbcr = rgb_to_ycbcr(image)
     return ycbcr_to_rgb(ycbcr + _normal(ycbcr, amount, generator))
@@ -42,17 +42,17 @@ def multiplicative_noise(image: Tensor, amount: float, generator: torch.Generato
 
 
 def denoise(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    """Add white noise of variance `amount` and remove it again, which takes detail with it.
+    """Add white noise of variance `amount` and remove it again, which removes detail too.
 
-    KADID-10k denoises each channel by a DnCNN; **own**: by thresholding overlapping cosine transforms, so that
-    no trained network is part of the distortions.
+    Source: own. KADID-10k denoises each channel with a DnCNN; thresholding overlapping cosine transforms needs no
+    trained network.
     """
     noisy = (image + _normal(image, amount, generator)).clamp(0, 1)
     return threshold_cosines(noisy, math.sqrt(amount))
 
 
 def threshold_cosines(image: Tensor, sigma: float) -> Tensor:
-    """Drop the small coefficients of 8x8 cosine transforms of all blocks, and average the blocks; (B, C, H, W)."""
+    """Denoise (B, C, H, W): drop small coefficients of the cosine transforms of 8x8 blocks, average what overlaps."""
     order, position = torch.arange(BLOCK)[:, None], torch.arange(BLOCK)[None]
     basis = torch.cos(math.pi * order * (2 * position + 1) / (2 * BLOCK)) * math.sqrt(2 / BLOCK)
     basis[0] /= math.sqrt(2)
@@ -62,8 +62,8 @@ def threshold_cosines(image: Tensor, sigma: float) -> Tensor:
     padded = F.pad(image, (BLOCK, right, BLOCK, bottom), mode="replicate").flatten(0, 1)[:, None]
     coefficients = F.conv2d(padded, filters, stride=STRIDE)
     kept = coefficients.abs() > THRESHOLD * sigma
-    kept[:, 0] = True  # the mean
-    weight = 1 / kept.sum(dim=1, keepdim=True)  # sparse blocks are trusted more
+    kept[:, 0] = True  # the mean of the block
+    weight = 1 / kept.sum(dim=1, keepdim=True)  # sparse blocks count more
     total = F.conv_transpose2d(coefficients * kept * weight, filters, stride=STRIDE)
     covered = F.conv_transpose2d(weight, torch.ones(1, 1, BLOCK, BLOCK), stride=STRIDE)
     cleaned = (total / covered)[..., BLOCK : BLOCK + height, BLOCK : BLOCK + width]

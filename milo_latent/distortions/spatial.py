@@ -1,4 +1,4 @@
-"""Distortions of place: jitter, moved patches, pixels, steps, blocks."""
+"""Spatial distortions: jitter, moved patches, pixelation, quantization, blocks of color."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from milo_latent.distortions.colour_spaces import luminance
+from milo_latent.distortions.color_spaces import luminance
 
 JITTER_PASSES = 5
-PATCH = 16  # pixels, moved by up to half of it
-COLOUR_BLOCK = 32  # pixels
-THRESHOLD_PASSES = 20  # of the search for thresholds
+PATCH = 16  # side in pixels; a patch moves by up to half of it
+COLOR_BLOCK = 32  # pixels
+THRESHOLD_PASSES = 20  # of Lloyd's method
 
 
 def jitter(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    """Move each pixel by a random offset of `amount` pixels, five times over."""
+    """Move each pixel by a random offset of standard deviation `amount` pixels, five times in a row."""
     height, width = image.shape[2:]
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     grid = torch.stack([columns, rows], dim=-1).float()[None]  # (1, H, W, 2)
@@ -28,7 +28,7 @@ def jitter(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:
 
 
 def non_eccentricity_patch(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    """Copy `amount` patches to a place nearby, the same ones for all of the batch."""
+    """Copy `amount` patches to a random place nearby; all images of the batch share the places."""
     image = image.clone()
     height, width = image.shape[2:]
     limits = torch.tensor([height - 3 * PATCH, width - 3 * PATCH]).clamp_min(0)
@@ -43,14 +43,14 @@ def non_eccentricity_patch(image: Tensor, amount: float, generator: torch.Genera
 
 
 def pixelate(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    """Shrink to a share of 0.95 - `amount`^0.6 and enlarge, by the nearest pixel."""
+    """Shrink the sides to 0.95 - `amount`^0.6 of their length and enlarge them again, by the nearest pixel."""
     share = 0.95 - amount**0.6
     small = [max(1, int(side * share)) for side in image.shape[2:]]
     return F.interpolate(F.interpolate(image, size=small, mode="nearest"), size=image.shape[2:], mode="nearest")
 
 
-def quantisation(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    """Reduce every channel to `amount` even steps, between thresholds that suit the brightness of the image."""
+def quantization(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:
+    """Reduce every channel to `amount` evenly spaced values; the thresholds between them follow the image's luma."""
     steps = int(amount)
     reduced = []
     for each in image:
@@ -60,34 +60,29 @@ def quantisation(image: Tensor, amount: float, generator: torch.Generator) -> Te
 
 
 def best_thresholds(values: Tensor, classes: int) -> Tensor:
-    """Return the thresholds between `classes` classes of least variance, (classes - 1,), by Lloyd's method.
-
-    Args:
-        values: (n,), in [0, 1].
-        classes: how many.
-    """
+    """Part `values`, (n,), in [0, 1], into classes of least variance by Lloyd's method; return (classes - 1,)."""
     histogram = torch.histc(values, bins=256, min=0.0, max=1.0)
-    centres = (torch.arange(256) + 0.5) / 256
+    centers = (torch.arange(256) + 0.5) / 256
     low, high = values.min().item(), values.max().item()
     thresholds = torch.linspace(low, high, classes + 1)[1:-1]
     for _ in range(THRESHOLD_PASSES):
-        members = torch.bucketize(centres, thresholds)
+        members = torch.bucketize(centers, thresholds)
         mass = torch.zeros(classes).index_add(0, members, histogram)
-        total = torch.zeros(classes).index_add(0, members, histogram * centres)
+        total = torch.zeros(classes).index_add(0, members, histogram * centers)
         bounds = torch.cat([torch.tensor([low]), thresholds, torch.tensor([high])])
         means = torch.where(mass > 0, total / mass.clamp_min(1), (bounds[1:] + bounds[:-1]) / 2)
         thresholds = (means[1:] + means[:-1]) / 2
     return thresholds
 
 
-def colour_block(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    """Cover `amount` places by blocks of random colours, the same ones for all of the batch."""
+def color_block(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:
+    """Cover `amount` places by blocks of random colors; all images of the batch share them."""
     image = image.clone()
     height, width = image.shape[2:]
     for _ in range(int(amount)):
         top, left = (
-            int(torch.rand((), generator=generator).item() * max(side - COLOUR_BLOCK, 1)) for side in (height, width)
+            int(torch.rand((), generator=generator).item() * max(side - COLOR_BLOCK, 1)) for side in (height, width)
         )
-        colour = torch.rand(1, 3, 1, 1, generator=generator)
-        image[:, :, top : top + COLOUR_BLOCK, left : left + COLOUR_BLOCK] = colour
+        color = torch.rand(1, 3, 1, 1, generator=generator)
+        image[:, :, top : top + COLOR_BLOCK, left : left + COLOR_BLOCK] = color
     return image

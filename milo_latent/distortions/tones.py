@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from milo_latent.distortions.colour_spaces import lab_to_rgb, rgb_to_lab
-from milo_latent.distortions.kernels import blur_by, gaussian_kernel
+from milo_latent.distortions.blurs import blur
+from milo_latent.distortions.color_spaces import lab_to_rgb, rgb_to_lab
 
-SHARPEN_RADIUS = 3.0  # pixels
+SHARPEN_SIGMA = 3.0  # pixels, of unsharp masking
 
 
 def tone_curve(values: Tensor, points: Sequence[tuple[float, float]]) -> Tensor:
@@ -48,13 +48,13 @@ def mean_shift(image: Tensor, amount: float, generator: torch.Generator) -> Tens
 
 
 def high_sharpen(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    """Sharpen the lightness by unsharp masking, `amount` times."""
+    """Sharpen the lightness by unsharp masking of strength `amount`."""
     lab = rgb_to_lab(image)
     lightness = lab[:, :1]
-    sharpened = lightness + amount * (lightness - blur_by(lightness, gaussian_kernel(SHARPEN_RADIUS)))
+    sharpened = lightness + amount * (lightness - blur(lightness, SHARPEN_SIGMA))
     return lab_to_rgb(torch.cat([sharpened.clamp(0, 100), lab[:, 1:]], dim=1))
 
 
 def contrast_change(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    """Bend the tones into an S, or for negative amounts its inverse; 0 is a slight S already, as in KADID-10k."""
+    """Bend the tone curve into an S, or its inverse where `amount` is negative; 0 is a slight S, as in KADID-10k."""
     return tone_curve(image, [(0.3, 0.25 - amount / 4), (0.5, 0.5), (0.7, 0.75 + amount / 4)])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from milo_latent.pictures import LUMA
+
 RGB_TO_XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
 WHITE = (0.950456, 1.0, 1.088754)  # D65
-RGB_TO_YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+RGB_TO_YCBCR = (LUMA, (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 LAB_THRESHOLD = 6 / 29
 
 
@@ -47,12 +49,12 @@ def ycbcr_to_rgb(ycbcr: Tensor) -> Tensor:
 
 
 def luminance(image: Tensor) -> Tensor:
-    """Return the weighted mean of the channels, (B, 1, H, W)."""
+    """Return the luma Y of RGB, (B, 1, H, W)."""
     return rgb_to_ycbcr(image)[:, :1]
 
 
 def scale_hsv_saturation(image: Tensor, factor: float) -> Tensor:
-    """Multiply the saturation of HSV by `factor`; below zero, colours turn into their complements.
+    """Multiply the saturation of HSV by `factor`; below zero, colors turn into their complements.
 
     Hue and value stay, so a channel c moves on the line to the value v = max(r, g, b): c' = v - factor (v - c).
     """
