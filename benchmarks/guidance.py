@@ -35,6 +35,7 @@ from milo_latent.guidance.curriculum import SCHEDULES
 from milo_latent.guidance.milo import MODES, MILOGuidance
 from milo_latent.guidance.region_adaptive import RestorationGuidance
 from milo_latent.metric.network import MILO
+from milo_latent.pictures import center_crop, round_to_8bit
 from milo_latent.restoration.restore import TASKS
 from milo_latent.restoration.restorer import Restorer, load_restorer
 from milo_latent.training.data.crops import list_images
@@ -59,25 +60,17 @@ class Example:
 def read_examples(restorer: Restorer, options: argparse.Namespace) -> list[Example]:
     """Return the first images, cropped in the middle, after stage 1, which all rows share."""
     examples = []
-    upscale = int(TASKS[options.task].upscale)
+    upscale, side = int(TASKS[options.task].upscale), options.crop or sys.maxsize
     for index, path in enumerate(list_images([options.clean])[: options.images]):
-        clean = crop(read_image(path), options.crop)
+        clean = center_crop(read_image(path), side)
         height, width = clean.shape[2:]
         if options.degraded is None:
-            degraded = resize(clean, (height // upscale, width // upscale)).clamp(0, 1).mul(255).round().div(255)
+            degraded = round_to_8bit(resize(clean, (height // upscale, width // upscale)))
         else:
-            degraded = crop(read_image(options.degraded / path.name), options.crop)
+            degraded = center_crop(read_image(options.degraded / path.name), side)
         cleaned = restorer.pipeline.clean(degraded, (height, width))
         examples.append(Example(path.name, index, clean, cleaned))
     return examples
-
-
-def crop(image: Tensor, side: int) -> Tensor:
-    """Return the middle of an image, (1, 3, H, W), at most `side` pixels a side; whole at 0."""
-    side = side or max(image.shape[2:])
-    height, width = image.shape[2:]
-    top, left = max(height - side, 0) // 2, max(width - side, 0) // 2
-    return image[..., top : top + side, left : left + side]
 
 
 def make_rows(restorer: Restorer, scales: Iterable[float]) -> dict[str, Callable[[], SchedulerGuidance | None]]:

@@ -23,6 +23,7 @@ from milo_latent.files import read_image
 from milo_latent.guidance.curriculum import SCHEDULES
 from milo_latent.latents.codec import decode_latents, encode_image, pad_image
 from milo_latent.metric.network import MILO
+from milo_latent.pictures import round_to_8bit
 from milo_latent.restoration.restore import restore_image
 from milo_latent.restoration.restorer import Restorer, load_restorer
 from milo_latent.training.data.crops import list_images
@@ -32,7 +33,7 @@ COLUMNS = ("psnr", "ssim", "milo_i", "seconds")
 
 def measure(clean: Tensor, result: Tensor, metric) -> dict[str, float]:
     """Return PSNR, SSIM and MILO_I of a result, (1, 3, H, W) in [0, 1], against the clean image."""
-    result = result.clamp(0, 1).mul(255).round().div(255)
+    result = round_to_8bit(result)
     return {
         "psnr": -10 * torch.log10((result - clean).square().mean()).item(),
         "ssim": structural_similarity_index_measure(result, clean, data_range=1.0).item(),

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
 from quality import COLUMNS, measure
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from milo_latent.diffbir.schedulers import official_scheduler
@@ -24,6 +23,7 @@ from milo_latent.evaluation.reports import write_rows
 from milo_latent.files import read_image
 from milo_latent.guidance.milo import MILOGuidance
 from milo_latent.metric.network import MILO
+from milo_latent.pictures import center_crop
 from milo_latent.restoration.restore import TASKS
 from milo_latent.restoration.restorer import load_restorer
 from milo_latent.training.data.crops import list_images
@@ -44,12 +44,6 @@ def schedulers(config: dict, names: list[str]) -> dict:
     stock = {name: cls.from_config(config, timestep_spacing="trailing") for name, cls in STOCK.items()}
     every = official | stock
     return {name: every[name] for name in names or every}
-
-
-def middle(image: Tensor, side: int) -> Tensor:
-    """Cut (1, 3, H, W) to at most `side` pixels a side."""
-    top, left = (max(0, length - side) // 2 for length in image.shape[2:])
-    return image[..., top : top + side, left : left + side]
 
 
 def main() -> None:
@@ -82,7 +76,7 @@ def main() -> None:
             mean = dict.fromkeys(COLUMNS, 0.0)
             for path in tqdm(paths, unit="image", desc=f"{name}, {steps}", file=sys.stderr, leave=False):
                 clean, degraded = (
-                    middle(read_image(each), options.crop) for each in (path, options.degraded / path.name)
+                    center_crop(read_image(each), options.crop) for each in (path, options.degraded / path.name)
                 )
                 began = time.perf_counter()
                 result = pipeline(

@@ -1,4 +1,4 @@
-"""Read and write images and latents: safe, complete or not at all, one clear error."""
+"""Read and write images, latents and text; a file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from milo_latent.pictures import picture_to_array
+from milo_latent.pictures import picture_to_array, to_8bit
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 LATENT_SUFFIXES = frozenset({".npy", ".safetensors"})
 ALPHA_SUFFIXES = frozenset({".png", ".webp", ".tif", ".tiff"})
-SHOWN = 4  # file names in a message
-MAX_PIXELS = 128 * 1024 * 1024  # a 100-megapixel camera passes, a decompression bomb does not
+MAX_PIXELS = 128 * 1024 * 1024  # admits photos of 100 megapixels, refuses decompression bombs
 
 
 def read_image(path: str | Path) -> Tensor:
-    """Read an image as sRGB: orientation and colour profile applied, palettes, grey and 16 bit converted, no alpha.
+    """Read an image as sRGB, with its orientation and color profile applied and without its transparency.
 
     Args:
         path: an image file.
@@ -37,7 +36,7 @@ def read_image(path: str | Path) -> Tensor:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no image, is truncated, or is larger than `MAX_PIXELS`.
+        ValueError: if the file is no image, is truncated, or has more than `MAX_PIXELS`.
     """
     return _to_tensor(_open(path), path)
 
@@ -53,7 +52,7 @@ def read_photo(path: str | Path) -> tuple[Tensor, Tensor | None]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no image, is truncated, or is larger than `MAX_PIXELS`.
+        ValueError: if the file is no image, is truncated, or has more than `MAX_PIXELS`.
     """
     picture = _open(path)
     image, alpha = _to_tensor(picture, path), None
@@ -68,7 +67,7 @@ def _to_tensor(picture: Image.Image, path: str | Path) -> Tensor:
         array = picture_to_array(picture)
     except TypeError as error:
         raise ValueError(f"{error} It is {path}.") from error
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))[None]  # (1, 3, H, W)
+    return torch.from_numpy(array).permute(2, 0, 1)[None].contiguous()  # (1, 3, H, W)
 
 
 def _open(path: str | Path) -> Image.Image:
@@ -79,14 +78,14 @@ def _open(path: str | Path) -> Image.Image:
         )
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is the limit below
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours, below
             if image.width * image.height > MAX_PIXELS:
                 size = f"{image.width}x{image.height}"
                 raise ValueError(f"Expected at most {MAX_PIXELS} pixels, got {size} in {path}. Crop or shrink it.")
             image.load()
             return ImageOps.exif_transpose(image)
     except UnidentifiedImageError as error:
-        raise ValueError(f"Expected an image, got {path}, whose content is none that Pillow knows.") from error
+        raise ValueError(f"Expected an image, got {path}, whose format Pillow does not know.") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"Expected at most {MAX_PIXELS} pixels in {path}: {error}. Crop or shrink it.") from error
     except (OSError, SyntaxError, EOFError) as error:
@@ -94,16 +93,16 @@ def _open(path: str | Path) -> Image.Image:
 
 
 def write_image(path: str | Path, image: Tensor, *, alpha: Tensor | None = None) -> None:
-    """Write an image, rounded to 8 bit, completely or not at all.
+    """Write an image, rounded to 8 bit.
 
     Args:
-        path: where; the suffix names the format.
+        path: the file to write; its suffix chooses the format.
         image: (1, 3, H, W) or (3, H, W), in [0, 1]; values outside are clipped.
-        alpha: transparency, (1, 1, H, W), in [0, 1]; only for formats that hold it.
+        alpha: transparency, (1, 1, H, W), in [0, 1]; only PNG, WebP and TIFF can store it.
 
     Raises:
-        ValueError: for an unknown suffix, a shape that is no single image, NaN, or alpha in a format without it.
-        OSError: if the disk is full or the folder is missing; nothing is left behind.
+        ValueError: if the suffix is unknown or cannot store `alpha`, or `image` is not one image of finite values.
+        OSError: if the file cannot be written, as `write_atomically`.
     """
     path = Path(path)
     if path.suffix.lower() not in IMAGE_SUFFIXES:
@@ -118,8 +117,7 @@ def write_image(path: str | Path, image: Tensor, *, alpha: Tensor | None = None)
         raise ValueError(f"Expected finite values, got NaN or infinity; {path} is not written.")
     if alpha is not None:
         image = torch.cat([image, alpha[0].to(image)])
-    array = image.detach().float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    picture = Image.fromarray(np.ascontiguousarray(array))
+    picture = Image.fromarray(to_8bit(image))
     file_format = Image.registered_extensions()[path.suffix.lower()]
     options = {"quality": 95, "subsampling": 0} if file_format == "JPEG" else {}
     write_atomically(path, lambda partial: picture.save(partial, format=file_format, **options))
@@ -129,14 +127,14 @@ def read_latents(path: str | Path) -> Tensor:
     """Read scaled latents from `.npy` or `.safetensors`.
 
     Args:
-        path: `.npy` of (C, h, w) or (B, C, h, w), or `.safetensors` with an entry `latents`.
+        path: `.npy`, or `.safetensors` with an entry `latents`; (C, h, w) or (B, C, h, w).
 
     Returns:
         Latents, (B, C, h, w) float32.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, holds pickled objects, has no latents, or a shape that is none of latents.
+        ValueError: if the file is damaged, holds pickled objects, or holds no latents.
     """
     path = Path(path)
     if not path.is_file():
@@ -172,17 +170,13 @@ def _read_safetensors(path: Path) -> Tensor:
 
 
 def read_latents_metadata(path: str | Path) -> dict[str, str]:
-    """Read what a `.safetensors` file says of its latents: `vae`, `scaling_factor`, `source_size` as "WxH".
-
-    Args:
-        path: a `.safetensors` file.
-
-    Returns:
-        The metadata, empty where there is none.
+    """Read the metadata of a file of latents, such as `vae`, `scaling_factor` and `source_size`; `.npy` has none.
 
     Raises:
         ValueError: if the file is damaged.
     """
+    if Path(path).suffix.lower() != ".safetensors":
+        return {}
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
@@ -191,16 +185,16 @@ def read_latents_metadata(path: str | Path) -> dict[str, str]:
 
 
 def write_latents(path: str | Path, latents: Tensor, *, metadata: dict[str, str] | None = None) -> None:
-    """Write scaled latents in float32, completely or not at all.
+    """Write scaled latents in float32.
 
     Args:
         path: `.npy` or `.safetensors`.
-        latents: (B, C, h, w) or (C, h, w); a batch of one is written to `.npy` without its batch axis.
-        metadata: strings kept in `.safetensors`; `.npy` holds none.
+        latents: (B, C, h, w) or (C, h, w); `.npy` stores a batch of one without its batch axis.
+        metadata: stored in `.safetensors`; `.npy` cannot store any.
 
     Raises:
-        ValueError: for another suffix, or values that are not finite.
-        OSError: if the disk is full or the folder is missing; nothing is left behind.
+        ValueError: if the suffix is another, or values are not finite.
+        OSError: if the file cannot be written, as `write_atomically`.
     """
     path = Path(path)
     if path.suffix.lower() not in LATENT_SUFFIXES:
@@ -222,14 +216,14 @@ def write_latents(path: str | Path, latents: Tensor, *, metadata: dict[str, str]
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file in UTF-8, completely or not at all; file names that are none are kept byte by byte."""
+    """Write a text file in UTF-8; file names in it that are not valid UTF-8 keep their bytes."""
     write_atomically(
         Path(path), lambda partial: partial.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
     )
 
 
 def make_readable(*folders: str | Path) -> None:
-    """Give the weights just saved in these folders the permissions of new files; their library makes them private."""
+    """Give the weights in these folders the permissions of other new files; safetensors saves them as private ones."""
     for folder in folders:
         for path in Path(folder).glob("*.safetensors"):
             path.chmod(0o666 & ~_umask())
@@ -242,14 +236,14 @@ def _umask() -> int:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then move it there.
+    """Write a file completely or not at all: `write` fills a temporary file beside `path`, which then replaces it.
 
     Args:
         path: the final name.
         write: called with the temporary path.
 
     Raises:
-        OSError: if writing fails; what stood at `path` is untouched and the temporary file is gone.
+        OSError: if writing fails, such as on a full disk; an older file at `path` is untouched then.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"Expected a folder to write into, got {path.parent}, which does not exist.")
@@ -258,14 +252,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     partial = Path(name)
     try:
         write(partial)
-        partial.chmod(0o666 & ~_umask())  # mkstemp makes files private; ours are as any other
+        partial.chmod(0o666 & ~_umask())  # mkstemp makes files private
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def is_hidden(path: Path) -> bool:
-    """Return whether a file of a folder is none of the user's: macOS's `._photo.jpg`, or what a killed run left."""
+    """Return whether the file is hidden, as macOS's `._photo.jpg` and temporary files of a killed run are."""
     return path.name.startswith(".")
 
 
@@ -274,7 +268,7 @@ def list_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
 
     Raises:
         FileNotFoundError: if there are none.
-        ValueError: if two differ in their suffix only, so that their results would have one name.
+        ValueError: if two names differ in their suffix only, so that their results would overwrite each other.
     """
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and not is_hidden(path))
     if not paths:
@@ -282,9 +276,9 @@ def list_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
     counts = Counter(path.stem for path in paths)
     twice = [path.name for path in paths if counts[path.stem] > 1]
     if twice:
-        names = ", ".join(twice[:SHOWN]) + (", ..." if len(twice) > SHOWN else "")
+        names = ", ".join(twice[:4]) + (", ..." if len(twice) > 4 else "")
         raise ValueError(
-            f"Expected each name once in {folder}, whatever its suffix, since its results bear it; {names}."
+            f"Expected each name once in {folder}, whatever its suffix, since results are named so: {names}."
         )
     return paths
 
@@ -295,12 +289,12 @@ def process_folder(
     """Call `work(path, result)` for every file of a folder whose result is not there yet.
 
     Args:
-        folder: with the files.
-        output: folder of the results, made where it is missing; they bear the names of their files, with `suffix`.
-        work: reads the one file and writes the other; a file that it refuses does not stop the others.
-        inputs: suffixes of the files.
-        suffix: of the results, such as "png".
-        unit: what a file is called in messages, in the plural.
+        folder: the folder of the files.
+        output: the folder of the results, made if it is missing; a result has the name of its file, with `suffix`.
+        work: reads the one file and writes the other; the others are processed even if it raises for one.
+        inputs: the suffixes of the files.
+        suffix: the suffix of the results, such as "png".
+        unit: what messages call the files, in the plural.
 
     Returns:
         How many files were processed, and how many had a result already.

@@ -101,17 +101,17 @@ def jpeg_round_trip(image: Tensor, quality: int) -> Tensor:
 
 
 def picture_to_array(picture: Image.Image) -> np.ndarray:
-    """Turn a picture of any mode into sRGB, (H, W, 3) float32, in [0, 1]; 16-bit greys keep their precision.
+    """Convert a picture of any mode to sRGB, (H, W, 3) float32, in [0, 1]; 16-bit grey keeps its precision.
 
-    An embedded colour profile is applied, as viewers do, since what is written holds none; that of 16 bit is left out,
-    with a warning.
+    An embedded color profile is applied, as viewers do, since written files hold none. The profile of a 16-bit picture
+    is ignored with a warning.
 
     Raises:
-        TypeError: for floating point, whose range is unknown.
+        TypeError: if the picture is in floating point, whose range is unknown.
     """
     if picture.mode.startswith("I;16") or picture.mode == "I":
         if picture.info.get("icc_profile"):
-            warnings.warn("The picture's colour profile was left out, since it has 16 bit.", stacklevel=2)
+            warnings.warn("The color profile of this 16-bit picture is ignored.", stacklevel=2)
         grey = np.asarray(picture).astype(np.float32) / 65535.0
         return np.repeat(grey[..., None], 3, axis=2).clip(0.0, 1.0)
     if picture.mode == "F":
@@ -120,7 +120,7 @@ def picture_to_array(picture: Image.Image) -> np.ndarray:
 
 
 def _in_srgb(picture: Image.Image) -> Image.Image:
-    """Return a picture whose colours are sRGB's, by its colour profile; as it is where it has none."""
+    """Convert the colors of a picture from its profile to sRGB; a picture without profile is returned as it is."""
     profile = picture.info.get("icc_profile")
     if not profile:
         return picture
@@ -131,11 +131,11 @@ def _in_srgb(picture: Image.Image) -> Image.Image:
             picture = picture.convert("L" if grey and source.profile.xcolor_space.strip() == "GRAY" else "RGB")
         converted = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, ImportError, OSError, ValueError) as error:
-        warnings.warn(f"The picture's colour profile was left out, since it cannot be applied: {error}", stacklevel=2)
+        warnings.warn(f"This picture's color profile is ignored, since it cannot be applied: {error}", stacklevel=2)
         return picture
     assert converted is not None  # not in place
     if grey:
-        return converted.convert("L")  # exactly
+        return converted.convert("L")  # the three channels may differ by a rounding
     if picture.mode == "RGB" and np.max(ImageChops.difference(picture, converted).getextrema()) <= 1:
-        return picture  # a profile of sRGB, of whatever name: spares the rounding
+        return picture  # the profile is that of sRGB, whatever its name; this avoids rounding twice
     return converted
