@@ -36,8 +36,9 @@ from milo_latent.guidance.milo import MODES, MILOGuidance
 from milo_latent.guidance.region_adaptive import RestorationGuidance
 from milo_latent.metric.network import MILO
 from milo_latent.pictures import center_crop, round_to_8bit
+from milo_latent.pipelines.diffbir import DiffBIRPipeline
 from milo_latent.restoration.restore import TASKS
-from milo_latent.restoration.restorer import Restorer, load_restorer
+from milo_latent.restoration.restorer import load_restorer
 from milo_latent.training.data.crops import list_images
 
 COLUMNS = ("setting", "row", "image", "psnr", "ssim", "milo_i", "seconds")
@@ -57,7 +58,7 @@ class Example:
     cleaned: Tensor
 
 
-def read_examples(restorer: Restorer, options: argparse.Namespace) -> list[Example]:
+def read_examples(restorer: DiffBIRPipeline, options: argparse.Namespace) -> list[Example]:
     """Return the first images, cropped in the middle, after stage 1, which all rows share."""
     examples = []
     upscale, side = int(TASKS[options.task].upscale), options.crop or sys.maxsize
@@ -68,14 +69,14 @@ def read_examples(restorer: Restorer, options: argparse.Namespace) -> list[Examp
             degraded = round_to_8bit(resize(clean, (height // upscale, width // upscale)))
         else:
             degraded = center_crop(read_image(options.degraded / path.name), side)
-        cleaned = restorer.pipeline.clean(degraded, (height, width))
+        cleaned = restorer.clean(degraded, (height, width))
         examples.append(Example(path.name, index, clean, cleaned))
     return examples
 
 
-def make_rows(restorer: Restorer, scales: Iterable[float]) -> dict[str, Callable[[], SchedulerGuidance | None]]:
+def make_rows(restorer: DiffBIRPipeline, scales: Iterable[float]) -> dict[str, Callable[[], SchedulerGuidance | None]]:
     """Return what makes the guidance of each row of the table."""
-    vae, metric = restorer.pipeline.vae, restorer.metric
+    vae, metric = restorer.vae, restorer.metric
     assert metric is not None
     rows: dict[str, Callable[[], SchedulerGuidance | None]] = {NONE: lambda: None}
     for scale in scales:
@@ -103,12 +104,16 @@ def batches(examples: list[Example], size: int) -> Iterator[list[Example]]:
 
 
 def run_row(
-    restorer: Restorer, metric: MILO, guide: SchedulerGuidance | None, batch: list[Example], options: argparse.Namespace
+    restorer: DiffBIRPipeline,
+    metric: MILO,
+    guide: SchedulerGuidance | None,
+    batch: list[Example],
+    options: argparse.Namespace,
 ) -> Iterator[Record]:
     """Sample a batch and measure each of its images."""
     generators = [torch.Generator().manual_seed(options.seed + example.index) for example in batch]
     began = time.perf_counter()
-    results = restorer.pipeline(
+    results = restorer(
         image=torch.cat([example.cleaned for example in batch]),
         num_inference_steps=options.steps,
         controlnet_conditioning_scale=options.control,
@@ -157,10 +162,10 @@ def measure_setting(options: argparse.Namespace) -> str:
     setting = name_setting(options)
     done = {(each["setting"], each["row"], each["image"]) for each in read_records(options.csv)}
     restorer, metric = load_restorer(options.model, device="cpu"), MILO.from_pretrained(options.milo_image)
-    restorer.pipeline.set_progress_bar_config(disable=True)
+    restorer.set_progress_bar_config(disable=True)
     with torch.inference_mode():
         examples = read_examples(restorer, options)
-        restorer.pipeline.cleaner = None  # its results are the pipeline's images from here on
+        restorer.cleaner = None  # its results are the pipeline's images from here on
         left = [example for example in examples if (setting, CLEANER, example.name) not in done]
         figures = [{"image": e.name, **measure(e.clean, e.cleaned, metric), "seconds": 0.0} for e in left]
         append_records(options.csv, [{"setting": setting, "row": CLEANER} | each for each in figures])

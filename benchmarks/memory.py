@@ -38,7 +38,7 @@ def one(size: int, options: argparse.Namespace) -> None:
     from milo_latent.restoration.restorer import load_restorer
 
     torch.set_num_threads(options.threads)
-    pipeline = load_restorer(options.model, device="cpu").pipeline
+    pipeline = load_restorer(options.model, device="cpu")
     pipeline.set_progress_bar_config(disable=True)
     if options.tile:
         pipeline.enable_tiling(options.tile)

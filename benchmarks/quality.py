@@ -24,8 +24,9 @@ from milo_latent.guidance.curriculum import SCHEDULES
 from milo_latent.latents.codec import decode_latents, encode_image, pad_image
 from milo_latent.metric.network import MILO
 from milo_latent.pictures import round_to_8bit
+from milo_latent.pipelines.diffbir import DiffBIRPipeline
 from milo_latent.restoration.restore import restore_image
-from milo_latent.restoration.restorer import Restorer, load_restorer
+from milo_latent.restoration.restorer import load_restorer
 from milo_latent.training.data.crops import list_images
 
 COLUMNS = ("psnr", "ssim", "milo_i", "seconds")
@@ -41,9 +42,8 @@ def measure(clean: Tensor, result: Tensor, metric) -> dict[str, float]:
     }
 
 
-def candidates(restorer: Restorer, options: argparse.Namespace) -> dict:
+def candidates(restorer: DiffBIRPipeline, options: argparse.Namespace) -> dict:
     """Return a function from the degraded (and clean) image to a result for each row of the table."""
-    pipeline = restorer.pipeline
 
     def guided(milo_scale: float, schedule: str):
         return lambda degraded, clean: restore_image(
@@ -52,13 +52,13 @@ def candidates(restorer: Restorer, options: argparse.Namespace) -> dict:
 
     def autoencode(degraded: Tensor, clean: Tensor) -> Tensor:
         padded = pad_image(clean, 8)
-        return decode_latents(pipeline.vae, encode_image(pipeline.vae, padded))[..., : clean.shape[2], : clean.shape[3]]
+        return decode_latents(restorer.vae, encode_image(restorer.vae, padded))[..., : clean.shape[2], : clean.shape[3]]
 
     rows = {
         "input": lambda degraded, clean: degraded,
         "clean image through the VAE": autoencode,
-        "cleaner only": lambda degraded, clean: pipeline.clean(degraded),
-        "cleaner through the VAE": lambda degraded, clean: autoencode(degraded, pipeline.clean(degraded)),
+        "cleaner only": lambda degraded, clean: restorer.clean(degraded),
+        "cleaner through the VAE": lambda degraded, clean: autoencode(degraded, restorer.clean(degraded)),
         "no guidance": guided(0.0, "constant"),
     }
     for scale in options.scales:
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     restorer, metric = load_restorer(options.model), MILO.from_pretrained(options.milo_image)
-    restorer.pipeline.set_progress_bar_config(disable=True)
+    restorer.set_progress_bar_config(disable=True)
     rows = candidates(restorer, options)
     sums = {name: dict.fromkeys(COLUMNS, 0.0) for name in rows}
     paths = list_images([options.clean])[: options.limit]

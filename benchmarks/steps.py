@@ -61,12 +61,11 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=6)
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
-    restorer, judge = load_restorer(options.model), MILO.from_pretrained(options.milo_image)
-    pipeline = restorer.pipeline
+    pipeline, judge = load_restorer(options.model), MILO.from_pretrained(options.milo_image)
     pipeline.set_progress_bar_config(disable=True)
     guide = None
     if options.milo_scale:
-        guide = MILOGuidance(restorer.metric, milo_scale=options.milo_scale, schedule=TASKS["denoise"].schedule)
+        guide = MILOGuidance(pipeline.metric, milo_scale=options.milo_scale, schedule=TASKS["denoise"].schedule)
     paths = list_images([options.clean])[: options.limit]
     every = schedulers(dict(pipeline.scheduler.config), options.schedulers)
     rows = []

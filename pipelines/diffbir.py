@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ModelMixin, UNet2DConditionModel
@@ -28,8 +28,10 @@ from milo_latent.diffbir.residual_cleaner import ResidualCleaner
 from milo_latent.diffbir.scunet import SCUNet
 from milo_latent.diffbir.stages import TilingMixin, cleaner_tiles, pad, predict, put_colour
 from milo_latent.diffbir.swinir import SwinIR
+from milo_latent.diffbir.versions import Release, version_of
 from milo_latent.guidance.milo import find_guidance
 from milo_latent.latents.codec import decode_latents, encode_image, vae_scale_factor
+from milo_latent.metric.network import MILO
 
 SMALLEST_LATENTS = 16  # cells a side: the metric's four levels need them
 
@@ -45,13 +47,18 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
         controlnet: tells the UNet the latents of the cleaned image.
         scheduler: any of diffusers', or those of `milo_latent.diffbir.schedulers`.
         cleaner: stage 1, any model from images (B, 3, H, W) in [0, 1] to images; None where inputs are clean already.
+        metric: MILO_L for the VAE's latents, for `callback_on_step_end=MILOGuidance(pipe.metric)`; it stays in float32.
+        background_cleaner: stage 1 of what is around faces, where that is another cleaner than the faces'.
+        release_version: the official version that this was converted from, such as "v2.1"; None for other models.
+        release_task: the task whose cleaner was converted.
 
     Source: DiffBIR (Lin et al., ECCV 2024) and its official code, diffbir/pipeline.py.
     """
 
     # without the controlnet, which takes turns with the UNet and would travel at every step
     model_cpu_offload_seq = "cleaner->text_encoder->unet->vae"
-    _optional_components = ["text_encoder", "tokenizer", "cleaner"]  # noqa: RUF012 (diffusers reads plain lists)
+    _exclude_from_cpu_offload = ["metric"]  # noqa: RUF012 (diffusers reads plain lists)
+    _optional_components = ["text_encoder", "tokenizer", "cleaner", "metric", "background_cleaner"]  # noqa: RUF012
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
 
     def __init__(
@@ -63,6 +70,10 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
         text_encoder: CLIPTextModel | None = None,
         tokenizer: CLIPTokenizer | None = None,
         cleaner: BSRNet | ResidualCleaner | SCUNet | SwinIR | ModelMixin | None = None,  # `from_pipe` asks for each
+        metric: MILO | None = None,
+        background_cleaner: BSRNet | ResidualCleaner | SCUNet | SwinIR | ModelMixin | None = None,
+        release_version: str | None = None,
+        release_task: str | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -73,14 +84,50 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             cleaner=cleaner,
+            metric=metric,
+            background_cleaner=background_cleaner,
         )
+        self.register_to_config(release_version=release_version, release_task=release_task)
+        _ = self.release  # refuses an unknown one
         self.vae_scale_factor = vae_scale_factor(vae) if vae is not None else 8
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
         self._prompt_cache = None  # made at its first use
         if text_encoder is not None:  # a model that came with one needs it
-            self._optional_components = ["cleaner"]
+            self._optional_components = ["cleaner", "metric", "background_cleaner"]
         self._tiles = {}
         self._guidance_scale = 1.0
+
+    @property
+    def release(self) -> Release | None:
+        """The official DiffBIR that this pipeline was converted from; None for other models.
+
+        Raises:
+            ValueError: for an unknown version or task.
+        """
+        version, task = self.config.release_version, self.config.release_task
+        return None if version is None else Release(version_of(version), task)
+
+    def for_background(self) -> DiffBIRPipeline:
+        """Return a pipeline of the same networks with the cleaner for what is around faces; itself if it has none."""
+        if self.background_cleaner is None:
+            return self
+        cleaners = {"cleaner": self.background_cleaner, "background_cleaner": None}
+        background = DiffBIRPipeline(**{**self.components, **self.parameters, **cleaners})
+        background.prompt_cache = self.prompt_cache  # with the prompts that need no text encoder
+        background._tiles = self._tiles
+        background.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        return background
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move and cast the networks as any pipeline does; the metric is moved only, and stays in float32."""
+        metric, self.__dict__["metric"] = self.metric, None
+        try:
+            super().to(*args, **kwargs)
+        finally:
+            self.__dict__["metric"] = metric
+        if metric is not None:
+            metric.to(self.device)
+        return self
 
     @property
     def guidance_scale(self) -> float:

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -24,7 +25,6 @@ from milo_latent.convert.diffbir import convert_diffbir
 from milo_latent.convert.tokenizer import VOCABULARY_SIZE, open_tokenizer
 from milo_latent.diffbir.prompt_cache import tokens_of
 from milo_latent.diffbir.prompts import PROMPT_TOKENS, prompt_tokens, read_prompt_embeds
-from milo_latent.diffbir.release import read_release
 from milo_latent.diffbir.schedulers import official_scheduler
 from milo_latent.diffbir.versions import NEGATIVE_PROMPT, VERSIONS
 
@@ -69,14 +69,17 @@ def test_a_converted_folder_is_restored_with_by_the_versions_own_settings(folder
     assert restorer.release is not None
     assert restorer.release.version is VERSIONS["v2.1"]
     assert restorer.release.task == "sr"
-    assert restorer.pipeline.scheduler.config.prediction_type == "v_prediction"
-    assert type(restorer.pipeline.scheduler).__name__ == "SolverScheduler"
+    assert restorer.scheduler.config.prediction_type == "v_prediction"
+    assert type(restorer.scheduler).__name__ == "SolverScheduler"
 
 
-def test_a_folder_that_tells_an_unknown_version_is_refused(tmp_path):
-    (tmp_path / "diffbir.json").write_text('{"version": "v9", "task": "sr"}')
-    with pytest.raises(ValueError, match="Expected DiffBIR's version and task"):
-        read_release(tmp_path)
+@pytest.mark.parametrize(("name", "wrong"), [("release_version", "v9"), ("release_task", "colorize")])
+def test_a_folder_that_tells_an_unknown_version_or_task_is_refused(folder, tmp_path, name, wrong):
+    shutil.copytree(folder, tmp_path / "changed")
+    index = json.loads((tmp_path / "changed" / "model_index.json").read_text()) | {name: wrong}
+    (tmp_path / "changed" / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=wrong):
+        DiffBIRPipeline.from_pretrained(tmp_path / "changed")
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -144,7 +147,7 @@ def test_the_background_cleaner_lies_beside(tiny, tmp_path):
     arguments = tiny.convert_arguments() | {"configs": {"cleaner": SWINIR, "background": SWINIR}}
     arguments["background"] = tiny.files["cleaner"]
     folder = convert_diffbir("v2.1", "unaligned_face", **arguments, output=tmp_path / "faces")
-    assert (folder / "background_cleaner" / "config.json").is_file()
+    assert type(load_restorer(folder, device="cpu").background_cleaner).__name__ == "SwinIR"
     with pytest.raises(ValueError, match="background"):
         convert_diffbir("v2.1", "sr", **arguments, output=tmp_path / "sr")
 

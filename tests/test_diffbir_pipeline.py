@@ -15,6 +15,7 @@ from diffusers import (
 from PIL import Image
 
 from milo_latent import DiffBIRPipeline
+from milo_latent.diffbir.versions import VERSIONS, Release
 from milo_latent.testing import generator
 
 
@@ -122,6 +123,40 @@ def test_the_file_loads_as_a_custom_pipeline(pipeline, tmp_path, repository):
     assert type(loaded).__name__ == "DiffBIRPipeline"
     loaded.set_progress_bar_config(disable=True)
     assert torch.allclose(run(loaded), run(pipeline), atol=1e-5)
+
+
+def bits(metric):
+    return torch.cat([value.flatten() for value in metric.state_dict().values()])
+
+
+def test_the_metric_keeps_its_float32_weights_whatever_the_dtype(pipeline, metric, tmp_path, repository):
+    expected = bits(metric).clone()
+    pipeline.register_modules(metric=metric)
+    assert pipeline.to(torch.bfloat16).unet.dtype == torch.bfloat16
+    assert torch.equal(bits(pipeline.metric), expected)
+    pipeline.save_pretrained(tmp_path)
+    custom = {"custom_pipeline": str(repository / "pipelines" / "diffbir.py"), "trust_remote_code": True}
+    for cls, options in ((DiffBIRPipeline, {}), (DiffusionPipeline, custom)):
+        opened = cls.from_pretrained(tmp_path, dtype=torch.bfloat16, **options)
+        assert opened.unet.dtype == torch.bfloat16
+        assert torch.equal(bits(opened.metric), expected)
+        assert torch.equal(bits(opened.to("cpu", torch.float16).metric), expected)
+    assert torch.equal(bits(DiffBIRPipeline.from_pipe(opened, dtype=torch.bfloat16).metric), expected)
+
+
+def test_metric_background_cleaner_and_release_travel_with_the_pipeline(pipeline, metric, tmp_path):
+    pipeline.metric = metric  # diffusers alone would forget an attribute that was None before
+    pipeline.register_modules(background_cleaner=pipeline.cleaner)
+    pipeline.register_to_config(release_version="v2", release_task="face")
+    pipeline.save_pretrained(tmp_path)
+    opened = DiffBIRPipeline.from_pretrained(tmp_path)
+    for each in (opened, DiffBIRPipeline.from_pipe(opened), DiffBIRPipeline(**opened.components, **opened.parameters)):
+        assert type(each.metric) is type(metric)
+        assert type(each.background_cleaner) is type(pipeline.cleaner)
+        assert each.release == Release(VERSIONS["v2"], "face")
+    assert opened.for_background().release == opened.release
+    with pytest.raises(ValueError, match="unaligned_face"):
+        DiffBIRPipeline(**opened.components, release_version="v1", release_task="unaligned_face")
 
 
 def test_a_function_as_callback_sees_and_changes_the_latents(pipeline):

@@ -26,7 +26,6 @@ from milo_latent.diffbir.swinir import SwinIR
 from milo_latent.guidance.milo import MILOGuidance
 from milo_latent.guidance.region_adaptive import RestorationGuidance
 from milo_latent.restoration.restore import restore_image
-from milo_latent.restoration.restorer import Restorer
 from milo_latent.testing import generator, replayed_noise, tiny_metric
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -400,22 +399,21 @@ def test_the_official_rule_cuts_the_size(pipeline):
 
 
 def test_restore_image_takes_tiles_for_one_call(pipeline):
-    restorer = Restorer(pipeline, None)
     image = torch.rand(1, 3, 330, 330, generator=generator(2))
     calls = []
     pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
-    assert restore_image(image, model=restorer, steps=1, tile=320).shape == image.shape
+    assert restore_image(image, model=pipeline, steps=1, tile=320).shape == image.shape
     assert len(calls) == 4
-    restore_image(image, model=restorer, steps=1)
+    restore_image(image, model=pipeline, steps=1)
     assert len(calls) == 5
 
 
 def test_tiles_of_the_background_stay_with_it(pipeline):
-    restorer = Restorer(pipeline, None, background_cleaner=BSRNet(channels=8, blocks=1, growth=4))
-    with restorer.for_background().pipeline.tiling(320):
+    pipeline.register_modules(background_cleaner=BSRNet(channels=8, blocks=1, growth=4))
+    with pipeline.for_background().tiling(320):
         assert pipeline._tiles == {}
     pipeline.enable_tiling(320)
-    background = restorer.for_background().pipeline
+    background = pipeline.for_background()
     background.disable_vae_tiling()
     assert set(pipeline._tiles) == set(STAGES)
     assert set(background._tiles) == {"cleaner", "diffusion"}
@@ -477,7 +475,7 @@ def test_a_tuple_of_prompts_is_one_for_each_image():
 
 def test_options_that_restore_image_sets_itself_are_refused_by_name(pipeline):
     with pytest.raises(ValueError, match="output_type"):
-        restore_image(torch.rand(1, 3, 32, 32), model=Restorer(pipeline, None), steps=1, output_type="pil")
+        restore_image(torch.rand(1, 3, 32, 32), model=pipeline, steps=1, output_type="pil")
 
 
 def test_from_pipe_takes_the_cleaner_along(pipeline):
@@ -489,7 +487,8 @@ def test_from_pipe_takes_the_cleaner_along(pipeline):
 def test_the_pipeline_around_faces_knows_the_stored_prompts_and_the_tiles(prompted):
     prompted.prompt_cache.stored = {"": torch.randn(1, 5, 8, generator=generator())}
     prompted.enable_tiling(320)
-    background = Restorer(prompted, None, background_cleaner=BSRNet(channels=8, blocks=1, growth=4)).for_background()
-    assert background.pipeline._tiles == prompted._tiles
-    background.pipeline.register_modules(cleaner=None)
-    assert torch.isfinite(run(background.pipeline)).all()
+    prompted.register_modules(background_cleaner=BSRNet(channels=8, blocks=1, growth=4))
+    background = prompted.for_background()
+    assert background._tiles == prompted._tiles
+    background.register_modules(cleaner=None)
+    assert torch.isfinite(run(background)).all()

@@ -1,6 +1,5 @@
 """The one call: defaults of each task, batches, refusals."""
 
-import dataclasses
 import os
 import shutil
 
@@ -8,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from milo_latent import Restorer, load_restorer
-from milo_latent.diffbir.release import Release
-from milo_latent.diffbir.versions import VERSIONS
+from milo_latent import load_restorer
+from milo_latent.diffbir.versions import VERSIONS, Release
 from milo_latent.latents.codec import encode_image
 from milo_latent.restoration.faces import TEMPLATE, Face
 from milo_latent.restoration.restore import TASKS, restore_image
@@ -19,7 +17,8 @@ from milo_latent.testing import generator
 
 @pytest.fixture
 def restorer(pipeline, metric):
-    return Restorer(pipeline, metric)
+    pipeline.register_modules(metric=metric)
+    return pipeline
 
 
 def test_every_task_runs_with_its_defaults(restorer):
@@ -45,19 +44,17 @@ def test_scale_zero_gives_the_bits_of_no_callback(restorer, pipeline):
 
 def test_what_is_saved_opens_again_whole(restorer, pipeline, tmp_path):
     pipeline.prompt_cache.stored = {"a photo": torch.rand(1, 77, 8)}
-    release = Release(VERSIONS["v2"], "face")
-    saved = dataclasses.replace(restorer, release=release, background_cleaner=pipeline.cleaner)
-    saved.save_pretrained(tmp_path / "model")
+    restorer.register_modules(background_cleaner=pipeline.cleaner)
+    restorer.register_to_config(release_version="v2", release_task="face")
+    restorer.save_pretrained(tmp_path / "model")
     opened = load_restorer(tmp_path / "model", device="cpu")
-    assert opened.release == release
-    assert torch.equal(opened.pipeline.prompt_cache.stored["a photo"], pipeline.prompt_cache.stored["a photo"])
+    assert opened.release == Release(VERSIONS["v2"], "face")
+    assert torch.equal(opened.prompt_cache.stored["a photo"], pipeline.prompt_cache.stored["a photo"])
     ref, dist = torch.randn(2, 1, 4, 16, 16, generator=generator())
     assert torch.equal(opened.metric(ref=ref, dist=dist), restorer.metric(ref=ref, dist=dist))
     for part in ("cleaner", "unet", "controlnet", "vae"):
         expected = getattr(pipeline, part).state_dict()
-        assert all(
-            torch.equal(value, expected[key]) for key, value in getattr(opened.pipeline, part).state_dict().items()
-        )
+        assert all(torch.equal(value, expected[key]) for key, value in getattr(opened, part).state_dict().items())
     assert type(opened.background_cleaner) is type(pipeline.cleaner)
 
 
@@ -77,7 +74,7 @@ def test_what_is_saved_can_be_read_by_others_and_what_is_opened_is_frozen(restor
     restorer.save_pretrained(tmp_path / "saved")
     assert (other / "private.safetensors").stat().st_mode & 0o777 == 0o600  # none of ours
     opened = load_restorer(tmp_path / "saved", device="cpu")
-    assert not encode_image(opened.pipeline.vae, torch.rand(1, 3, 64, 64)).requires_grad
+    assert not encode_image(opened.vae, torch.rand(1, 3, 64, 64)).requires_grad
 
 
 def test_what_cannot_be_restored_is_refused(restorer, pipeline):
@@ -87,8 +84,9 @@ def test_what_cannot_be_restored_is_refused(restorer, pipeline):
         restore_image(torch.rand(3, 9, 9), model=restorer)
     with pytest.raises(ValueError, match="1 NaN or infinite"):
         restore_image(torch.tensor([0.5, 0.5, torch.nan]).reshape(1, 3, 1, 1), model=restorer)
-    with pytest.raises(ValueError, match="`metric` folder"):
-        restore_image(torch.rand(1, 3, 9, 9), model=Restorer(pipeline, None), milo_scale=0.5)
+    pipeline.register_modules(metric=None)
+    with pytest.raises(ValueError, match="`metric`"):
+        restore_image(torch.rand(1, 3, 9, 9), model=pipeline, milo_scale=0.5)
     with pytest.raises(FileNotFoundError, match="shipped set"):
         load_restorer("nowhere")
     with pytest.raises(FileNotFoundError, match="a metric alone"):
@@ -99,7 +97,7 @@ def test_too_large_an_image_says_so(restorer, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(restorer.pipeline.unet, "forward", fail)
+    monkeypatch.setattr(restorer.unet, "forward", fail)
     with pytest.raises(MemoryError, match=r"9x8 pixels: Not enough memory.*enable_tiling.*--tile"):
         restore_image(torch.rand(1, 3, 8, 9), model=restorer, steps=1)
 
@@ -108,14 +106,14 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(restorer, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("unsupported memory format option")
 
-    monkeypatch.setattr(restorer.pipeline.unet, "forward", fail)
+    monkeypatch.setattr(restorer.unet, "forward", fail)
     with pytest.raises(RuntimeError, match="memory format"):
         restore_image(torch.rand(1, 3, 8, 9), model=restorer, steps=1)
 
 
 def test_a_model_without_a_metric_restores_without_guidance(pipeline):
     image = torch.rand(1, 3, 30, 30)
-    restored = restore_image(image, model=Restorer(pipeline, None), steps=1)
+    restored = restore_image(image, model=pipeline, steps=1)
     assert restored.shape == image.shape
 
 
@@ -133,15 +131,15 @@ def test_faces_and_background_are_restored_by_their_own_cleaners(restorer, monke
         size = [round(side * arguments["upscale"]) for side in image.shape[2:]]
         return type("Result", (), {"images": torch.full((1, 3, *size), 0.5)})
 
-    monkeypatch.setattr(type(restorer.pipeline), "__call__", call)
-    other = type(restorer.pipeline.cleaner)(channels=(4, 4), blocks=(1, 1))
-    both = dataclasses.replace(restorer, background_cleaner=other)
+    monkeypatch.setattr(type(restorer), "__call__", call)
+    other = type(restorer.cleaner)(channels=(4, 4), blocks=(1, 1))
+    restorer.register_modules(background_cleaner=other)
     photo = torch.rand(1, 3, 128, 128)
-    restored = restore_image(photo, model=both, task="unaligned_face", detector=a_face)
+    restored = restore_image(photo, model=restorer, task="unaligned_face", detector=a_face)
     assert restored.shape == (1, 3, 256, 256)
     assert [entry[:2] for entry in seen] == [((128, 128), 2.0), ((512, 512), 1.0)]
-    assert both.for_background().pipeline.cleaner is other
-    assert both.for_background().pipeline.unet is restorer.pipeline.unet
+    assert restorer.for_background().cleaner is other
+    assert restorer.for_background().unet is restorer.unet
 
 
 def test_faces_need_a_detector_and_a_face(restorer):
@@ -171,26 +169,25 @@ def test_a_seed_for_each_image_is_that_of_the_image_alone(restorer):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_an_official_diffbir_samples_as_its_readme_says(restorer, monkeypatch, version):
-    release = Release(VERSIONS[version], "sr")
     arguments = {}
 
     def call(pipeline, *, image, **given):
         arguments.update(given)
         return type("Result", (), {"images": image})
 
-    monkeypatch.setattr(type(restorer.pipeline), "__call__", call)
-    official = dataclasses.replace(restorer, release=release)
-    restore_image(torch.rand(1, 3, 20, 20), model=official, noise_aug=5)
+    monkeypatch.setattr(type(restorer), "__call__", call)
+    restorer.register_to_config(release_version=version, release_task="sr")
+    restore_image(torch.rand(1, 3, 20, 20), model=restorer, noise_aug=5)
     recommended = VERSIONS[version].recommended
     assert arguments["upscale"] == 4.0
     assert arguments["num_inference_steps"] == recommended.steps
     assert arguments["guidance_scale"] == recommended.cfg_scale
     assert arguments["noise_aug"] == 5  # the caller's
-    restore_image(torch.rand(1, 3, 20, 20), model=official, steps=3)
+    restore_image(torch.rand(1, 3, 20, 20), model=restorer, steps=3)
     assert arguments["num_inference_steps"] == 3
 
 
 def test_a_release_is_not_used_for_a_task_that_takes_another_cleaner(restorer):
-    official = dataclasses.replace(restorer, release=Release(VERSIONS["v2"], "sr"))
+    restorer.register_to_config(release_version="v2", release_task="sr")
     with pytest.raises(ValueError, match="Convert a folder with --task denoise"):
-        restore_image(torch.rand(1, 3, 20, 20), model=official, task="denoise")
+        restore_image(torch.rand(1, 3, 20, 20), model=restorer, task="denoise")

@@ -217,5 +217,5 @@ def test_the_commands_train_a_pipeline_that_restores(images, tmp_path):
     assemble.assemble(vae, cleaner, tmp_path / "r", tmp_path / "m" / "metric", tmp_path / "model")
     restorer = load_restorer(tmp_path / "model", device="cpu")
     image = read_image(images / "0.png")
-    assert restorer.metric.config.scaling_factor == restorer.pipeline.vae.config.scaling_factor != 1.0
+    assert restorer.metric.config.scaling_factor == restorer.vae.config.scaling_factor != 1.0
     assert restore_image(image, model=restorer, steps=1).shape == image.shape

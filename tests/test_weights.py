@@ -20,7 +20,7 @@ from milo_latent.testing import generator
 @pytest.fixture(scope="module")
 def nano():
     restorer = load_restorer("nano", device="cpu")
-    restorer.pipeline.set_progress_bar_config(disable=True)
+    restorer.set_progress_bar_config(disable=True)
     return restorer
 
 
@@ -77,18 +77,18 @@ def test_nano_restores_noise_clearly(nano):
 def test_nano_s_metric_sees_more_in_more_noise_and_nothing_in_none(nano):
     clean = scene().repeat(1, 1, 2, 2)
     with torch.no_grad():
-        ref = encode_image(nano.pipeline.vae, clean)
+        ref = encode_image(nano.vae, clean)
         scores = []
         for sigma in (0, 10, 25, 50):
             noisy = (clean + sigma / 255 * torch.randn(clean.shape, generator=generator())).clamp(0, 1)
-            scores.append(nano.metric(dist=encode_image(nano.pipeline.vae, noisy), ref=ref).item())
+            scores.append(nano.metric(dist=encode_image(nano.vae, noisy), ref=ref).item())
     assert scores[0] == 0
     assert scores == sorted(scores)
 
 
 def test_nano_s_metric_knows_its_latent_space(nano):
     assert nano.metric.config.latent_space == "nano"
-    assert nano.metric.config.scaling_factor == nano.pipeline.vae.config.scaling_factor
+    assert nano.metric.config.scaling_factor == nano.vae.config.scaling_factor
     assert torch.equal(MILO.from_pretrained("nano").mask_finder[0].weight, nano.metric.mask_finder[0].weight)
 
 
@@ -120,7 +120,7 @@ def test_the_shipped_image_metric_ranks_as_the_official_one(shared):
 def test_nano_s_latents_have_a_spread_of_one(nano, shared):
     images = [read_image(path) for path in sorted((shared / "data" / "imagenet256_val").iterdir())[:10]]
     with torch.no_grad():
-        spread = encode_image(nano.pipeline.vae, torch.cat(images)).std().item()
+        spread = encode_image(nano.vae, torch.cat(images)).std().item()
     assert spread == pytest.approx(1.0, abs=0.15)
 
 
@@ -129,7 +129,7 @@ def test_the_vae_reaches_what_its_card_says(nano, shared):
 
     card = (weights_dir("nano") / "README.md").read_text()
     said = float(re.search(r"mean PSNR on `imagenet256_val`: (\d+\.\d+) dB", card).group(1))
-    measured = reconstruction_psnr(nano.pipeline.vae, shared / "data" / "imagenet256_val")
+    measured = reconstruction_psnr(nano.vae, shared / "data" / "imagenet256_val")
     assert measured == pytest.approx(said, abs=0.02)
     assert measured >= 23.2
 

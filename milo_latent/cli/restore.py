@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> str:
     hide_loading_bar()
     dtype = getattr(torch, options.dtype) if options.dtype else None
     restorer = load_restorer(options.model, device=options.device, dtype=dtype, metric=options.metric)
-    task = options.task or (restorer.release.task if restorer.release is not None else "denoise")
+    task: Any = options.task or (restorer.release.task if restorer.release is not None else "denoise")
     restore = partial(
         restore_image,
         model=restorer,

@@ -22,7 +22,6 @@ from milo_latent.convert.networks import Config, Network, find_controlnet, find_
 from milo_latent.convert.tokenizer import HUB_TOKENIZER, WAY_OUT, open_tokenizer
 from milo_latent.convert.writing import write_safetensors
 from milo_latent.diffbir.prompts import PROMPT_EMBEDS_FILE, PROMPT_TOKENS, prompt_tokens
-from milo_latent.diffbir.release import RELEASE_FILE, release_text
 from milo_latent.diffbir.schedulers import official_scheduler
 from milo_latent.diffbir.versions import FILES, TaskName, Version, VersionName, version_of
 from milo_latent.files import write_text
@@ -49,7 +48,7 @@ class Parts:
     vae: Network
     text_encoder: Network
     cleaner: Network
-    background: Network | None = None
+    background_cleaner: Network | None = None
 
 
 def convert_diffbir(
@@ -103,10 +102,9 @@ def convert_diffbir(
         parts = _find_parts(release, task, files, configs or {}, ignore)
         length = parts.text_encoder.model.config.max_position_embeddings  # type: ignore[union-attr]
         opened = _open_tokenizer(tokenizer, length=length)  # type: ignore[arg-type]
-        _save(parts, release, partial, opened, dtype)
+        _save(parts, release, task, partial, opened, dtype)
         if opened is None:
             _save_prompt_embeds(parts.text_encoder, partial, dtype)
-        write_text(partial / RELEASE_FILE, release_text(release, task))
         write_text(partial / "README.md", diffbir_card(folder.name, release, task, files, dtype=dtype))
     return folder
 
@@ -146,7 +144,8 @@ def _find_parts(
         kind = FILES[name].cleaner if name is not None else None
         if option in files and kind is not None:
             state, what = read_kind(files[option], kind, option), f"the official {kind} in {files[option]}"
-            cleaners[option] = find_cleaner(state, kind, configs.get(option), what=what)
+            part = "cleaner" if option == "cleaner" else "background_cleaner"
+            cleaners[part] = find_cleaner(state, kind, configs.get(option), what=what)
     state = read_kind(files["controlnet"], "IRControlNet", "controlnet")
     what = f"the official IRControlNet in {files['controlnet']}"
     controlnet = find_controlnet(state, configs.get("controlnet"), what=what)
@@ -190,19 +189,23 @@ def _open_tokenizer(source: str | Path | None, *, length: int) -> CLIPTokenizer 
 
 
 def _save(
-    parts: Parts, version: Version, folder: Path, tokenizer: CLIPTokenizer | None, dtype: torch.dtype | None
+    parts: Parts,
+    version: Version,
+    task: TaskName,
+    folder: Path,
+    tokenizer: CLIPTokenizer | None,
+    dtype: torch.dtype | None,
 ) -> None:
     scheduler = official_scheduler(  # the official default, of DiffBIRPipeline.from_pretrained alone too
         version.recommended.sampler, prediction_type=version.prediction_type, rescale_betas_zero_snr=version.zero_snr
     )
-    networks = {name: network for name, network in vars(parts).items() if network is not None and name != "background"}
+    networks = {name: network for name, network in vars(parts).items() if network is not None}
+    models = {name: network.model for name, network in networks.items()}
     pipeline = DiffBIRPipeline(
-        scheduler=scheduler, tokenizer=tokenizer, **{name: network.model for name, network in networks.items()}
+        scheduler=scheduler, tokenizer=tokenizer, release_version=version.name, release_task=task, **models
     )
     for name, network in networks.items():
         network.save(folder / name, dtype)
-    if parts.background is not None:
-        parts.background.save(folder / "background_cleaner", dtype)
     scheduler.save_pretrained(folder / "scheduler")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder / "tokenizer")

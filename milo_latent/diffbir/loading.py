@@ -1,11 +1,10 @@
-"""Saved pipelines: a folder, or a hub repository that is fetched into one; saved cleaners."""
+"""Saved pipelines: a folder, or a hub repository that is fetched into one."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from diffusers import ModelMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -13,16 +12,10 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from milo_latent.diffbir.bsrnet import BSRNet
-from milo_latent.diffbir.cleaner import Cleaner
 from milo_latent.diffbir.prompt_cache import PromptCache
 from milo_latent.diffbir.prompts import read_prompt_embeds, write_prompt_embeds
-from milo_latent.diffbir.residual_cleaner import ResidualCleaner
-from milo_latent.diffbir.scunet import SCUNet
-from milo_latent.diffbir.swinir import SwinIR
 from milo_latent.files import make_readable
 
-CLEANERS = {cls.__name__: cls for cls in (BSRNet, ResidualCleaner, SCUNet, SwinIR)}
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
@@ -111,7 +104,7 @@ class FolderMixin:
         self._prompt_cache = cache
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save the pipeline and its stored prompts; `Restorer.save_pretrained` keeps the metric and the release too.
+        """Save the pipeline and its stored prompts.
 
         Args:
             save_directory: folder, made if need be.
@@ -121,36 +114,17 @@ class FolderMixin:
             OSError: if the disk is full.
             ValueError: for a cleaner that cannot be saved, such as `ForeignCleaner`.
         """
-        cleaner = getattr(self, "cleaner", None)
-        if cleaner is not None and not isinstance(cleaner, ModelMixin):
-            raise ValueError(
-                f"Expected a cleaner that can be saved, got {type(cleaner).__name__}, which is opened from its own "
-                "file. Save without it: pipe.register_modules(cleaner=None)."
-            )
+        for name in ("cleaner", "background_cleaner"):
+            cleaner = getattr(self, name)
+            if cleaner is not None and not isinstance(cleaner, ModelMixin):
+                raise ValueError(
+                    f"Expected a cleaner that can be saved, got {type(cleaner).__name__}, which is opened from its own "
+                    f"file. Save without it: pipe.register_modules({name}=None)."
+                )
         write_prompt_embeds(save_directory, self.prompt_cache.stored)
+        self.register_modules(**self.components)  # type: ignore[attr-defined]  # diffusers misses `pipe.metric = ...`
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
         make_readable(*(Path(save_directory) / name for name in self.components))  # type: ignore[attr-defined]
-
-
-def open_cleaner(folder: str | Path, *, dtype: torch.dtype) -> ModelMixin:
-    """Open a saved cleaner, whichever it is.
-
-    Args:
-        folder: with its configuration.
-        dtype: of its weights.
-
-    Returns:
-        The cleaner.
-
-    Raises:
-        ValueError: if it is of another class, or not whole.
-    """
-    name = str(Cleaner.load_config(folder).get("_class_name"))
-    if name not in CLEANERS:
-        raise ValueError(f"Expected a cleaner of the classes {sorted(CLEANERS)} in {folder}, got {name}.")
-    cleaner = CLEANERS[name].from_pretrained(folder, dtype=dtype).eval()
-    check_whole(cleaner, folder)
-    return cleaner
 
 
 def _keys(path: Path) -> list[str]:

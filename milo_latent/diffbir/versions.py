@@ -253,3 +253,46 @@ def version_of(name: str) -> Version:
     """
     check_choice("version", name, VERSIONS)
     return VERSIONS[name]  # type: ignore[index]
+
+
+@dataclass(frozen=True)
+class Release:
+    """An official DiffBIR, as it was converted.
+
+    Args:
+        version: of DiffBIR.
+        task: whose cleaner was converted.
+
+    Raises:
+        ValueError: if the version has no such task.
+    """
+
+    version: Version
+    task: TaskName
+
+    def __post_init__(self) -> None:
+        """Refuse tasks that the version does not have."""
+        self.version.checkpoints(self.task)
+
+    def check_task(self, task: TaskName) -> None:
+        """Raise ValueError for a task that takes other checkpoints than the converted ones."""
+        if self.version.checkpoints(task) != self.version.checkpoints(self.task):
+            raise ValueError(
+                f"Expected the task {self.task!r}, for which this DiffBIR {self.version.name} was converted, got "
+                f"{task!r}, which takes another cleaner. Convert a folder with --task {task}."
+            )
+
+    @property
+    def call_arguments(self) -> dict[str, Any]:
+        """What the commands of the official README give to `DiffBIRPipeline`'s call, besides the image."""
+        chosen = self.version.recommended
+        return {
+            "num_inference_steps": chosen.steps,
+            "prompt": chosen.prompt,
+            "negative_prompt": chosen.negative_prompt,
+            "guidance_scale": chosen.cfg_scale,
+            "rescale_cfg": chosen.rescale_cfg,
+            "controlnet_conditioning_scale": chosen.strength,
+            "start_point": chosen.start_point_type,
+            "noise_aug": chosen.noise_aug,
+        }

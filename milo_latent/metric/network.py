@@ -62,6 +62,7 @@ class MILO(ModelMixin, ConfigMixin):
     Source: MILO (ACM TOG 44(6), 2025), section 3; layer widths from the official file `MILO_latent.pth`.
     """
 
+    _keep_in_fp32_modules = ["mask_finder", "scaler"]  # noqa: RUF012 (whatever dtype a pipeline is opened in)
     mask_finder: MaskFinder
     scaler: nn.Sequential
 

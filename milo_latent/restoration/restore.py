@@ -19,8 +19,9 @@ from milo_latent.diffbir.sampling import check_scheduler
 from milo_latent.diffbir.versions import UPSCALE, TaskName
 from milo_latent.guidance.curriculum import Schedule
 from milo_latent.guidance.milo import MILOGuidance, find_guidance
+from milo_latent.pipelines.diffbir import DiffBIRPipeline
 from milo_latent.restoration.faces import Detector, restore_faces
-from milo_latent.restoration.restorer import Restorer, load_restorer
+from milo_latent.restoration.restorer import load_restorer
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ assert set(TASKS) == set(get_args(TaskName))
 def restore_image(
     image: Tensor,
     *,
-    model: str | Path | Restorer = "nano",
+    model: str | Path | DiffBIRPipeline = "nano",
     task: TaskName | None = None,
     milo_scale: float | None = None,
     schedule: Schedule | None = None,
@@ -64,7 +65,7 @@ def restore_image(
 
     Args:
         image: degraded image, (B, 3, H, W), in [0, 1], any size.
-        model: a restorer from `load_restorer`, or what that takes.
+        model: a pipeline from `load_restorer`, or what that takes.
         task: "denoise" keeps the size, "sr" enlarges, "face" takes an aligned face, as in FFHQ, "unaligned_face" a
             photo with faces in it; None takes the one that the model was converted for, or "denoise".
         milo_scale: strength of MILO guidance, in [0, 1]; 0 switches it off; None takes the task's.
@@ -89,16 +90,14 @@ def restore_image(
     """
     check_batch("image", image, 3)
     check_finite("image", image)
-    restorer = model if isinstance(model, Restorer) else load_restorer(model)
+    restorer = model if isinstance(model, DiffBIRPipeline) else load_restorer(model)
     task = _task(restorer, task)
     defaults, seeds = TASKS[task], _seeds(seed, image.shape[0])
     guide = _guide(restorer, defaults, milo_scale, schedule)
     factor = defaults.upscale if upscale is None else upscale
     taken = sorted(RESERVED & options.keys())
     if taken:
-        raise ValueError(
-            f"Expected none of {taken} in `options`: restore_image sets them; call `model.pipeline` itself."
-        )
+        raise ValueError(f"Expected none of {taken} in `options`: restore_image sets them; call `model` itself.")
     arguments = _call_arguments(restorer, defaults, steps) | options
     run = partial(_run, guide=guide, tile=tile, arguments=arguments)
     if task != "unaligned_face":
@@ -120,7 +119,7 @@ def restore_image(
 @torch.no_grad()
 def check_restoration(
     *,
-    model: Restorer,
+    model: DiffBIRPipeline,
     task: TaskName | None = None,
     milo_scale: float | None = None,
     schedule: Schedule | None = None,
@@ -133,7 +132,7 @@ def check_restoration(
     """Refuse what no image could be restored with, before the first of many is read; prompts are encoded, and kept.
 
     Args:
-        model: a restorer.
+        model: a pipeline.
         task: as of `restore_image`, as are the others.
         milo_scale: see there.
         schedule: see there.
@@ -146,7 +145,7 @@ def check_restoration(
     Raises:
         ValueError: as of `restore_image`.
     """
-    task, pipeline = _task(model, task), model.pipeline
+    task, pipeline = _task(model, task), model
     if task == "unaligned_face":
         _detector(detector)
     guide = _guide(model, TASKS[task], milo_scale, schedule)
@@ -173,7 +172,7 @@ def _detector(detector: Detector | None) -> Detector:
     return detector
 
 
-def _task(restorer: Restorer, task: TaskName | None) -> TaskName:
+def _task(restorer: DiffBIRPipeline, task: TaskName | None) -> TaskName:
     """Return the task: the given one, which must be one of the model's, or the model's own."""
     task = task or (restorer.release.task if restorer.release is not None else "denoise")
     check_choice("task", task, TASKS)
@@ -190,12 +189,12 @@ def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
 
 
 def _guide(
-    restorer: Restorer, defaults: Task, milo_scale: float | None, schedule: Schedule | None
+    restorer: DiffBIRPipeline, defaults: Task, milo_scale: float | None, schedule: Schedule | None
 ) -> MILOGuidance | None:
     if restorer.metric is None:
         if milo_scale:
             raise ValueError(
-                "Expected a model with a `metric` folder for MILO guidance, got one without. Pass milo_scale=0, or a "
+                "Expected a model with a `metric` for MILO guidance, got one without. Pass milo_scale=0, or a "
                 "metric to load_restorer."
             )
         return None
@@ -204,7 +203,7 @@ def _guide(
     return guide if scale else None  # switched off it asks nothing of the scheduler
 
 
-def _call_arguments(restorer: Restorer, defaults: Task, steps: int | None) -> dict[str, Any]:
+def _call_arguments(restorer: DiffBIRPipeline, defaults: Task, steps: int | None) -> dict[str, Any]:
     """Return what the pipeline is given besides the image: an official DiffBIR's own settings, or the steps alone."""
     release = restorer.release
     chosen = {"num_inference_steps": defaults.steps} if release is None else release.call_arguments
@@ -212,7 +211,7 @@ def _call_arguments(restorer: Restorer, defaults: Task, steps: int | None) -> di
 
 
 def _run(
-    restorer: Restorer,
+    restorer: DiffBIRPipeline,
     image: Tensor,
     *,
     seeds: Sequence[int],
@@ -223,8 +222,8 @@ def _run(
 ) -> Tensor:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     try:
-        with restorer.pipeline.tiling(tile):
-            result = restorer.pipeline(
+        with restorer.tiling(tile):
+            result = restorer(
                 image=image,
                 upscale=upscale,
                 generator=generators,

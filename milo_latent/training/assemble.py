@@ -20,13 +20,13 @@ from milo_latent.programs import run_program
 
 
 def assemble(vae: Path, cleaner: Path, restorer: Path, metric: Path, output: Path) -> None:
-    """Write a pipeline folder with its metric beside the pipeline's components.
+    """Write a pipeline folder.
 
     Args:
         vae: folder of the autoencoder.
         cleaner: folder of the cleaner.
         restorer: folder that holds `unet`, `controlnet` and `scheduler`.
-        metric: folder of the metric, kept in float32, in which it is used.
+        metric: folder of the metric, which stays in float32, in which it is used.
         output: the pipeline folder.
     """
     pipeline = DiffBIRPipeline(
@@ -35,9 +35,9 @@ def assemble(vae: Path, cleaner: Path, restorer: Path, metric: Path, output: Pat
         controlnet=IRControlNet.from_pretrained(restorer / "controlnet"),
         scheduler=DDIMScheduler.from_pretrained(restorer / "scheduler"),
         cleaner=ResidualCleaner.from_pretrained(cleaner),
+        metric=MILO.from_pretrained(metric),
     )
     pipeline.to(dtype=torch.float16).save_pretrained(output)
-    MILO.from_pretrained(metric).save_pretrained(output / "metric")
     # a value that AutoencoderTiny adds to its own configuration and then warns about at every load
     config = json.loads((output / "vae" / "config.json").read_text())
     config.pop("block_out_channels", None)
