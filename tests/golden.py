@@ -1,11 +1,22 @@
-"""What the tests against the official code's results share: its tiny networks, and how close is close enough."""
+"""What the tests against the official code's results share: its recorded values, and its tiny random networks.
 
+The values lie in `data/`; `data/make_golden.py` says where they come from.
+"""
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
 from safetensors.torch import load_file
 
 from milo_latent import DiffBIRPipeline
 from milo_latent.convert.networks import find_controlnet, find_unet, find_vae
 from milo_latent.diffbir.schedulers import official_scheduler
 
+DATA = Path(__file__).resolve().parent / "data"
 HEADS = {"attention_head_dim": (4, 8, 4, 4)}
 CLEANERS = {
     "swinir": {"embed_dim": 24, "depths": (2, 2), "num_heads": (3, 3)},
@@ -15,8 +26,63 @@ CLEANERS = {
 PREDICTION = {"eps": "epsilon", "v_zsnr": "v_prediction"}
 
 
-def golden(shared, name):
-    return load_file(shared / "diffbir_golden" / f"{name}.safetensors")
+class Random(NamedTuple):
+    """How the official tiny networks got their weights: a seed, and a factor for the layers that end them."""
+
+    seed: int
+    factors: dict[str, float]
+    half: bool = False  # rounded to float16, and used so
+
+
+NETWORKS = {
+    "unet": Random(1000, {}),
+    "controlnet": Random(1001, {}),
+    "vae": Random(1002, {"decoder.conv_out.weight": 0.5, "quant_conv.weight": 8.0}, half=True),
+    "swinir": Random(2000, {"conv_last.weight": 0.4}),
+    "scunet": Random(2100, {"m_tail.0.weight": 0.02}, half=True),
+    "bsrnet": Random(2200, {"conv_last.weight": 0.2}),
+}
+
+
+def golden(name):
+    """Return recorded values of the official code, by their names."""
+    return load_file(DATA / f"{name}.safetensors")
+
+
+def table(name):
+    """Return a recorded table."""
+    return json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def official_shapes(network):
+    """Return tensors without values, of the official full-size network's names and shapes."""
+    return {key: torch.empty(shape, device="meta") for key, shape in table("official_shapes")[network].items()}
+
+
+@functools.cache
+def official_weights(network):
+    """Draw the weights of an official tiny network again, which the recorded results belong to.
+
+    The tensors are drawn in the order of their names by one generator. Another processor may differ in the last bit.
+    """
+    random, shapes = NETWORKS[network], table("tiny_shapes")[network]
+    generator, weights = torch.Generator().manual_seed(random.seed), {}
+    for key, shape in sorted(shapes.items()):
+        normal = torch.randn(shape, generator=generator)
+        if "relative_position" in key:
+            drawn = 0.5 * normal
+        elif len(shape) > 1:
+            drawn = normal / math.sqrt(math.prod(shape[1:]))
+        elif key.endswith(".weight"):  # of a normalization
+            drawn = 1 + 0.1 * normal
+        else:
+            of_norm = len(shapes.get(key.removesuffix("bias") + "weight", "matrix")) == 1
+            drawn = (0.1 if of_norm else 0.05) * normal
+        drawn = drawn * random.factors.get(key, 1.0)
+        weights[key] = drawn.half().float() if random.half else drawn
+    if network == "bsrnet":
+        weights["conv_last.bias"] = torch.full((3,), 0.5)
+    return weights
 
 
 def relative(result, expected):
@@ -34,12 +100,11 @@ def numbered(tensors, prefix):
     return [tensors[f"{prefix}{index}"] for index in range(sum(key.startswith(prefix) for key in tensors))]
 
 
-def tiny_networks(shared):
-    weights = {key: value.float() for key, value in golden(shared, "control_ldm_tiny_weights").items()}
+def tiny_networks():
     return {
-        "unet": find_unet(part(weights, "unet."), HEADS).load(),
-        "controlnet": find_controlnet(part(weights, "controlnet."), HEADS).load(),
-        "vae": find_vae(part(weights, "vae.")).load(),
+        "unet": find_unet(official_weights("unet"), HEADS).load(),
+        "controlnet": find_controlnet(official_weights("controlnet"), HEADS).load(),
+        "vae": find_vae(official_weights("vae")).load(),
     }
 
 
@@ -55,10 +120,9 @@ def golden_pipeline(networks, parameterization, sampler="spaced", cleaner=None):
     return pipeline
 
 
-def tiny_cleaner(shared, cleaner):
-    """An official tiny cleaner, by its class."""
+def tiny_cleaner(cleaner):
+    """Return an official tiny cleaner, by its class."""
     name = cleaner.__name__.lower()
-    weights = part(golden(shared, f"cleaner_{name}"), "weights.")
     network = cleaner(**CLEANERS[name]).eval().requires_grad_(False)
-    network.load_state_dict({k: v.float() for k, v in cleaner.official_state(weights, CLEANERS[name]).items()})
+    network.load_state_dict(cleaner.official_state(official_weights(name), CLEANERS[name]))
     return network

@@ -5,9 +5,9 @@ import functools
 import numpy as np
 import pytest
 import torch
+from golden import golden, tiny_cleaner
 from PIL import Image
-from safetensors.torch import load_file
-from test_cleaners import TINY, golden
+from test_cleaners import TINY
 from torch import nn
 
 from milo_latent.diffbir.bsrnet import BSRNet
@@ -42,8 +42,8 @@ class Recorder(nn.Identity):
 
 
 @pytest.fixture(scope="module")
-def operations(shared):
-    return load_file(shared / "diffbir_golden" / "image_ops.safetensors")
+def operations():
+    return golden("image_ops")
 
 
 def test_padding_is_the_official_one(operations):
@@ -67,9 +67,8 @@ def test_resizing_by_the_short_side_is_the_official_one(operations):
 @pytest.mark.parametrize(
     ("cleaner", "run"), [(SwinIR, "swinir_v_zsnr"), (BSRNet, "bsrnet_eps_up4"), (SCUNet, "scunet_eps")]
 )
-def test_stage_one_is_the_official_one(shared, cleaner, run):
-    network, _ = golden(shared, cleaner)
-    tensors = load_file(shared / "diffbir_golden" / "pipeline_tiny.safetensors")
+def test_stage_one_is_the_official_one(cleaner, run):
+    network, tensors = tiny_cleaner(cleaner), golden("pipeline_tiny")
     image = tensors[f"run.{run}.lq"].permute(0, 3, 1, 2) / 255
     expected = tensors[f"run.{run}.cond_img_every8"]
     output_size = tuple(tensors[f"run.{run}.result"].shape[1:3])
@@ -78,8 +77,8 @@ def test_stage_one_is_the_official_one(shared, cleaner, run):
     assert (cleaned - expected).abs().max() / expected.abs().max() < 1e-5
 
 
-def test_black_padding_is_what_the_default_avoids(shared):
-    network, _ = golden(shared, SwinIR)
+def test_black_padding_is_what_the_default_avoids():
+    network = tiny_cleaner(SwinIR)
     image = torch.full((1, 3, 520, 512), 0.9)
     border = (..., slice(512, 520), slice(64, 448))
     black, repeated = clean_image(network, image, official=True), clean_image(network, image)

@@ -2,25 +2,25 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from golden import golden
 
 from milo_latent.diffbir.colour import fix_colour, low_frequencies
 
 
 @pytest.fixture(scope="module")
-def golden(shared):
-    return load_file(shared / "diffbir_golden" / "image_ops.safetensors")
+def recorded():
+    return golden("image_ops")
 
 
 @pytest.mark.parametrize("case", ["wavelet", "wavelet_small"])
-def test_the_wavelet_fix_is_the_official_one(golden, case):
-    fixed = fix_colour(golden[f"{case}.content"], golden[f"{case}.style"], method="wavelet")
-    assert (fixed - golden[f"{case}.out"]).abs().max() <= 1e-5 * golden[f"{case}.out"].abs().max()
+def test_the_wavelet_fix_is_the_official_one(recorded, case):
+    fixed = fix_colour(recorded[f"{case}.content"], recorded[f"{case}.style"], method="wavelet")
+    assert (fixed - recorded[f"{case}.out"]).abs().max() <= 1e-5 * recorded[f"{case}.out"].abs().max()
 
 
-def test_low_frequencies_are_the_official_ones(golden):
-    low = low_frequencies(golden["wavelet.content"])
-    assert (low - golden["wavelet.content_low"]).abs().max() <= 1e-5 * golden["wavelet.content_low"].abs().max()
+def test_low_frequencies_are_the_official_ones(recorded):
+    low = low_frequencies(recorded["wavelet.content"])
+    assert (low - recorded["wavelet.content_low"]).abs().max() <= 1e-5 * recorded["wavelet.content_low"].abs().max()
 
 
 @pytest.mark.parametrize("method", ["wavelet", "adain", "none"])

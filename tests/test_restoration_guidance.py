@@ -20,8 +20,8 @@ CLOSE = 1e-4
 
 @pytest.mark.parametrize("scale", [0.5, 1.0])
 @pytest.mark.parametrize("loss", ["mse", "w_mse"])
-def test_the_gradient_is_the_official_one(shared, loss, scale):
-    tensors = part(golden(shared, "guidance"), "rgb.")
+def test_the_gradient_is_the_official_one(loss, scale):
+    tensors = part(golden("guidance"), "rgb.")
     weight = flatness(tensors["target"] / 2 + 0.5) if loss == "w_mse" else 1.0
     step = official_step(tensors["target"] - tensors["pred_x0"], weight, scale)
     assert relative(step, tensors[f"{loss}.scale{scale:g}.gradient"]) < 1e-5
@@ -29,25 +29,25 @@ def test_the_gradient_is_the_official_one(shared, loss, scale):
         assert relative(weight, tensors["w_mse.weight_map"]) < 1e-5
 
 
-def test_the_gradient_in_latents_is_the_official_one(shared):
-    tensors = part(golden(shared, "guidance"), "latent.")
+def test_the_gradient_in_latents_is_the_official_one():
+    tensors = part(golden("guidance"), "latent.")
     step = official_step(tensors["target"] - tensors["pred_x0"], 1.0, 0.5)
     assert relative(step, tensors["mse.scale0.5.gradient"]) < 1e-5
 
 
 @pytest.mark.parametrize("steps", [5, 20])
 @pytest.mark.parametrize("parameterization", ["eps", "v_zsnr"])
-def test_the_posterior_mean_coefficient_is_the_official_one(shared, parameterization, steps):
+def test_the_posterior_mean_coefficient_is_the_official_one(parameterization, steps):
     scheduler = scheduler_for(parameterization)
     scheduler.set_timesteps(steps)
-    expected = golden(shared, "sampler_schedules")[f"{parameterization}.steps{steps}.posterior_mean_coef1"].tolist()
+    expected = golden("sampler_schedules")[f"{parameterization}.steps{steps}.posterior_mean_coef1"].tolist()
     ours = [posterior_mean_coefficient(scheduler, int(timestep)) for timestep in scheduler.timesteps.flip(0)]
     assert ours == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.fixture(scope="module")
-def networks(shared):
-    return tiny_networks(shared)
+def networks():
+    return tiny_networks()
 
 
 RUNS = {
@@ -62,8 +62,8 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_guided_runs_are_those_of_the_release_that_applied_it(shared, networks, name):
-    tensors = golden(shared, "guided_runs_v2.0.0")
+def test_guided_runs_are_those_of_the_release_that_applied_it(networks, name):
+    tensors = golden("guided_runs_v2.0.0")
     expected, inputs, target = part(tensors, f"{name}."), part(tensors, "inputs."), tensors["target"]
     vae, draws, scheduler = networks["vae"], numbered(expected, "draw_"), scheduler_for("eps")
     guide = RestorationGuidance(vae, target=target / 2 + 0.5, compatibility="official", **RUNS[name])
@@ -203,7 +203,7 @@ def test_options_that_cannot_work_are_refused(options, match):
         RestorationGuidance(**options)
 
 
-def test_the_official_scaling_needs_a_ddpm_scheduler(shared, networks):
+def test_the_official_scaling_needs_a_ddpm_scheduler(networks):
     guide = RestorationGuidance(scale=0.5, loss="mse", compatibility="official")
     pipeline = golden_pipeline(networks, "v_zsnr", "ddim")
     embeds = torch.zeros(1, 77, 32)

@@ -18,13 +18,13 @@ RUN = 1e-4
 
 
 @pytest.fixture(scope="module")
-def networks(shared):
-    return tiny_networks(shared)
+def networks():
+    return tiny_networks()
 
 
 @pytest.fixture(scope="module")
-def runs(shared):
-    return golden(shared, "sampler_runs")
+def runs():
+    return golden("sampler_runs")
 
 
 @torch.no_grad()
@@ -54,8 +54,8 @@ def sample(networks, scheduler, inputs, steps, *, scale=4.0, rescale=False, nois
 
 @pytest.mark.parametrize("parameterization", ["eps", "v_zsnr"])
 @pytest.mark.parametrize("steps", [2, 5, 10, 20, 50])
-def test_the_spaced_schedule_is_the_official_one(shared, parameterization, steps):
-    expected = part(golden(shared, "sampler_schedules"), f"{parameterization}.")
+def test_the_spaced_schedule_is_the_official_one(parameterization, steps):
+    expected = part(golden("sampler_schedules"), f"{parameterization}.")
     scheduler = scheduler_for(parameterization)
     scheduler.set_timesteps(steps)
     assert scheduler.timesteps.flip(0).tolist() == expected[f"steps{steps}.timesteps"].tolist()
@@ -109,8 +109,8 @@ def test_the_tiled_run(networks, runs):
         ("v_zsnr", "edm_euler", 10, 1e-3),
     ],
 )
-def test_the_other_samplers(shared, networks, parameterization, sampler, limit, steps):
-    others = golden(shared, "sampler_others")
+def test_the_other_samplers(networks, parameterization, sampler, limit, steps):
+    others = golden("sampler_others")
     expected = part(others, f"{parameterization}.{sampler}.steps{steps}.cfg4.rescale0.")
     scheduler = scheduler_for(parameterization, sampler)
     noises = numbered(others, "sde_noise_")
@@ -123,16 +123,16 @@ def test_the_other_samplers(shared, networks, parameterization, sampler, limit, 
         assert relative(scheduler.sigmas, expected["sigmas"]) < 1e-6
 
 
-def test_the_default_sampler_with_a_growing_guidance_scale(shared, networks):
-    others = golden(shared, "sampler_others")
+def test_the_default_sampler_with_a_growing_guidance_scale(networks):
+    others = golden("sampler_others")
     options = {"rescale": True, "noises": numbered(others, "sde_noise_")}
     scheduler = scheduler_for("v_zsnr", "edm_dpm++_3m_sde")
     samples, _ = sample(networks, scheduler, part(others, "inputs."), 10, **options)
     assert relative(samples[-1], others["v_zsnr.edm_dpm++_3m_sde.steps10.cfg4.rescale1.z"]) < RUN
 
 
-def test_the_guidance_scale_grows_as_the_official_one(shared):
-    expected = golden(shared, "sampler_schedules")["rescaled_cfg_scale_4_by_timestep"].tolist()
+def test_the_guidance_scale_grows_as_the_official_one():
+    expected = golden("sampler_schedules")["rescaled_cfg_scale_4_by_timestep"].tolist()
     assert [guidance_scale_at(4.0, each, official=True) for each in range(1000)] == pytest.approx(expected)
     assert guidance_scale_at(4.0, 0) == pytest.approx(4.0)
     assert guidance_scale_at(4.0, 999) == pytest.approx(1.0)
@@ -140,8 +140,8 @@ def test_the_guidance_scale_grows_as_the_official_one(shared):
 
 
 @pytest.mark.parametrize("parameterization", ["eps", "v_zsnr"])
-def test_noise_is_added_as_the_official_code_does(shared, parameterization):
-    example = part(golden(shared, "sampler_schedules"), f"{parameterization}.q_sample.")
+def test_noise_is_added_as_the_official_code_does(parameterization):
+    example = part(golden("sampler_schedules"), f"{parameterization}.q_sample.")
     for latents, noise, timestep, expected in zip(
         example["x_start"], example["noise"], example["t"].tolist(), example["out"], strict=True
     ):
@@ -162,8 +162,8 @@ APPLIED = {
 
 
 @pytest.mark.parametrize("name", APPLIED)
-def test_the_pipeline_gives_the_official_pictures(shared, networks, name):
-    tensors = part(golden(shared, "pipeline_tiny"), "")
+def test_the_pipeline_gives_the_official_pictures(networks, name):
+    tensors = part(golden("pipeline_tiny"), "")
     expected = part(tensors, f"apply.{name}.")
     parameterization, options = APPLIED[name]
     pipeline = golden_pipeline(networks, parameterization)
@@ -187,12 +187,10 @@ def test_the_pipeline_gives_the_official_pictures(shared, networks, name):
         ("scunet_eps", SCUNet, "eps", 1.0),
     ],
 )
-def test_the_whole_pipeline_gives_the_official_8_bit_picture(
-    shared, networks, name, cleaner, parameterization, upscale
-):
-    tensors = golden(shared, "pipeline_tiny")
+def test_the_whole_pipeline_gives_the_official_8_bit_picture(networks, name, cleaner, parameterization, upscale):
+    tensors = golden("pipeline_tiny")
     expected = part(tensors, f"run.{name}.")
-    pipeline = golden_pipeline(networks, parameterization, cleaner=tiny_cleaner(shared, cleaner))
+    pipeline = golden_pipeline(networks, parameterization, cleaner=tiny_cleaner(cleaner))
     image = expected["lq"].permute(0, 3, 1, 2).float() / 255
     with replayed_noise(numbered(expected, "draw_")):
         result = pipeline(
@@ -206,8 +204,8 @@ def test_the_whole_pipeline_gives_the_official_8_bit_picture(
     assert (picture != expected["result"]).float().mean() < 0.01
 
 
-def test_the_colour_fix_gives_the_official_picture(shared):
-    tensors = golden(shared, "pipeline_tiny")
+def test_the_colour_fix_gives_the_official_picture():
+    tensors = golden("pipeline_tiny")
     fixed = fix_colour(tensors["apply.plain.out"] / 2 + 0.5, tensors["apply.cond_img"], method="wavelet")
     assert relative(fixed, tensors["apply.plain.colour_fixed"]) < 1e-5
 
@@ -232,16 +230,16 @@ def minus_mean(tile):
         ("up4_channel3.gaussian.size8.stride4", lambda tile: F.interpolate(minus_mean(tile), scale_factor=4)[:, :3], 4),
     ],
 )
-def test_official_tiles(shared, name, function, scale):
-    tensors = golden(shared, "image_ops")
+def test_official_tiles(name, function, scale):
+    tensors = golden("image_ops")
     image = tensors["tiled.x"] if scale != 4 else tensors["tiled.x"][:, :, :12, :16]
     _, weights, size, stride = name.split(".")
     tiled = official_tiled(function, image, tile=int(size[4:]), stride=int(stride[6:]), scale=scale, weights=weights)
     assert relative(tiled, tensors[f"tiled.{name}"]) < 1e-5
 
 
-def test_official_weights_and_windows(shared):
-    tensors = golden(shared, "image_ops")
+def test_official_weights_and_windows():
+    tensors = golden("image_ops")
     for key in ("8x8", "9x9", "16x16", "64x64"):
         assert relative(gaussian_weights(int(key.split("x")[0])), tensors[f"gaussian_weights.{key}"]) < 1e-12
     assert relative(gaussian_weights(10, 6), tensors["gaussian_weights.width6.height10"]) < 1e-12

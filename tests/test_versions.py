@@ -1,15 +1,14 @@
 """The table of versions says what the official program says."""
 
-import json
-
 import pytest
+from golden import table
 
 from milo_latent.diffbir.versions import COMMAND_LINE, FILES, TILING, UPSCALE, VERSIONS, version_of
 
 
 @pytest.fixture(scope="module")
-def facts(shared):
-    return json.loads((shared / "diffbir_golden" / "official_facts.json").read_text())
+def facts():
+    return table("official_facts")
 
 
 def test_addresses_are_the_official_ones(facts):
