@@ -52,13 +52,13 @@ def test_latents_are_the_shifted_and_scaled_mode(kind):
 def test_files_of_latents_record_the_padding_and_decoding_undoes_it(kind, tmp_path):
     vae, sides = make_vae(kind), (21, 38)
     write_image(tmp_path / "photo.png", torch.rand(1, 3, *sides))
-    shape = encode_file(lambda: vae, tmp_path / "photo.png", tmp_path / "a.safetensors", vae_name=kind)
+    shape = encode_file(vae, tmp_path / "photo.png", tmp_path / "a.safetensors", vae_name=kind)
     metadata = read_latents_metadata(tmp_path / "a.safetensors")
     assert shape == (vae.config.latent_channels, 3, 5)
     assert (metadata["source_size"], metadata["padding"]) == ("38x21", "2x3")
     assert float(metadata["scaling_factor"]) == vae.config.scaling_factor
     assert float(metadata["shift_factor"]) == (FAMILIES.get(kind, (0, 0, None))[2] or 0.0)
-    assert decode_file(lambda: vae, tmp_path / "a.safetensors", tmp_path / "back.png") == sides[::-1]
+    assert decode_file(vae, tmp_path / "a.safetensors", tmp_path / "back.png") == sides[::-1]
     whole = decode_latents(vae, read_latents(tmp_path / "a.safetensors"))[..., : sides[0], : sides[1]]
     assert (read_image(tmp_path / "back.png") - whole).abs().max() <= 0.5 / 255 + 1e-6  # rounded to 8 bit, not moved
 
@@ -75,7 +75,7 @@ def test_files_that_do_not_describe_their_latents_are_refused(tmp_path):
     ):
         write_latents(tmp_path / "a.safetensors", latents, metadata={key: value})
         with pytest.raises(ValueError, match=match):
-            decode_file(lambda: vae, tmp_path / "a.safetensors", tmp_path / "a.png")
+            decode_file(vae, tmp_path / "a.safetensors", tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
 
 

@@ -1,4 +1,4 @@
-"""Photos to files of latents and back: sizes kept, folders gone on with, other VAEs refused."""
+"""Photos to files of latents and back: sizes are kept, folders resumed, latents of other VAEs refused."""
 
 import shutil
 
@@ -54,7 +54,7 @@ def test_a_large_photo_goes_there_and_back_in_tiles(model, tmp_path, capsys):
     assert "multiple of 8 of at least 320" in capsys.readouterr().err
 
 
-def test_an_interrupted_folder_is_gone_on_with(model, photos, tmp_path, capsys):
+def test_an_interrupted_folder_is_resumed(model, photos, tmp_path, capsys):
     latents = tmp_path / "latents"
     assert main(["encode", str(photos), "-o", str(latents), "--model", model, "--format", "npy"]) == 0
     whole = {path.name: path.read_bytes() for path in latents.iterdir()}
@@ -69,7 +69,7 @@ def test_a_damaged_photo_is_told_of_and_stops_no_other(model, photos, tmp_path, 
     (photos / "1.png").write_text("no image")
     arguments = ["encode", str(photos), "-o", str(tmp_path / "latents"), "--model", model]
     assert main(arguments) == 1
-    assert "2 files" in (error := capsys.readouterr().err)
+    assert "2 photos" in (error := capsys.readouterr().err)
     assert "1 failed: 1.png" in error
     assert sorted(path.name for path in (tmp_path / "latents").iterdir()) == ["0.safetensors", "2.safetensors"]
     assert main([*arguments, "--tile", "100"]) == 1
@@ -97,11 +97,11 @@ def test_a_vae_that_lacks_weights_is_refused(model, photos, tmp_path, capsys):
 
 def test_latents_of_another_vae_are_refused(model, photos, tmp_path):
     vae = load_vae(model)
-    encode_file(lambda: vae, photos / "0.png", tmp_path / "a.safetensors", vae_name="tiny")
+    encode_file(vae, photos / "0.png", tmp_path / "a.safetensors", vae_name="tiny")
     latents, metadata = read_latents(tmp_path / "a.safetensors"), read_latents_metadata(tmp_path / "a.safetensors")
     write_latents(tmp_path / "a.safetensors", latents, metadata=metadata | {"scaling_factor": "0.18215"})
     with pytest.raises(ValueError, match=r"factor 1\.0, .* says 0\.18215"):
-        decode_file(lambda: vae, tmp_path / "a.safetensors", tmp_path / "a.png")
+        decode_file(vae, tmp_path / "a.safetensors", tmp_path / "a.png")
 
 
 def test_a_vae_is_found_in_a_pipeline_and_alone_and_nowhere_else(model, tmp_path):

@@ -86,7 +86,7 @@ def test_latents_of_another_scale_are_warned_of(weights, metric, factor):
         list(score_pairs(metric, match_pairs(weights / "ref.npy", weights / "dist.npy")))
     assert len(caught) == 1
     with pytest.warns(UserWarning, match="scaled latents"):
-        decode_file(lambda: tiny_pipeline().vae, weights / "ref.npy", weights / "a.png")
+        decode_file(tiny_pipeline().vae, weights / "ref.npy", weights / "a.png")
 
 
 def test_what_is_in_range_is_not_warned_of(weights, metric, shared):

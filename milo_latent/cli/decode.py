@@ -32,5 +32,5 @@ def run(options: argparse.Namespace) -> str:
     if options.input.is_dir():
         count, skipped = decode_folder(load_vae(options.model), options.input, options.output, tile=options.tile)
         return f"decode: {count} latents of {options.input} -> {options.output} ({skipped} were there already)"
-    width, height = decode_file(lambda: load_vae(options.model), options.input, options.output, tile=options.tile)
+    width, height = decode_file(load_vae(options.model), options.input, options.output, tile=options.tile)
     return f"decode: {options.input} -> {options.output} ({width}x{height})"

@@ -48,6 +48,6 @@ def run(options: argparse.Namespace) -> str:
         )
         return f"encode: {count} photos of {options.input} -> {options.output} ({skipped} were there already)"
     shape = encode_file(
-        lambda: load_vae(options.model), options.input, options.output, vae_name=options.model, tile=options.tile
+        load_vae(options.model), options.input, options.output, vae_name=options.model, tile=options.tile
     )
     return f"encode: {options.input} -> {options.output} {shape}"

@@ -1,9 +1,8 @@
-"""Files and folders of photos to latents, and back."""
+"""Files and folders of photos to files of latents, and back."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from milo_latent.resources import available_weights, weights_dir
 
 
 def vae_folder(source: str | Path) -> Path:
-    """Return the folder of the VAE of a shipped set, of a pipeline folder, or of a folder of its own.
+    """Return the folder of a VAE, given the name of shipped weights, a pipeline's folder or the VAE's own.
 
     Raises:
         FileNotFoundError: if there is no VAE.
@@ -40,17 +39,14 @@ def vae_folder(source: str | Path) -> Path:
 
 
 def load_vae(source: str | Path) -> VAE:
-    """Open the VAE of a shipped set, of a pipeline folder, or of a folder of its own, in float32.
+    """Load a VAE in float32, frozen.
 
     Args:
-        source: name or folder.
-
-    Returns:
-        `AutoencoderKL` or `AutoencoderTiny`, frozen.
+        source: the name of shipped weights, a pipeline's folder, or the VAE's own folder.
 
     Raises:
         FileNotFoundError: if there is no VAE.
-        ValueError: if it is of another class, damaged, or not whole.
+        ValueError: if the VAE is of an unknown class, damaged or incomplete.
     """
     folder = vae_folder(source)
     name = AutoencoderKL.load_config(folder).get("_class_name")
@@ -67,35 +63,32 @@ def load_vae(source: str | Path) -> VAE:
 
 
 @torch.inference_mode()
-def encode_file(
-    vae: Callable[[], VAE], photo: Path, output: Path, *, vae_name: str, tile: int | None = None
-) -> tuple[int, ...]:
-    """Encode a photo into a file of latents, with the photo's size, its padding and the VAE's name and scale in it.
+def encode_file(vae: VAE, photo: Path, output: Path, *, vae_name: str, tile: int | None = None) -> tuple[int, ...]:
+    """Encode a photo into a file of latents; `.safetensors` also stores the photo's size and the VAE's name and scale.
 
     Args:
-        vae: returns the VAE; called once the photo is read.
-        photo: any size; its padding to whole cells is undone by `decode_file`.
-        output: `.npy` (which holds no metadata) or `.safetensors`.
-        vae_name: kept in the file.
-        tile: side of the tiles of large photos, in pixels; None encodes whole.
+        vae: encodes.
+        photo: an image file of any size; it is padded to whole latent cells, which `decode_file` undoes.
+        output: `.npy` or `.safetensors`.
+        vae_name: the name to store.
+        tile: as of `encode_image`.
 
     Returns:
         Shape of the latents, (C, h, w).
 
     Raises:
         FileNotFoundError: if there is no such photo.
-        ValueError: if the photo is damaged, or the suffix of `output` is not one of latents, or `tile` does not fit.
+        ValueError: if the photo is damaged, the suffix of `output` is another, or `tile` does not fit the VAE.
     """
     if output.suffix.lower() not in LATENT_SUFFIXES:
         raise ValueError(f"Expected latents as one of {sorted(LATENT_SUFFIXES)}, got {output.name!r}.")
-    image, model = read_image(photo), vae()
-    latents = encode_image(model, image, tile=tile)
-    factor = vae_scale_factor(model)
+    image = read_image(photo)
+    latents = encode_image(vae, image, tile=tile)
+    factor = vae_scale_factor(vae)
     height, width = image.shape[2:]
     metadata = {
         "vae": vae_name,
-        "scaling_factor": str(model.config.scaling_factor),
-        "shift_factor": str(getattr(model.config, "shift_factor", None) or 0.0),
+        **{name: str(value) for name, value in _scale(vae).items()},
         "source_size": f"{width}x{height}",
         "padding": f"{latents.shape[3] * factor - width}x{latents.shape[2] * factor - height}",
     }
@@ -103,23 +96,23 @@ def encode_file(
     return tuple(latents.shape[1:])
 
 
+def _scale(vae: VAE) -> dict[str, float]:
+    """Return the two numbers that define the scale of a VAE's latents."""
+    return {name: getattr(vae.config, name, None) or 0.0 for name in ("scaling_factor", "shift_factor")}
+
+
 @torch.inference_mode()
 def decode_file(
-    vae: Callable[[], VAE],
-    latents: Path,
-    output: Path,
-    *,
-    tile: int | None = None,
-    watch: ValueWatch | None = None,
+    vae: VAE, latents: Path, output: Path, *, tile: int | None = None, watch: ValueWatch | None = None
 ) -> tuple[int, int]:
-    """Decode a file of latents into an image, cut to the photo's size where the file tells it.
+    """Decode a file of latents into an image, cropped to the photo's size if the file stores it.
 
     Args:
-        vae: returns the VAE; called once the latents are read.
-        latents: `.npy` or `.safetensors`, one image.
-        output: image.
-        tile: side of the tiles of large images, in pixels; None decodes whole.
-        watch: warns of latents of another scale; None warns of each file.
+        vae: decodes.
+        latents: `.npy` or `.safetensors`, with the latents of one image.
+        output: an image file.
+        tile: as of `decode_latents`.
+        watch: warns once if the latents of several files have an unusual scale; None warns for this file.
 
     Returns:
         Width and height of the image.
@@ -128,34 +121,28 @@ def decode_file(
         FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged, or holds latents of another VAE.
     """
-    tensor, model = read_latents(latents), vae()
-    metadata = read_latents_metadata(latents) if latents.suffix.lower() == ".safetensors" else {}
-    _check_vae(model, metadata, latents)
+    tensor, metadata = read_latents(latents), read_latents_metadata(latents)
+    for name, own in _scale(vae).items():
+        stored = metadata.get(name, str(own))
+        if stored not in (str(own), str(float(own))):
+            words = name.replace("_", " ")
+            raise ValueError(f"Expected latents with the VAE's {words} {own}, {latents} says {stored}. Use its VAE.")
     (watch or ValueWatch()).look(str(latents), tensor, latents=True)
-    factor = vae_scale_factor(model)
+    factor = vae_scale_factor(vae)
     height, width = _source_size(metadata, (tensor.shape[2] * factor, tensor.shape[3] * factor), latents)
-    write_image(output, decode_latents(model, tensor, tile=tile)[..., :height, :width])
+    write_image(output, decode_latents(vae, tensor, tile=tile)[..., :height, :width])
     return width, height
 
 
-def _check_vae(vae: VAE, metadata: dict[str, str], path: Path) -> None:
-    """Raise ValueError if the file says that its latents are of a VAE of another scale or shift."""
-    for name, words in (("scaling_factor", "scaling factor"), ("shift_factor", "shift factor")):
-        own = getattr(vae.config, name, None) or 0.0
-        told = metadata.get(name, str(own))
-        if told != str(own) and told != str(float(own)):
-            raise ValueError(f"Expected latents with the VAE's {words} {own}, {path} says {told}. Use its VAE.")
-
-
 def _source_size(metadata: dict[str, str], padded: tuple[int, int], path: Path) -> tuple[int, int]:
-    """Return the height and width that the photo had before it was padded; those padded where nothing tells."""
-    told = metadata.get("source_size")
-    if told is None:
+    """Return the height and width of the photo before padding, or the padded ones if the file does not store them."""
+    stored = metadata.get("source_size")
+    if stored is None:
         return padded
-    sides = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", told)
+    sides = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", stored)
     if sides is None or int(sides[2]) > padded[0] or int(sides[1]) > padded[1]:
         raise ValueError(
-            f"Expected `source_size` as WIDTHxHEIGHT of at most {padded[1]}x{padded[0]} in {path}, got {told!r}. "
+            f"Expected `source_size` as WIDTHxHEIGHT of at most {padded[1]}x{padded[0]} in {path}, got {stored!r}. "
             "The file does not describe its own latents; encode the photo again."
         )
     return int(sides[2]), int(sides[1])
@@ -164,61 +151,46 @@ def _source_size(metadata: dict[str, str], padded: tuple[int, int], path: Path) 
 def encode_folder(
     vae: VAE, photos: Path, output: Path, *, suffix: str, vae_name: str, tile: int | None = None
 ) -> tuple[int, int]:
-    """Encode every photo of a folder; those encoded already are skipped, so an interrupted run goes on.
+    """Encode every photo of a folder that has no file of latents in `output` yet, so that a run can be resumed.
 
     Args:
-        vae: the VAE.
+        vae: encodes.
         photos: folder of images.
-        output: folder, made where it is missing; files keep their names, with `suffix`.
+        output: folder, made if it is missing; files keep their names, with `suffix`.
         suffix: "npy" or "safetensors".
-        vae_name: kept in the files.
-        tile: side of the tiles of large photos, in pixels; None encodes whole.
+        vae_name: the name to store.
+        tile: as of `encode_image`.
 
     Returns:
-        How many were encoded now, and how many were there.
+        How many photos were encoded now, and how many had been before.
 
     Raises:
         FileNotFoundError: if there is no image in the folder.
-        ValueError: before the first, if two photos differ in their suffix only or `tile` does not fit; at the end, if
-            photos were damaged.
+        ValueError: at the start, if two photos differ in their suffix only or `tile` does not fit; at the end, with
+            the reason for each photo that failed.
     """
     if tile is not None:
         check_tile(vae, tile)
-    return process_folder(
-        photos,
-        output,
-        lambda path, latents: encode_file(lambda: vae, path, latents, vae_name=vae_name, tile=tile),
-        inputs=IMAGE_SUFFIXES,
-        suffix=suffix,
-        unit="photos",
-    )
+
+    def encode(photo: Path, latents: Path) -> None:
+        encode_file(vae, photo, latents, vae_name=vae_name, tile=tile)
+
+    return process_folder(photos, output, encode, inputs=IMAGE_SUFFIXES, suffix=suffix, unit="photos")
 
 
 def decode_folder(vae: VAE, latents: Path, output: Path, *, tile: int | None = None) -> tuple[int, int]:
-    """Decode every file of latents of a folder into a PNG; those decoded already are skipped.
+    """Decode every file of latents of a folder into a PNG, unless `output` holds that already.
 
-    Args:
-        vae: the VAE.
-        latents: folder of `.npy` and `.safetensors`.
-        output: folder, made where it is missing.
-        tile: side of the tiles of large images, in pixels; None decodes whole.
+    Args and errors are those of `encode_folder` and `decode_file`.
 
     Returns:
-        How many were decoded now, and how many were there.
-
-    Raises:
-        FileNotFoundError: if there are no latents in the folder.
-        ValueError: before the first, if two files differ in their suffix only or `tile` does not fit; at the end, if
-            files were damaged or of another VAE.
+        How many files were decoded now, and how many had been before.
     """
     if tile is not None:
         check_tile(vae, tile)
     watch = ValueWatch()
-    return process_folder(
-        latents,
-        output,
-        lambda path, image: decode_file(lambda: vae, path, image, tile=tile, watch=watch),
-        inputs=LATENT_SUFFIXES,
-        suffix="png",
-        unit="latents",
-    )
+
+    def decode(path: Path, image: Path) -> None:
+        decode_file(vae, path, image, tile=tile, watch=watch)
+
+    return process_folder(latents, output, decode, inputs=LATENT_SUFFIXES, suffix="png", unit="latents")

@@ -1,4 +1,4 @@
-"""Large images in pieces: tiles that overlap, blended without seams, at a peak memory that a tile sets."""
+"""Large images in overlapping tiles that blend without seams; the size of a tile bounds the memory."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from milo_latent.checks import check_batch
 
 @dataclass(frozen=True)
 class Span:
-    """A tile along one axis: cells `start` to `stop` of the input, and the weights of the output's cells.
+    """A tile along one axis.
 
     Args:
-        start: first cell.
-        stop: the cell behind the last.
-        weights: ((stop - start) * scale,) float32; those of all spans add up to 1 in each cell.
+        start: first cell of the input.
+        stop: cell after the last.
+        weights: of the output's cells, ((stop - start) * scale,) float32; over all spans they add up to 1 in each cell.
     """
 
     start: int
@@ -38,26 +38,26 @@ def tiled(
     scale: float | Fraction = 1,
     multiple: int = 1,
 ) -> Tensor:
-    """Apply `function` to overlapping tiles and blend what it gives; memory beside input and output is a tile's.
+    """Apply `function` to overlapping tiles and blend the results; memory beside input and output is that of a tile.
 
-    The result is that of `function(image)`, to rounding, where an output cell depends on nothing farther than
-    `margin` from it. Elsewhere the cosine weights hide what differs between tiles.
+    The result equals `function(image)`, up to rounding, if a cell of the output depends on no input farther away than
+    `margin`. Otherwise weights that rise like a cosine hide the differences between tiles.
 
     Args:
-        function: from (B, C, h, w) to (B, C2, h * scale, w * scale); `h` and `w` are `tile`, or less at the end.
-        image: (B, C, H, W); what fits in one tile is passed on whole.
+        function: maps (B, C, h, w) to (B, C2, h * scale, w * scale); h and w are at most `tile`.
+        image: (B, C, H, W); passed on whole if it fits into one tile.
         tile: side of the tiles, in cells of `image`.
-        overlap: the least that neighbours share, at least 2 * `margin`.
-        margin: cells at a tile's inner borders that get no weight, since `function` saw no surroundings there.
-        scale: of the sides, such as 8 for a decoder, `Fraction(1, 8)` (or 0.125) for an encoder.
-        multiple: tiles start at multiples of this, such as the window or the stride of a network.
+        overlap: the least that neighbors share, at least 2 * `margin`.
+        margin: width of the tiles' inner borders that get no weight, since `function` did not see their surroundings.
+        scale: output cells for an input cell along a side, such as 8 for a decoder, `Fraction(1, 8)` for an encoder.
+        multiple: tiles start at multiples of this, such as the stride of a network.
 
     Returns:
-        (B, C2, H * scale, W * scale), in the dtype and on the device that `function` returns.
+        (B, C2, H * scale, W * scale), with the dtype and device of `function`'s results.
 
     Raises:
         TypeError: if `image` is not floating point.
-        ValueError: if sizes do not fit each other, or `function` returns another size than promised.
+        ValueError: if the sizes do not fit each other, or `function` returns another size.
 
     Source: own.
 
@@ -68,76 +68,65 @@ def tiled(
         True
     """
     check_batch("image", image)
-    ratio = Fraction(scale).limit_denominator(1024)
     if max(image.shape[2:]) <= tile:
         return function(image)
+    ratio = Fraction(scale).limit_denominator(1024)
     rows, columns = (
-        tile_spans(side, tile=tile, overlap=overlap, margin=margin, scale=ratio, multiple=multiple)
+        tile_spans(side, tile=tile, overlap=overlap, margin=margin, ratio=ratio, multiple=multiple)
         for side in image.shape[2:]
     )
-    height, width = (_scaled(side, ratio, "image") for side in image.shape[2:])
     total: Tensor | None = None
     for row, column in itertools.product(rows, columns):
         part = function(image[..., row.start : row.stop, column.start : column.stop])
-        if part.shape[2:] != (len(row.weights), len(column.weights)):
-            expected = (len(row.weights), len(column.weights))
+        expected = (len(row.weights), len(column.weights))
+        if part.shape[2:] != expected:
             raise ValueError(f"Expected tiles of {expected} from the function (scale {scale}), got {part.shape[2:]}.")
-        if total is None:
-            # half precision would round at each of up to four additions
-            total = torch.zeros(*part.shape[:2], height, width, device=part.device, dtype=_wide(part.dtype))
+        if total is None:  # in float32 at least: half precision would round at each of up to four additions
+            dtype = torch.promote_types(part.dtype, torch.float32)
+            sides = [int(side * ratio) for side in image.shape[2:]]
+            total = torch.zeros(*part.shape[:2], *sides, device=part.device, dtype=dtype)
         top, left = int(row.start * ratio), int(column.start * ratio)
         weights = row.weights[:, None].to(total) * column.weights.to(total)
-        total[..., top : top + part.shape[2], left : left + part.shape[3]] += part * weights
-        dtype = part.dtype
+        total[..., top : top + expected[0], left : left + expected[1]] += part * weights
     assert total is not None
-    return total.to(dtype)
+    return total.to(part.dtype)
 
 
 def tile_spans(
-    side: int, *, tile: int, overlap: int, margin: int = 0, scale: float | Fraction = 1, multiple: int = 1
+    side: int, *, tile: int, overlap: int, margin: int = 0, ratio: Fraction = Fraction(1), multiple: int = 1
 ) -> list[Span]:
-    """Cut a side into overlapping spans whose weights add up to 1 everywhere.
+    """Cut a side of `side` cells into overlapping spans, from first to last, whose weights add up to 1 everywhere.
 
-    Args:
-        side: length, in cells.
-        tile: see `tiled`.
-        overlap: see `tiled`.
-        margin: see `tiled`.
-        scale: see `tiled`.
-        multiple: see `tiled`.
-
-    Returns:
-        Spans from first to last; one where `side` fits in a tile.
+    The other arguments are those of `tiled`, `ratio` being its `scale`.
 
     Raises:
         ValueError: if the sizes do not fit each other.
     """
-    ratio = Fraction(scale).limit_denominator(1024)
     if not 0 <= 2 * margin <= overlap < tile:
         raise ValueError(
             f"Expected 0 <= 2 * margin <= overlap < tile, got margin {margin}, overlap {overlap}, tile {tile}. "
-            "Take larger tiles."
+            "Choose larger tiles."
         )
     for name, value in (("tile", tile), ("overlap", overlap)):
         if value % multiple:
             raise ValueError(f"Expected `{name}` to be a multiple of {multiple}, got {value}.")
-    lengths = [_scaled(value, ratio, name) for name, value in (("overlap", overlap), ("margin", margin))]
-    _scaled(multiple if side > tile else side, ratio, "multiple" if side > tile else "side")
-    bounds = list(_bounds(side, tile, overlap, multiple))
-    profiles = []
-    total = torch.zeros(_scaled(side, ratio, "side"))
-    for start, stop in bounds:
-        profile = _profile(int((stop - start) * ratio), *lengths, first=start == 0, last=stop == side)
-        total[int(start * ratio) : int(stop * ratio)] += profile
-        profiles.append(profile)
-    return [
-        Span(start, stop, profile / total[int(start * ratio) : int(stop * ratio)])
-        for (start, stop), profile in zip(bounds, profiles, strict=True)
+    rise, border = (_scaled(name, cells, ratio) for name, cells in (("overlap", overlap), ("margin", margin)))
+    if side > tile:
+        _scaled("multiple", multiple, ratio)
+    total, bounds = torch.zeros(_scaled("side", side, ratio)), list(_bounds(side, tile, overlap, multiple))
+    places = [slice(int(start * ratio), int(stop * ratio)) for start, stop in bounds]
+    profiles = [
+        _profile(place.stop - place.start, rise, border, first=start == 0, last=stop == side)
+        for place, (start, stop) in zip(places, bounds, strict=True)
     ]
+    for place, profile in zip(places, profiles, strict=True):
+        total[place] += profile
+    parts = zip(bounds, places, profiles, strict=True)
+    return [Span(start, stop, profile / total[place]) for (start, stop), place, profile in parts]
 
 
 def _bounds(side: int, tile: int, overlap: int, multiple: int) -> Iterator[tuple[int, int]]:
-    """Yield starts and stops; the last tile is moved back to end with the side, not padded beyond it."""
+    """Yield starts and stops; the last tile is moved back so that it ends with the side."""
     for start in itertools.count(0, tile - overlap):
         if start + tile >= side:
             last = -(-max(side - tile, 0) // multiple) * multiple
@@ -147,7 +136,7 @@ def _bounds(side: int, tile: int, overlap: int, multiple: int) -> Iterator[tuple
 
 
 def _profile(length: int, overlap: int, margin: int, *, first: bool, last: bool) -> Tensor:
-    """Return 1 inside, a cosine's rise from 0 at inner borders, behind `margin` cells of 0, (length,)."""
+    """Return weights, (length,): 1 inside; at inner borders 0 over `margin` cells, then a rise like a cosine's."""
     rise = overlap - 2 * margin
     phase = (torch.arange(rise, dtype=torch.float32) + 0.5) / max(rise, 1)
     border = torch.cat([torch.zeros(margin), torch.sin(phase * torch.pi / 2) ** 2])
@@ -159,12 +148,8 @@ def _profile(length: int, overlap: int, margin: int, *, first: bool, last: bool)
     return profile
 
 
-def _scaled(cells: int, ratio: Fraction, name: str) -> int:
+def _scaled(name: str, cells: int, ratio: Fraction) -> int:
     scaled = cells * ratio
     if scaled.denominator != 1:
         raise ValueError(f"Expected `{name}` to be a multiple of {ratio.denominator} (scale {ratio}), got {cells}.")
     return int(scaled)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
