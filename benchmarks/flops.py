@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from milo_latent import MILO, IRControlNet, MILOGuidance
 from milo_latent.evaluation.reports import write_rows
+from milo_latent.guidance.base import Guide
+from milo_latent.guidance.x0 import guide_model_output
 from milo_latent.metric.loss import MILOLoss
 
 SHAPE = {
@@ -97,22 +100,14 @@ def make_calls(networks: dict[str, torch.nn.Module], size: int, device: str) -> 
 def ours(networks: dict[str, torch.nn.Module], latents: Tensor, reference: Tensor, mode: str) -> Call:
     """Return all that our guidance adds to a step: x0 from the model output, mask, weight, pull, and back."""
     guide = MILOGuidance(networks["latent metric"], mode=mode)
-    scheduler = DDIMScheduler()
-    if latents.device.type == "meta":  # no values to check for NaN
+    # `Guide.start` alone where there are no values to check for NaN
+    start = partial(Guide.start, guide) if latents.device.type == "meta" else guide.start
 
-        def call() -> Tensor:
-            from milo_latent.guidance.milo import GuidedRun
+    def call() -> Tensor:
+        start(reference, 10)
+        return guide_model_output([guide], DDIMScheduler(), latents, 500, latents, progress=1 / 3)
 
-            with guide.resume(GuidedRun(reference, num_steps=10, step=3)):
-                return guide.guided_model_output(scheduler, latents, 500, latents)
-
-        return call
-
-    def timed() -> Tensor:
-        with guide.run(reference, num_steps=10, steps_done=3):
-            return guide.guided_model_output(scheduler, latents, 500, latents)
-
-    return timed
+    return call
 
 
 def count_flops(size: int) -> dict[str, float]:

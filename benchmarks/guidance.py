@@ -30,10 +30,10 @@ from tqdm.auto import tqdm
 
 from milo_latent.diffbir.cleaning import resize
 from milo_latent.files import read_image
-from milo_latent.guidance.base import SchedulerGuidance
+from milo_latent.guidance.base import Guide
 from milo_latent.guidance.curriculum import SCHEDULES
 from milo_latent.guidance.milo import MODES, MILOGuidance
-from milo_latent.guidance.region_adaptive import RestorationGuidance
+from milo_latent.guidance.region_adaptive import RegionAdaptiveGuidance
 from milo_latent.metric.network import MILO
 from milo_latent.pictures import center_crop, round_to_8bit
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
@@ -74,13 +74,13 @@ def read_examples(restorer: DiffBIRPipeline, options: argparse.Namespace) -> lis
     return examples
 
 
-def make_rows(restorer: DiffBIRPipeline, scales: Iterable[float]) -> dict[str, Callable[[], SchedulerGuidance | None]]:
+def make_rows(restorer: DiffBIRPipeline, scales: Iterable[float]) -> dict[str, Callable[[], Guide | None]]:
     """Return what makes the guidance of each row of the table."""
     vae, metric = restorer.vae, restorer.metric
     assert metric is not None
-    rows: dict[str, Callable[[], SchedulerGuidance | None]] = {NONE: lambda: None}
+    rows: dict[str, Callable[[], Guide | None]] = {NONE: lambda: None}
     for scale in scales:
-        rows[f"region-adaptive {scale:g}"] = lambda scale=scale: RestorationGuidance(vae, scale, loss="w_mse")
+        rows[f"region-adaptive {scale:g}"] = lambda scale=scale: RegionAdaptiveGuidance(vae, scale, loss="w_mse")
         for mode in MODES:
             # under the flat weight of "constant" the mode metric is the mode mask: no gradient through the mask
             for schedule in SCHEDULES if mode == "mask" else SCHEDULES[1:]:
@@ -106,7 +106,7 @@ def batches(examples: list[Example], size: int) -> Iterator[list[Example]]:
 def run_row(
     restorer: DiffBIRPipeline,
     metric: MILO,
-    guide: SchedulerGuidance | None,
+    guide: Guide | None,
     batch: list[Example],
     options: argparse.Namespace,
 ) -> Iterator[Record]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from typing import Any, Self
 
@@ -29,7 +28,8 @@ from milo_latent.diffbir.scunet import SCUNet
 from milo_latent.diffbir.stages import TilingMixin, cleaner_tiles, pad, predict, put_colour
 from milo_latent.diffbir.swinir import SwinIR
 from milo_latent.diffbir.versions import Release, version_of
-from milo_latent.guidance.milo import find_guidance
+from milo_latent.guidance.base import guided_run, split_guides
+from milo_latent.guidance.x0 import guide_model_output
 from milo_latent.latents.codec import decode_latents, encode_image, vae_scale_factor
 from milo_latent.metric.network import MILO
 
@@ -325,7 +325,8 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
             negative_prompt_embeds: instead of `negative_prompt`.
             output_type: "pil", "np" (B, H, W, 3), "pt" (B, 3, H, W), or "latent": scaled latents of the padded image.
             return_dict: whether to return a dataclass or a tuple.
-            callback_on_step_end: a function or diffusers callback; `MILOGuidance` guides every step from inside.
+            callback_on_step_end: a function, a callback of diffusers, a guide, which acts inside every step, or several
+                as a list or `MultiPipelineCallbacks`.
             callback_on_step_end_tensor_inputs: names of tensors given to the callback.
             guidance_rescale: share in which the spread is put back that classifier-free guidance adds, in [0, 1].
             rescale_cfg: whether `guidance_scale` is reached only while the noise goes, from 1 at its start.
@@ -341,6 +342,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
             ValueError: for arguments that cannot work, and if the result is not finite.
             MemoryError: if the image is too large; `enable_tiling` is the way out.
         """
+        guides, callback_on_step_end = split_guides(callback_on_step_end, self)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
@@ -359,7 +361,6 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
             total_timesteps=total,
         )
         sampling.check_scheduler(self.scheduler, num_inference_steps)
-        guides = find_guidance(callback_on_step_end, self)
         self._guidance_scale, self._interrupt = guidance_scale, False
         device = self._execution_device
 
@@ -398,8 +399,8 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
         # 3. Stage 2: denoise
         rows, columns = (side * self.vae_scale_factor for side in condition.shape[2:])
         sampling.hand_over(image, guides, size=(rows, columns))
-        with ExitStack() as stack, self.progress_bar(total=self._num_timesteps) as progress_bar:
-            guides = [stack.enter_context(guide.run(condition, self._num_timesteps)) for guide in guides]
+        steps = self._num_timesteps
+        with guided_run(guides, condition, steps), self.progress_bar(total=steps) as progress_bar:
             for step_index, timestep in enumerate(timesteps):
                 if self.interrupt:
                     break
@@ -419,8 +420,10 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
                 )
                 sample = self.scheduler.scale_model_input(latents, timestep)
                 model_output = predict(networks, sample, control, tile=self._tiles.get("diffusion"), **cells)
-                for guide in guides:
-                    model_output = guide.guided_model_output(self.scheduler, model_output, timestep, latents)
+                progress = step_index / max(steps - 1, 1)
+                model_output = guide_model_output(
+                    guides, self.scheduler, model_output, timestep, latents, progress=progress
+                )
                 latents = self.scheduler.step(model_output, timestep, latents, **step_arguments, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = {

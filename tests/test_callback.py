@@ -191,7 +191,7 @@ def test_a_stock_pipeline_needs_reference_latents(stock, metric):
 
 def test_guidance_outside_a_run_is_refused(metric):
     with pytest.raises(RuntimeError, match=r"guide\.attach"):
-        MILOGuidance(metric).guided_model_output(DDIMScheduler(), torch.zeros(1), 0, torch.zeros(1))
+        MILOGuidance(metric)(torch.zeros(1, 4, 16, 16), progress=0.0, timestep=0.0)
 
 
 def test_a_metric_for_other_channels_is_refused(pipeline):

@@ -12,7 +12,8 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, IPNDMScheduler
 
 from milo_latent import MILO, MILOGuidance
-from milo_latent.guidance.hook import add_hook
+from milo_latent.guidance.base import Guide
+from milo_latent.guidance.hook import attach_guide
 from milo_latent.guidance.reference import match_reference, match_region
 from milo_latent.latents.codec import encode_image
 from milo_latent.testing import generator, latent_pair, tiny_metric, tiny_pipeline
@@ -23,6 +24,18 @@ OPTIONS = {"beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to
 
 def pipeline_with(scheduler=None):
     return SimpleNamespace(scheduler=scheduler or DDIMScheduler(**OPTIONS))
+
+
+class Seen(Guide):
+    """Notes its name at each step, and leaves the step as it is."""
+
+    def __init__(self, seen, name):
+        super().__init__(REFERENCE)
+        self.seen, self.name = seen, name
+
+    def guide_x0(self, x0, *, progress, timestep):
+        self.seen.append(self.name)
+        return x0
 
 
 def sample_with(pipe, *, steps=4, dtype=torch.float32, batch=1):
@@ -110,28 +123,23 @@ def test_the_hook_keeps_the_signature_that_pipelines_inspect(metric):
 
 
 def test_hooks_come_off_in_any_order():
-    scheduler = DDIMScheduler(**OPTIONS)
-    scheduler.set_timesteps(4)
-    seen = []
-
-    def entry(name):
-        return lambda output, timestep, sample: seen.append(name) or output
-
-    first, second = add_hook(scheduler, entry("first")), add_hook(scheduler, entry("second"))
-    scheduler.step(START, scheduler.timesteps[0], START)
-    first()
-    first()  # again: nothing
-    scheduler.step(START, scheduler.timesteps[1], START)
-    second()
+    pipe, seen = pipeline_with(), []
+    pipe.scheduler.set_timesteps(4)
+    first, second = (attach_guide(Seen(seen, name), pipe) for name in ("first", "second"))
+    pipe.scheduler.step(START, pipe.scheduler.timesteps[0], START)
+    first.detach()
+    first.detach()  # again: nothing
+    pipe.scheduler.step(START, pipe.scheduler.timesteps[1], START)
+    second.detach()
     assert seen == ["first", "second", "second"]
-    assert "step" not in vars(scheduler)
+    assert not {"step", "set_timesteps"} & set(vars(pipe.scheduler))
 
 
 def test_a_wrapper_of_someone_else_around_ours_stays():
-    scheduler = DDIMScheduler(**OPTIONS)
+    pipe, seen = pipeline_with(), []
+    scheduler = pipe.scheduler
     scheduler.set_timesteps(4)
-    seen = []
-    take_off = add_hook(scheduler, lambda output, timestep, sample: seen.append("ours") or output)
+    attached = attach_guide(Seen(seen, "ours"), pipe)
 
     @functools.wraps(scheduler.step)  # which takes our attributes along
     def theirs(*arguments, **options):
@@ -139,8 +147,8 @@ def test_a_wrapper_of_someone_else_around_ours_stays():
         return theirs.__wrapped__(*arguments, **options)
 
     scheduler.step = theirs
-    take_off()
-    add_hook(scheduler, lambda output, timestep, sample: seen.append("again") or output)()
+    attached.detach()
+    attach_guide(Seen(seen, "again"), pipe).detach()
     assert vars(scheduler)["step"] is theirs
     scheduler.step(START, scheduler.timesteps[0], START)
     assert seen == ["theirs"]
@@ -352,7 +360,7 @@ def test_the_trace_tells_what_happened_and_changes_nothing(metric):
     assert [step.timestep for step in trace] == [750.0, 500.0, 250.0, 0.0]
     assert [step.scale for step in trace] == [0.4, 0.4, 0.0, 0.0]
     for step in trace:
-        assert step.score.shape == step.weight.shape == step.change.shape == (2,)
+        assert step.error.shape == step.weight.shape == step.change.shape == (2,)
         assert step.mask.shape == (2, 1, 16, 16)
         assert ((step.mask > 0) & (step.mask < 1)).all()
         assert torch.allclose(step.weight, torch.full((2,), step.scale), atol=1e-6)
@@ -386,7 +394,7 @@ def test_the_trace_is_plotted_and_its_masks_are_animated(metric, tmp_path):
     figure.draw_without_rendering()  # warns where the layout does not fit
     assert [axes.get_title() for axes in figure.axes[3:7]] == ["step 0", "step 1", "step 2", "step 3"]
     drawn = figure.axes[0].lines[0].get_ydata()
-    assert drawn.tolist() == pytest.approx([step.score[0].item() for step in trace])
+    assert drawn.tolist() == pytest.approx([step.error[0].item() for step in trace])
 
 
 def test_an_empty_trace_is_refused(metric):

@@ -24,7 +24,7 @@ from milo_latent.diffbir.schedulers import OFFICIAL_SAMPLERS, SolverScheduler, o
 from milo_latent.diffbir.stages import STAGES
 from milo_latent.diffbir.swinir import SwinIR
 from milo_latent.guidance.milo import MILOGuidance
-from milo_latent.guidance.region_adaptive import RestorationGuidance
+from milo_latent.guidance.region_adaptive import RegionAdaptiveGuidance
 from milo_latent.restoration.restore import restore_image
 from milo_latent.testing import generator, replayed_noise, tiny_metric
 
@@ -352,8 +352,8 @@ def test_vae_tiles_alone(pipeline):
 def test_guidance_acts_on_the_blended_estimate(pipeline):
     sizes = []
     guide = MILOGuidance(tiny_metric(), milo_scale=0.5)
-    original = guide.guided_original_sample
-    guide.guided_original_sample = lambda x0, *args, **kwargs: sizes.append(x0.shape) or original(x0, *args, **kwargs)
+    original = guide.guide_x0
+    guide.guide_x0 = lambda x0, *args, **kwargs: sizes.append(x0.shape) or original(x0, *args, **kwargs)
     pipeline.enable_tiling(128, stages=("diffusion",))
     run(pipeline, torch.rand(1, 3, 256, 192), callback_on_step_end=guide)
     assert set(sizes) == {(1, 4, 32, 24)}
@@ -387,7 +387,7 @@ def test_the_official_rule_pads_latents_where_it_padded_the_image_less(pipeline,
     assert result.shape == image.shape
     assert set(seen) == {(18, 20)}  # 17 and 19 cells, padded to those that the UNet halves
     for loss, space in (("mse", "rgb"), ("w_mse", "latent")):  # whose images are those of the latents
-        guide = RestorationGuidance(pipeline.vae, 0.5, loss=loss, space=space)
+        guide = RegionAdaptiveGuidance(pipeline.vae, 0.5, loss=loss, space=space)
         guided = run(pipeline, image, compatibility="official", callback_on_step_end=guide)
         assert not torch.equal(guided, result)
 

@@ -1,17 +1,21 @@
 """DiffBIR's restoration guidance: the official gradients and runs on request, and by default any size and scheduler."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from golden import golden, golden_pipeline, numbered, part, relative, scheduler_for, tiny_networks
 
 from milo_latent.diffbir.sampling import controlled_output
+from milo_latent.guidance.base import guided_run
 from milo_latent.guidance.region_adaptive import (
-    RestorationGuidance,
+    RegionAdaptiveGuidance,
     flatness,
     official_step,
     posterior_mean_coefficient,
 )
+from milo_latent.guidance.x0 import guide_model_output
 from milo_latent.latents.codec import scale_latents
 from milo_latent.testing import generator, replayed_noise
 
@@ -66,7 +70,8 @@ def test_guided_runs_are_those_of_the_release_that_applied_it(networks, name):
     tensors = golden("guided_runs_v2.0.0")
     expected, inputs, target = part(tensors, f"{name}."), part(tensors, "inputs."), tensors["target"]
     vae, draws, scheduler = networks["vae"], numbered(expected, "draw_"), scheduler_for("eps")
-    guide = RestorationGuidance(vae, target=target / 2 + 0.5, compatibility="official", **RUNS[name])
+    guide = RegionAdaptiveGuidance(vae, target=target / 2 + 0.5, compatibility="official", **RUNS[name])
+    guide.bind(SimpleNamespace(scheduler=scheduler))
     scheduler.set_timesteps(5)
     latents = inputs["x_T"]
     with torch.no_grad():
@@ -81,8 +86,8 @@ def test_guided_runs_are_those_of_the_release_that_applied_it(networks, name):
                 prompt_embeds=inputs["c_txt"], negative_prompt_embeds=inputs["uc_txt"], conditioning_scale=1.0,
                 scale=4.0, rescale=0.0,
             )  # fmt: skip
-        with guide.run(reference, 5):
-            output = guide.guided_model_output(scheduler, output, timestep, latents)
+        with guided_run([guide], reference, 5):
+            output = guide_model_output([guide], scheduler, output, timestep, latents, progress=index / 4)
         with replayed_noise(draws[:1]):
             stepped = scheduler.step(output, timestep, latents)
         latents, draws = stepped.prev_sample, draws[1:]
@@ -104,11 +109,10 @@ def test_it_pulls_the_result_towards_the_cleaned_image(pipeline, scheduler, spac
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
     kept = []
 
-    class Keeping(RestorationGuidance):
-        def begin_run(self, reference_latents, *args, **kwargs):
-            started = super().begin_run(reference_latents, *args, **kwargs)
-            kept.append(reference_latents if self.space == "latent" else started.target)
-            return started
+    class Keeping(RegionAdaptiveGuidance):
+        def start(self, reference, num_steps):
+            super().start(reference, num_steps)
+            kept.append(reference if self.space == "latent" else self._target)
 
     guide = Keeping(pipeline.vae, 0.5, loss=loss, space=space)
     guided, free = run(pipeline, guide), run(pipeline)
@@ -117,30 +121,29 @@ def test_it_pulls_the_result_towards_the_cleaned_image(pipeline, scheduler, spac
             guided, free = (pipeline.vae.decode(each).sample for each in (guided, free))
     limit = 0.9 if space == "latent" else 0.99  # a random decoder cannot come near an image
     assert (guided - kept[0]).square().mean() < limit * (free - kept[0]).square().mean()
-    assert not guide.is_running
 
 
 def test_a_strength_of_one_in_latents_gives_the_reference_and_zero_changes_no_bit(pipeline):
     reference = torch.randn(1, 4, 16, 16, generator=generator(3))
-    whole = RestorationGuidance(scale=1.0, loss="mse", reference_latents=reference)
+    whole = RegionAdaptiveGuidance(scale=1.0, loss="mse", reference_latents=reference)
     assert torch.allclose(run(pipeline, whole), reference, atol=1e-4)
-    assert torch.equal(run(pipeline, RestorationGuidance(scale=0.0, loss="mse")), run(pipeline))
+    assert torch.equal(run(pipeline, RegionAdaptiveGuidance(scale=0.0, loss="mse")), run(pipeline))
 
 
 def test_the_default_strength_does_not_shrink_with_the_image():
     target = torch.full((1, 3, 128, 128), 0.25)
     for side in (16, 64):
         towards = torch.ones(1, 4, side, side)
-        guide = RestorationGuidance(scale=0.5, loss="mse", target=target)
-        with guide.run(towards, 1):
-            assert torch.allclose(guide._push(guide._run, torch.zeros_like(towards), towards), towards / 2)
+        guide = RegionAdaptiveGuidance(scale=0.5, loss="mse", target=target)
+        with guided_run([guide], towards, 1):
+            assert torch.allclose(guide(torch.zeros_like(towards), progress=0.0, timestep=0.0), towards / 2)
     small, large = (official_step(torch.ones(1, 4, side, side), 1.0, 1.0).mean() for side in (16, 64))
     assert large < small / 15  # the official one does
 
 
 def test_it_attaches_to_other_pipelines(pipeline):
     reference = torch.randn(1, 4, 16, 16, generator=generator(3))
-    guide = RestorationGuidance(scale=1.0, loss="mse", reference_latents=reference)
+    guide = RegionAdaptiveGuidance(scale=1.0, loss="mse", reference_latents=reference)
     with guide.attach(pipeline):
         guided = run(pipeline)
     assert torch.allclose(guided, reference, atol=1e-4)
@@ -148,7 +151,7 @@ def test_it_attaches_to_other_pipelines(pipeline):
 
 def test_one_reference_serves_several_images(pipeline):
     reference, images = torch.zeros(1, 4, 16, 16), torch.rand(2, 3, 128, 128, generator=generator())
-    guide = RestorationGuidance(pipeline.vae, 0.5, reference_latents=reference)
+    guide = RegionAdaptiveGuidance(pipeline.vae, 0.5, reference_latents=reference)
     options = {"num_inference_steps": 2, "output_type": "latent"}
     generators = [generator(0), generator(1)]
     both = pipeline(image=images, callback_on_step_end=guide, generator=generators, **options).images
@@ -157,22 +160,25 @@ def test_one_reference_serves_several_images(pipeline):
 
 
 def test_each_result_of_an_image_is_guided(pipeline):
-    guide = RestorationGuidance(pipeline.vae, 0.5, loss="w_mse", space="rgb")
+    guide = RegionAdaptiveGuidance(pipeline.vae, 0.5, loss="w_mse", space="rgb")
     generators = [generator(0), generator(1)]
     both = run(pipeline, guide, num_images_per_prompt=2, generator=generators)
     assert torch.allclose(both[1:], run(pipeline, guide, generator=generator(1)), atol=1e-4)
 
 
 def test_a_run_leaves_no_image_behind_and_two_runs_do_not_mix(pipeline):
-    guide = RestorationGuidance(pipeline.vae, 0.5, loss="w_mse", space="rgb")
-    first, second = (guide.begin_run(torch.full((1, 4, 16, 16), value), 4) for value in (0.1, -0.4))
-    assert not torch.equal(first.target, second.target)
-    assert first.weight.shape == (1, 1, 128, 128)
-    small = RestorationGuidance(pipeline.vae, 0.5, loss="w_mse", space="latent")
+    guide = RegionAdaptiveGuidance(pipeline.vae, 0.5, loss="w_mse", space="rgb")
+    targets = []
+    for value in (0.1, -0.4):
+        with guided_run([guide], torch.full((1, 4, 16, 16), value), 4):
+            targets.append(guide._target)
+            assert guide._weight.shape == (1, 1, 128, 128)
+    assert not torch.equal(*targets)
+    small = RegionAdaptiveGuidance(pipeline.vae, 0.5, loss="w_mse", space="latent")
     run(pipeline, small)
-    started = small.begin_run(torch.zeros(1, 4, 16, 16), 4)
-    assert started.target is None
-    assert started.weight.shape == (1, 1, 16, 16)
+    with guided_run([small], torch.zeros(1, 4, 16, 16), 4):
+        assert small._target is None
+        assert small._weight.shape == (1, 1, 16, 16)
     kept = [value for guide in (guide, small) for value in vars(guide).values() if isinstance(value, torch.Tensor)]
     assert not kept
 
@@ -200,11 +206,11 @@ def test_flat_regions_weigh_one_and_edges_less():
 )
 def test_options_that_cannot_work_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
-        RestorationGuidance(**options)
+        RegionAdaptiveGuidance(**options)
 
 
 def test_the_official_scaling_needs_a_ddpm_scheduler(networks):
-    guide = RestorationGuidance(scale=0.5, loss="mse", compatibility="official")
+    guide = RegionAdaptiveGuidance(scale=0.5, loss="mse", compatibility="official")
     pipeline = golden_pipeline(networks, "v_zsnr", "ddim")
     embeds = torch.zeros(1, 77, 32)
     with pytest.raises(ValueError, match="DDPM"):

@@ -1,24 +1,21 @@
 """DiffBIR's restoration guidance: keep each clean estimate near the cleaned image, most in its flat regions.
 
-The baseline of MILO guidance. DiffBIR's code of 2024 accepts it and never applies it; here it works with any scheduler.
+This is the baseline of MILO guidance. DiffBIR's code of 2024 accepts it and never applies it; here it works with any
+scheduler.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, SchedulerMixin
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 from torch import Tensor
 from torch.nn import functional as F
 
 from milo_latent.checks import check_batch, check_choice, check_range
-from milo_latent.guidance.base import GuidedRun, SchedulerGuidance
-from milo_latent.guidance.coefficients import step_coefficients
-from milo_latent.guidance.reference import check_count, match_reference
-from milo_latent.guidance.x0 import predict_original_sample, shift_model_output
+from milo_latent.guidance.base import Guide
+from milo_latent.guidance.reference import check_count
 from milo_latent.latents.codec import unscale_latents
 
 Loss = Literal["mse", "w_mse"]
@@ -26,21 +23,13 @@ LOSSES: tuple[str, ...] = get_args(Loss)
 Space = Literal["latent", "rgb"]
 SPACES: tuple[str, ...] = get_args(Space)
 OFFICIAL_FACTOR = 3000.0  # by which the official code multiplies its scale
-GREY = (0.2989, 0.5870, 0.1140)
+GRAY = (0.2989, 0.5870, 0.1140)
 BLOCK = 2  # pixels a side over which edges are gathered
 SMALLEST = 1e-12
-PROBE = 1e-2  # of the estimate's length: the distance at which the decoder's slope is measured
+PROBE = 1e-2  # distance at which the decoder's slope is measured, in lengths of the estimate
 
 
-@dataclass
-class RestorationRun(GuidedRun):
-    """One run: beside the latents, the image that they are pulled towards, and where."""
-
-    target: Tensor | None = None  # (B or 1, 3, H, W) in [-1, 1], where pushes go through the decoder
-    weight: Tensor | float = 1.0  # (B or 1, 1, h, w), or of the image's size likewise
-
-
-class RestorationGuidance(SchedulerGuidance):
+class RegionAdaptiveGuidance(Guide):
     """Move the clean estimate of every step towards the cleaned image, in latents or through the VAE's decoder.
 
     Give it as `callback_on_step_end` to `DiffBIRPipeline`; around other pipelines use `with guide.attach(pipe):`.
@@ -50,15 +39,16 @@ class RestorationGuidance(SchedulerGuidance):
         scale: strength, in [0, 1], whatever the image's size: the fraction of the way to the reference latents, or in
             "rgb" of the step downhill that fits the target best; with `compatibility` the official s, >= 0, whose
             effect shrinks as the image grows.
-        loss: "w_mse" weighs flat regions more than edges, "mse" all alike.
-        space: "latent", or "rgb": costs two passes forward and one back through the decoder for each push.
+        loss: "w_mse" weights flat regions more than edges, "mse" all alike.
+        space: "latent", or "rgb", which costs two passes forward and one back through the decoder for each push.
         repeat: pushes in each step.
-        t_start: guides where t_stop < timestep + 1 < t_start.
-        t_stop: see there.
+        t_start: the guide acts where t_stop < timestep + 1 < t_start.
+        t_stop: the lower end of that interval.
         reference_latents: r, (B, C, h, w); may be left out for `DiffBIRPipeline`.
-        target: the image that r is of, (B, 3, H, W), in [0, 1]; None takes the cleaned image of `DiffBIRPipeline`, and
-            elsewhere r decoded.
-        compatibility: "official" scales as DiffBIR v2.0.0 does, which needs a DDPM scheduler; None as said above.
+        target: the image that r encodes, (B, 3, H, W), in [0, 1]; None takes the cleaned image of `DiffBIRPipeline`,
+            and elsewhere decodes r.
+        compatibility: "official" scales as DiffBIR v2.0.0 does, which needs a DDPM scheduler; None scales as `scale`
+            says.
 
     Raises:
         ValueError: for values outside their range, or without a VAE where one is needed.
@@ -66,6 +56,9 @@ class RestorationGuidance(SchedulerGuidance):
     Source: DiffBIR (Lin et al., ECCV 2024), section 3.4 and algorithm 1; diffbir/utils/cond_fn.py and, for how it is
     applied, utils/sampler.py of release v2.0.0. The scaling without `compatibility` is own.
     """
+
+    _target: Tensor | None = None  # (B or 1, 3, H, W) in [-1, 1], where pushes go through the decoder
+    _weight: Tensor | float = 1.0  # (B or 1, 1, h, w), or (B or 1, 1, H, W) in "rgb"
 
     def __init__(
         self,
@@ -101,63 +94,68 @@ class RestorationGuidance(SchedulerGuidance):
         self.vae, self.target = vae, target
         self.scale, self.loss, self.space, self.repeat = scale, loss, space, repeat
         self.t_start, self.t_stop, self.official = t_start, t_stop, compatibility == "official"
-        self._seen: Tensor | None = None  # the cleaned image of the run to come
+        self._cleaned: Tensor | None = None  # the cleaned image of the run to come
+        self._scheduler: Any = None
 
     def accept_image(self, image: Tensor) -> None:
-        """Take the cleaned image, (B, 3, H, W) in [0, 1], as the next run's target; `DiffBIRPipeline` calls it."""
-        self._seen = image
+        """Take the cleaned image, (B, 3, H, W) in [0, 1], as the next run's target; `DiffBIRPipeline` calls this."""
+        self._cleaned = image
 
-    def begin_run(self, reference_latents: Tensor | None, num_steps: int, *, steps_done: int = 0) -> GuidedRun:
-        """Return a new run; arguments and errors as of `run`."""
-        plain = super().begin_run(reference_latents, num_steps, steps_done=steps_done)
-        run = RestorationRun(plain.reference_latents, plain.num_steps, plain.step)
-        seen, self._seen = self._seen, None
+    def bind(self, pipeline: DiffusionPipeline) -> None:
+        """Remember the scheduler of `pipeline`; raise ValueError if the official scaling needs another."""
+        self._scheduler = pipeline.scheduler
+        if self.official and not hasattr(self._scheduler, "previous_timestep"):
+            raise ValueError(
+                f"Expected a DDPM scheduler for the official scaling, got {type(self._scheduler).__name__}. "
+                "Leave `compatibility` out, or set `pipe.scheduler` to SpacedScheduler."
+            )
+
+    def start(self, reference: Tensor, num_steps: int) -> None:
+        """Begin a run: find the image to pull towards, where pushes need it, and the weight of its regions."""
+        super().start(reference, num_steps)
+        cleaned, self._cleaned = self._cleaned, None
         if self.space == "latent" and self.loss == "mse":
-            return run
-        reference = run.reference_latents
-        if self.target is not None:
-            image = self.target.detach().float()
-        elif seen is not None:  # of each image, whose results follow each other
-            results = reference if reference_latents is None else reference_latents
-            image = seen.detach().float().repeat_interleave(results.shape[0] // seen.shape[0], dim=0)
-        else:
-            with torch.no_grad():
-                image = self._decode(reference) / 2 + 0.5
-        image = image.to(reference.device)
+            return
+        image = self._find_target(reference, cleaned).to(reference.device)
         if self.loss == "w_mse":
             weight = flatness(image)  # (B, 1, H, W)
-            run.weight = weight if self.space == "rgb" else _pool(weight, reference.shape[2:])
+            size = (reference.shape[2], reference.shape[3])
+            self._weight = weight if self.space == "rgb" else F.adaptive_avg_pool2d(weight, size)
         if self.space == "rgb":
-            run.target = image * 2 - 1
-        return run
+            self._target = image * 2 - 1
 
-    def guided_model_output(
-        self, scheduler: SchedulerMixin, model_output: Tensor, timestep: Tensor | float | int, sample: Tensor
-    ) -> Tensor:
-        """Return the model output that predicts the guided clean latents; see `MILOGuidance.guided_model_output`.
+    def end(self) -> None:
+        """End the run: nothing of it is kept."""
+        super().end()
+        self._target, self._weight = None, 1.0
 
-        Raises:
-            ValueError: for an unknown scheduler, or with `compatibility` one without DDPM's posterior.
-            RuntimeError: outside of `run`.
-        """
-        if not isinstance(self._run, RestorationRun):
-            raise RuntimeError("Guidance works inside `with guide.run(...)` or `with guide.attach(pipe):` only.")
-        self._run.step += 1
-        if self.scale == 0.0 or not self.t_stop < float(timestep) + 1 < self.t_start:
-            return model_output
-        coefficients = step_coefficients(scheduler, timestep)
-        x0 = predict_original_sample(model_output, sample, coefficients)
-        reference, guided = match_reference(self._run.reference_latents, x0), x0
+    def active(self, progress: float, timestep: float) -> bool:
+        """Return whether the timestep is in the guided interval, and the scale above 0."""
+        return self.scale > 0.0 and self.t_stop < timestep + 1 < self.t_start
+
+    def guide_x0(self, x0: Tensor, *, progress: float, timestep: float) -> Tensor:
+        """Return the clean estimate after `repeat` pushes, (B, C, h, w) float32."""
+        reference, guided = self.reference_for(x0), x0
         for _ in range(self.repeat):
-            push = self._push(self._run, guided, reference)
+            push = self._push(guided, reference)
             if self.official:
-                push = push / posterior_mean_coefficient(scheduler, int(timestep))
+                push = push / posterior_mean_coefficient(self._scheduler, int(timestep))
             guided = guided + push
-        return shift_model_output(model_output, guided - x0, coefficients)
+        return guided
 
-    def _push(self, run: RestorationRun, x0: Tensor, reference: Tensor) -> Tensor:
+    def _find_target(self, reference: Tensor, cleaned: Tensor | None) -> Tensor:
+        """Return the image to pull towards, (B or 1, 3, H, W), in [0, 1]."""
+        if self.target is not None:
+            return self.target.detach().float()
+        if cleaned is not None:  # the results of each image follow each other
+            return cleaned.detach().float().repeat_interleave(reference.shape[0] // cleaned.shape[0], dim=0)
+        assert self._reference is not None
+        with torch.no_grad():
+            return self._decode(self._reference) / 2 + 0.5
+
+    def _push(self, x0: Tensor, reference: Tensor) -> Tensor:
         """Return what one push adds to the clean estimate, (B, C, h, w)."""
-        way, weight, target = reference - x0, run.weight, run.target
+        way, weight, target = reference - x0, self._weight, self._target
         if isinstance(weight, Tensor):
             check_count("target", weight, x0)
         if target is None:
@@ -201,45 +199,32 @@ def official_step(towards: Tensor, weight: Tensor | float, scale: float) -> Tens
 
 
 def flatness(image: Tensor) -> Tensor:
-    """Tell flat regions from edges: 1 where nothing changes, 0 at strong edges.
+    """Return a weight that is 1 where nothing changes and 0 at strong edges.
 
     Args:
         image: (B, 3, H, W), in [0, 1].
 
     Returns:
-        Weight, (B, 1, H, W), the same for each 2x2 pixels: 1 - tanh(sum of Sobel's gradient magnitudes in them).
+        Weight, (B, 1, H, W): in each block of 2x2 pixels, 1 - tanh(sum of Sobel's gradient magnitudes).
 
     Source: DiffBIR, equation 6.
     """
     height, width = image.shape[2:]
-    grey = (image * torch.tensor(GREY, dtype=image.dtype, device=image.device).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    gray = (image * torch.tensor(GRAY, dtype=image.dtype, device=image.device).view(1, 3, 1, 1)).sum(1, keepdim=True)
     smooth, slope = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([1.0, 0.0, -1.0])
-    kernels = torch.stack([torch.outer(smooth, slope), torch.outer(slope, smooth)])[:, None].to(grey)  # (2, 1, 3, 3)
-    magnitude = F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), kernels).square().sum(1, keepdim=True).sqrt()
+    kernels = torch.stack([torch.outer(smooth, slope), torch.outer(slope, smooth)])[:, None].to(gray)  # (2, 1, 3, 3)
+    magnitude = F.conv2d(F.pad(gray, (1, 1, 1, 1), mode="replicate"), kernels).square().sum(1, keepdim=True).sqrt()
     padded = F.pad(magnitude, (0, -width % BLOCK, 0, -height % BLOCK))
     edges = (F.avg_pool2d(padded, BLOCK) * BLOCK**2).tanh()
     return 1.0 - F.interpolate(edges, scale_factor=BLOCK, mode="nearest")[..., :height, :width]
 
 
 def posterior_mean_coefficient(scheduler: Any, timestep: int) -> float:
-    """Return the factor of x0 in the mean of DDPM's posterior of the next sample (Ho et al. 2020, equation 7).
-
-    Raises:
-        ValueError: for a scheduler without `previous_timestep`.
-    """
-    if not hasattr(scheduler, "previous_timestep"):
-        raise ValueError(
-            f"Expected a DDPM scheduler for the official scaling, got {type(scheduler).__name__}. "
-            "Leave `compatibility` out, or set `pipe.scheduler` to SpacedScheduler."
-        )
+    """Return the factor of x0 in the mean of DDPM's posterior of the next sample (Ho et al. 2020, equation 7)."""
     previous = int(scheduler.previous_timestep(timestep))
     signal = float(scheduler.alphas_cumprod[timestep])
     signal_next = float(scheduler.alphas_cumprod[previous]) if previous >= 0 else 1.0
     return signal_next**0.5 * (1.0 - signal / signal_next) / (1.0 - signal)
-
-
-def _pool(weight: Tensor, size: Sequence[int]) -> Tensor:
-    return F.adaptive_avg_pool2d(weight, (size[0], size[1]))
 
 
 def _norm(tensor: Tensor) -> Tensor:

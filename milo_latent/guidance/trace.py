@@ -30,7 +30,7 @@ class TraceStep:
         step: its number in the run, from 0.
         timestep: as passed to the scheduler.
         scale: the strength in this step; 0 outside the guided interval.
-        score: raw error E between the clean estimate, before guidance, and the reference latents, (B,).
+        error: raw error E between the clean estimate, before guidance, and the reference latents, (B,).
         weight: mean of what the difference to the reference is multiplied by: min(s * W * region, 1) in the mode
             *mask*, s * region in the mode *metric*, (B,).
         change: Euclidean norm of the change of the clean estimate, over that of its way to the reference, (B,).
@@ -40,7 +40,7 @@ class TraceStep:
     step: int
     timestep: float
     scale: float
-    score: Tensor
+    error: Tensor
     weight: Tensor
     change: Tensor
     mask: Tensor
@@ -90,7 +90,7 @@ class GuidanceTrace:
                 step=len(self.steps),
                 timestep=timestep,
                 scale=scale,
-                score=(mask * difference.abs()).mean(dim=(1, 2, 3)).cpu(),
+                error=(mask * difference.abs()).mean(dim=(1, 2, 3)).cpu(),
                 weight=weight.mean(dim=(1, 2, 3)).cpu(),
                 change=((guided - pred_original_sample).flatten(1).norm(dim=1) / way).cpu(),
                 mask=(F.adaptive_avg_pool2d(mask, size) / LEVELS).cpu(),
@@ -98,7 +98,7 @@ class GuidanceTrace:
         )
 
     def plot(self, *, sample: int = 0) -> Figure:
-        """Draw score, weight and change over the steps, and the masks of some of them below.
+        """Draw error, weight and change over the steps, and the masks of some of them below.
 
         Args:
             sample: which of the batch's samples the masks are of; the curves are of it too.
@@ -176,13 +176,13 @@ class GuidanceTrace:
             raise ValueError(
                 "Expected a trace with steps, got none. Run a pipeline with MILOGuidance(..., trace=True)."
             )
-        batch = self.steps[0].score.shape[0]
+        batch = self.steps[0].error.shape[0]
         if not 0 <= sample < batch:
             raise ValueError(f"Expected `sample` in [0, {batch - 1}], got {sample}.")
 
 
 _CURVES = {
-    "score": "raw error E before guidance",
+    "error": "raw error E before guidance",
     "weight": "mean weight of the difference",
     "change": "change / way to the reference",
 }

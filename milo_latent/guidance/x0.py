@@ -7,28 +7,56 @@ scheduler is handed the output that predicts the guided x0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal, get_args
 
 import torch
+from diffusers import SchedulerMixin
 from torch import Tensor
 
 from milo_latent.checks import check_choice, check_range
-from milo_latent.guidance.coefficients import KNOWN_SCHEDULERS, StepCoefficients, step_coefficients
-
-__all__ = [
-    "KNOWN_SCHEDULERS",
-    "StepCoefficients",
-    "gradient_push",
-    "masked_pull",
-    "predict_original_sample",
-    "shift_model_output",
-    "step_coefficients",
-]
+from milo_latent.guidance.coefficients import StepCoefficients, Timestep, step_coefficients
 
 Objective = Literal["weighted", "milo"]
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 SMALLEST = 1e-12  # a norm below this is taken as 0, which has no direction
+
+
+def guide_model_output(
+    guides: Iterable[Callable[..., Tensor]],
+    scheduler: SchedulerMixin,
+    model_output: Tensor,
+    timestep: Timestep,
+    sample: Tensor,
+    *,
+    progress: float,
+) -> Tensor:
+    """Return the model output that predicts the guided x0; every guided step, of any pipeline, passes here.
+
+    Args:
+        guides: functions `(x0, *, progress, timestep) -> x0`, which act in turn; `active`, if a guide has it, tells
+            whether it acts in this step.
+        scheduler: about to step.
+        model_output: after classifier-free guidance, (B, C, h, w) or (B, 2C, h, w).
+        timestep: as passed to `scheduler.step`.
+        sample: noisy latents, as passed to `scheduler.step`, (B, C, h, w).
+        progress: share of the run's steps already done, in [0, 1].
+
+    Returns:
+        Model output, in the shape and dtype of `model_output`; itself where no guide changes x0.
+
+    Raises:
+        ValueError: for an unknown scheduler, or an epsilon model at zero terminal SNR.
+    """
+    time = float(timestep)
+    acting = [guide for guide in guides if not hasattr(guide, "active") or guide.active(progress, time)]
+    if not acting:
+        return model_output
+    coefficients = step_coefficients(scheduler, timestep)
+    x0 = guided = predict_original_sample(model_output, sample, coefficients)
+    for guide in acting:
+        guided = guide(guided, progress=progress, timestep=time)
+    return model_output if guided is x0 else shift_model_output(model_output, guided - x0, coefficients)
 
 
 def predict_original_sample(model_output: Tensor, sample: Tensor, coefficients: StepCoefficients) -> Tensor:

@@ -17,8 +17,9 @@ from milo_latent.checks import check_batch, check_choice, check_finite
 from milo_latent.diffbir.inputs import check_call
 from milo_latent.diffbir.sampling import check_scheduler
 from milo_latent.diffbir.versions import UPSCALE, TaskName
+from milo_latent.guidance.base import split_guides
 from milo_latent.guidance.curriculum import Schedule
-from milo_latent.guidance.milo import MILOGuidance, find_guidance
+from milo_latent.guidance.milo import MILOGuidance
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
 from milo_latent.restoration.faces import Detector, restore_faces
 from milo_latent.restoration.restorer import load_restorer
@@ -157,7 +158,7 @@ def check_restoration(
     checked = {name: arguments[name] for name in inspect.signature(check_call).parameters if name in arguments}
     check_call(**checked, total_timesteps=pipeline.scheduler.config.num_train_timesteps)
     check_scheduler(pipeline.scheduler, arguments["num_inference_steps"])
-    find_guidance(guide, pipeline)
+    split_guides(guide, pipeline)
     pipeline.check_inputs(arguments["guidance_scale"], ["latents"])
     prompts = {name: arguments[name] for name in PROMPTS}
     pipeline.encode_prompt(**prompts, guided=arguments["guidance_scale"] > 1)
