@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+
+from milo_latent.cli.common import DTYPES, TASKS, to_dtype
 
 VERSIONS = ["v1", "v2", "v2.1"]
-TASKS = ["sr", "denoise", "face", "unaligned_face"]
-DTYPES = ["float32", "float16", "bfloat16"]
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -55,7 +54,7 @@ def run_diffbir(options: argparse.Namespace) -> str:
         cleaner=options.cleaner,
         background=options.background,
         output=options.output,
-        dtype=_dtype(options.dtype),
+        dtype=to_dtype(options.dtype),
         tokenizer=options.tokenizer,
         ignore=options.ignore,
     )
@@ -71,7 +70,7 @@ def run_pull(options: argparse.Namespace) -> str:
         options.task,
         output=options.output,
         downloads=options.downloads,
-        dtype=_dtype(options.dtype),
+        dtype=to_dtype(options.dtype),
         tokenizer=options.tokenizer,
     )
     kept = f"{next(iter(files.values())).parent}: {describe_files(files)}"
@@ -81,9 +80,3 @@ def run_pull(options: argparse.Namespace) -> str:
 def _line(options: argparse.Namespace) -> str:
     takes = "prompts" if (options.output / "tokenizer").is_dir() else "prompt_embeds, no tokenizer"
     return f"convert: DiffBIR {options.release} {options.task} -> {options.output} (takes {takes})"
-
-
-def _dtype(name: str | None) -> Any:
-    import torch
-
-    return getattr(torch, name) if name else None

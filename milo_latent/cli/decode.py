@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from milo_latent.cli.loading import hide_loading_bar
+from milo_latent.cli.common import add_vae_options, hide_loading_bar
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -18,10 +18,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(run=run)
     command.add_argument("input", type=Path, metavar="IN", help="latents (.npy, .safetensors), or folder of them")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="image, or folder")
-    command.add_argument("--model", default="nano", help="shipped weights, or a folder with a VAE (default: nano)")
-    command.add_argument(
-        "--tile", type=int, metavar="PIXELS", help="work in tiles of this side, for images too large for the memory"
-    )
+    add_vae_options(command)
 
 
 def run(options: argparse.Namespace) -> str:

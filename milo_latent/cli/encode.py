@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from milo_latent.cli.loading import hide_loading_bar
+from milo_latent.cli.common import add_vae_options, hide_loading_bar
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -20,10 +20,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "-o", "--output", type=Path, required=True, metavar="OUT", help=".npy, .safetensors, or folder"
     )
-    command.add_argument("--model", default="nano", help="shipped weights, or a folder with a VAE (default: nano)")
-    command.add_argument(
-        "--tile", type=int, metavar="PIXELS", help="work in tiles of this side, for photos too large for the memory"
-    )
+    add_vae_options(command)
     command.add_argument(
         "--format",
         choices=["npy", "safetensors"],

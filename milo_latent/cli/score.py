@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from milo_latent.cli.loading import hide_loading_bar
+from milo_latent.cli.common import hide_loading_bar
 
 PIXELS_PER_CELL = 8  # of every VAE of the Stable Diffusion families, where the VAE is not at hand
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from milo_latent.checks import check_batch, check_range
+from milo_latent.pictures import to_8bit
 from milo_latent.restoration.faces import Face
 
 INSTALL = 'pip install "milo_latent[faces]"'
@@ -56,9 +57,9 @@ class YuNet:
             Faces, surest first; none if there are none.
         """
         check_batch("image", image, 3)
-        pixels = image[0].detach().float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
         self._network.setInputSize((image.shape[3], image.shape[2]))
-        rows = self._network.detect(np.ascontiguousarray(pixels[..., ::-1]))[1]  # it takes blue, green, red
+        blue_green_red = np.ascontiguousarray(to_8bit(image[0])[..., ::-1])
+        rows = self._network.detect(blue_green_red)[1]
         return [] if rows is None else [to_face(row) for row in sorted(rows, key=lambda row: -row[14])]
 
 

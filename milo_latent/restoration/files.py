@@ -10,18 +10,20 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from milo_latent.files import ALPHA_SUFFIXES, IMAGE_SUFFIXES, process_folder, read_photo, write_image
+from milo_latent.pictures import LUMA
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow converts
 Restore = Callable[[Tensor], Tensor]
 
 
-def check_image_output(output: Path) -> None:
-    """Raise unless an image can be written to `output`, before anything is computed.
+def check_files(photo: Path, output: Path) -> None:
+    """Raise unless there is a photo, and an image can be written to `output`, before anything is computed.
 
     Raises:
-        FileNotFoundError: if its folder does not exist.
-        ValueError: if its suffix is not that of an image.
+        FileNotFoundError: if there is no such photo, or no folder for `output`.
+        ValueError: if the suffix of `output` is not that of an image.
     """
+    if not photo.is_file():
+        raise FileNotFoundError(f"Expected a photo or a folder of photos, got {photo}, which does not exist.")
     if output.suffix.lower() not in IMAGE_SUFFIXES:
         raise ValueError(f"Expected an image suffix, one of {sorted(IMAGE_SUFFIXES)}, got {output.name!r}.")
     if not output.parent.is_dir():
@@ -43,15 +45,15 @@ def restore_file(photo: Path, output: Path, restore: Restore) -> tuple[str, str]
         FileNotFoundError: if there is no such photo, or no folder for `output`.
         ValueError: if the photo is damaged, or the suffix of `output` not that of an image.
     """
+    check_files(photo, output)
     image, alpha = read_photo(photo)
-    check_image_output(output)
     restored = restore(image)
     if is_grey(image):
         restored = to_grey(restored)
-    if output.suffix.lower() not in ALPHA_SUFFIXES:
-        alpha = None
-    if alpha is not None:
+    if alpha is not None and output.suffix.lower() in ALPHA_SUFFIXES:
         alpha = interpolate(alpha, size=restored.shape[2:], mode="bilinear", align_corners=False)
+    else:
+        alpha = None
     write_image(output, restored, alpha=alpha)
     before, after = ("{1}x{0}".format(*each.shape[2:]) for each in (image, restored))
     return before, after

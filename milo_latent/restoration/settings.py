@@ -1,0 +1,164 @@
+"""Settings of a restoration: every option, its default, and a check of all of them before the first photo is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from milo_latent.checks import check_choice
+from milo_latent.diffbir.colour import ColorFix
+from milo_latent.diffbir.sampling import Compatibility, StartPoint
+from milo_latent.diffbir.versions import UPSCALE, TaskName
+from milo_latent.guidance.curriculum import Schedule
+from milo_latent.guidance.milo import MILOGuidance
+from milo_latent.pipelines.diffbir import DiffBIRPipeline
+from milo_latent.restoration.faces import Detector
+
+STEPS, MILO_SCALE, SCHEDULE = 4, 0.5, "cosine"
+# the fields used here; `DiffBIRPipeline.__call__` is given all others by their names
+OWN = frozenset({"task", "milo_scale", "schedule", "steps", "upscale", "seed", "tile", "detector"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestorationSettings:
+    """How photos are restored.
+
+    None stands for the default. A converted official DiffBIR takes the settings of its README's commands; other models
+    take the values below, and the defaults of `DiffBIRPipeline.__call__`.
+
+    Args:
+        task: "denoise" keeps the size, "sr" enlarges, "face" takes an aligned face, as in FFHQ, "unaligned_face" a
+            photo with faces in it; the default is the task that the model was converted for, or "denoise".
+        milo_scale: strength of MILO guidance, in [0, 1]; 0 switches it off. The default is 0.5, or 0 where the model
+            has no metric.
+        schedule: curriculum of the guidance, "constant", "linear" or "cosine" (the default).
+        steps: denoising steps; the default is 4.
+        upscale: how much larger the result is; the default is 4 for "sr", 2 for "unaligned_face", else 1.
+        seed: the same seed gives the same result; each image of a batch is restored as it would be alone. A sequence
+            holds one seed for each image.
+        tile: side in pixels of the tiles that larger images are restored in, at least 320; by default they are restored
+            whole, or as the pipeline's `enable_tiling` says.
+        detector: finds the faces of "unaligned_face", such as `milo_latent.restoration.face_detector.YuNet(path)`.
+        prompt: what the photo shows, for models with a text encoder.
+        negative_prompt: what the result should not be.
+        prompt_embeds: instead of `prompt`, (B or 1, tokens, width).
+        negative_prompt_embeds: instead of `negative_prompt`.
+        guidance_scale: of classifier-free guidance; 1 switches it off.
+        rescale_cfg: whether `guidance_scale` is reached only at the end of sampling, from 1 at its start.
+        guidance_rescale: share of the standard deviation added by classifier-free guidance that is removed, in [0, 1].
+        controlnet_conditioning_scale: how strictly the result follows the cleaned image.
+        start_point: "noise", or "cond": the noised latents of the cleaned image.
+        noise_aug: timestep to which the condition is noised.
+        color_fix: "wavelet", "adain" or "none": how the result takes its colors from the cleaned image.
+        eta: of DDIM.
+        compatibility: "official" computes as the official DiffBIR does, where this package has other rules.
+    """
+
+    task: TaskName | None = None
+    milo_scale: float | None = None
+    schedule: Schedule | None = None
+    steps: int | None = None
+    upscale: float | None = None
+    seed: int | Sequence[int] = 0
+    tile: int | None = None
+    detector: Detector | None = None
+    prompt: str | list[str] | None = None
+    negative_prompt: str | list[str] | None = None
+    prompt_embeds: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+    guidance_scale: float | None = None
+    rescale_cfg: bool | None = None
+    guidance_rescale: float | None = None
+    controlnet_conditioning_scale: float | None = None
+    start_point: StartPoint | None = None
+    noise_aug: int | None = None
+    color_fix: ColorFix | None = None
+    eta: float | None = None
+    compatibility: Compatibility | None = None
+
+    def resolve(self, pipe: DiffBIRPipeline) -> RestorationSettings:
+        """Fill in the defaults for a pipeline, and refuse what cannot work with it.
+
+        Args:
+            pipe: that is to restore the photos. Its prompts are encoded and kept.
+
+        Returns:
+            The settings, checked, in which the options of `OWN` have values.
+
+        Raises:
+            ValueError: for values out of their range, a task that is unknown or not the model's, guidance where the
+                model has no metric, prompts where it takes none, or faces without a detector.
+        """
+        release = pipe.release
+        task = self.task or ("denoise" if release is None else release.task)
+        check_choice("task", task, UPSCALE)
+        scale = 0.0 if pipe.metric is None else MILO_SCALE
+        defaults = {"task": task, "upscale": UPSCALE[task], "milo_scale": scale, "schedule": SCHEDULE, "steps": STEPS}
+        if release is not None:
+            release.check_task(task)
+            defaults |= release.call_arguments
+            defaults["steps"] = defaults.pop("num_inference_steps")
+        settings = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+        settings._check(pipe)
+        return settings
+
+    @torch.no_grad()
+    def _check(self, pipe: DiffBIRPipeline) -> None:
+        if self.task == "unaligned_face" and self.detector is None:
+            raise ValueError(
+                "Expected a `detector` of faces, got None. Pass YuNet(path) of "
+                "`milo_latent.restoration.face_detector`, or --detector FILE."
+            )
+        with pipe.tiling(self.tile):  # refuses tiles that do not fit
+            pipe.check_inputs(upscale=self.upscale, callback_on_step_end=self.guide(pipe), **self.call_arguments)
+        pipe.encode_prompt(
+            self.prompt,
+            self.negative_prompt,
+            guided=(self.guidance_scale or 1.0) > 1.0,
+            prompt_embeds=self.prompt_embeds,
+            negative_prompt_embeds=self.negative_prompt_embeds,
+        )
+
+    @property
+    def call_arguments(self) -> dict[str, Any]:
+        """What `DiffBIRPipeline.__call__` is given besides image, upscale, generators and guide."""
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in OWN}
+        return {"num_inference_steps": self.steps} | {k: value for k, value in given.items() if value is not None}
+
+    def guide(self, pipe: DiffBIRPipeline) -> MILOGuidance | None:
+        """Return the guidance by the pipeline's metric; None where it is switched off.
+
+        Args:
+            pipe: that these settings were resolved for.
+
+        Raises:
+            ValueError: if the pipeline has no metric, or a value is out of its range.
+        """
+        assert self.milo_scale is not None
+        assert self.schedule is not None
+        if pipe.metric is None:
+            if self.milo_scale:
+                raise ValueError(
+                    "Expected a model with a `metric` for MILO guidance, got one without. Pass milo_scale=0, or a "
+                    "metric to load_restorer."
+                )
+            return None
+        guide = MILOGuidance(pipe.metric, milo_scale=self.milo_scale, schedule=self.schedule)
+        return guide if self.milo_scale else None  # switched off, it asks nothing of the scheduler
+
+    def seeds(self, count: int) -> list[int]:
+        """Return the seed of each of `count` images.
+
+        Raises:
+            ValueError: if there are several seeds, but not `count`.
+        """
+        if isinstance(self.seed, int | np.integer):
+            return [int(self.seed)] * count
+        if len(self.seed) != count:
+            raise ValueError(f"Expected one seed, or {count}, one for each image, got {len(self.seed)}.")
+        return [int(seed) for seed in self.seed]
