@@ -1,4 +1,4 @@
-"""Find faces and their landmarks with OpenCV's YuNet (an extra: faces)."""
+"""Find faces and their landmarks with OpenCV's YuNet; needs the extra `faces`."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class YuNet:
     """Find faces with YuNet: 0.2 MB, MIT licence, milliseconds on a CPU.
 
     Args:
-        path: its `.onnx` file, which nobody downloads for you: face_detection_yunet_2023mar.onnx of OpenCV's model zoo.
-        score_threshold: the least certainty of a face, in [0, 1].
+        path: its `.onnx` file, face_detection_yunet_2023mar.onnx of OpenCV's model zoo, which you download yourself.
+        score_threshold: smallest confidence of a face, in [0, 1].
 
     Raises:
         ImportError: if OpenCV is not installed, with the command that installs it.
         FileNotFoundError: if there is no such file, with the address that has it.
-        ValueError: if the file is no such model, or `score_threshold` is outside [0, 1].
+        ValueError: if the file holds another model, or `score_threshold` is outside [0, 1].
 
     Source: Wu et al., "YuNet: A Tiny Millisecond-level Face Detector", Machine Intelligence Research 20, 2023.
     """
@@ -54,7 +54,7 @@ class YuNet:
             image: (1, 3, H, W), in [0, 1].
 
         Returns:
-            Faces, surest first; none if there are none.
+            Faces, those of the highest confidence first.
         """
         check_batch("image", image, 3)
         self._network.setInputSize((image.shape[3], image.shape[2]))
@@ -64,7 +64,7 @@ class YuNet:
 
 
 def to_face(row: np.ndarray) -> Face:
-    """Read a row of YuNet's: box, the person's right eye (left as seen) first among five points, and score, (15,)."""
+    """Read a row of YuNet's output, (15,): box, landmarks, score; the person's right eye is the photo's left eye."""
     left, top, width, height = (float(value) for value in row[:4])
     landmarks = torch.from_numpy(np.array(row[4:14], dtype=np.float64).reshape(5, 2))
     return Face((left, top, width, height), landmarks, float(row[14]))

@@ -1,6 +1,6 @@
-"""Faces in a photo: found, aligned as restorers of faces expect them, restored, and put back without a seam.
+"""Find the faces in a photo, align them as face restorers expect, restore them, and blend them back in.
 
-All points are (x, y) in pixels, the centre of the first pixel being (0, 0).
+Points are (x, y) in pixels; the center of the first pixel is (0, 0).
 """
 
 from __future__ import annotations
@@ -14,26 +14,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from milo_latent.checks import check_batch, check_range
+from milo_latent.checks import check_batch, check_finite, check_range
 
 FACE_SIZE = 512
-# left eye, right eye, tip of the nose, left and right corner of the mouth, as seen: where they are, on average, in
-# FFHQ's faces at 512 pixels, on which DiffBIR's face models were trained
+# mean position of the landmarks (in the order of `Face.landmarks`) in FFHQ's faces at 512 pixels, on which DiffBIR's
+# face models were trained
 TEMPLATE = ((192.98, 239.95), (318.90, 240.19), (256.63, 314.02), (201.26, 371.41), (313.09, 371.15))
-MASK_BORDER, MASK_RAMP = 0.04, 0.12  # of the side: no weight, then the rise to full weight
-SMALLEST_EYE_DISTANCE = 5.0  # pixels; less is no face worth restoring, or one in profile
-DETECTION_SIDE = 640  # pixels of the short side, at which detectors see faces of ordinary photos well
-SAME_FACE = 0.4  # intersection over union
+MASK_BORDER, MASK_RAMP = 0.04, 0.12  # fractions of the side: a border of weight 0, then the rise to weight 1
+SMALLEST_EYE_DISTANCE = 5.0  # pixels; faces below it are too small to restore, or in profile
+DETECTION_SIDE = 640  # pixels of the short side; detectors find the faces of ordinary photos well at this size
+SAME_FACE = 0.4  # intersection over union from which two boxes are taken for one face
 
 
 @dataclass(frozen=True)
 class Face:
-    """A face that was found.
+    """A detected face.
 
     Args:
         box: left, top, width, height.
-        landmarks: (5, 2): left eye, right eye, tip of the nose, left and right corner of the mouth, as seen.
-        score: of the detector, in [0, 1].
+        landmarks: (5, 2): left eye, right eye, tip of the nose, left and right corner of the mouth, as they lie in the
+            photo.
+        score: confidence of the detector, in [0, 1].
     """
 
     box: tuple[float, float, float, float]
@@ -47,21 +48,21 @@ class Face:
 
 
 Detector = Callable[[Tensor], Sequence[Face]]
-Restorer = Callable[[Tensor], Tensor]
+Restore = Callable[[Tensor], Tensor]  # (1, 3, H, W) in [0, 1] to the restored image
 
 
 def similarity_transform(source: Tensor, target: Tensor) -> Tensor:
-    """Find the rotation, scale and shift that take points to others, best in the sense of least squares.
+    """Find the rotation, scale and shift that map points to others with the least squared error.
 
     Args:
         source: points, (N, 2), N at least 2.
-        target: where they go, (N, 2).
+        target: where they should lie, (N, 2).
 
     Returns:
         Matrix, (2, 3) float64: `matrix[:, :2] @ point + matrix[:, 2]`.
 
     Raises:
-        ValueError: if the shapes differ, or all points of `source` are one.
+        ValueError: if the shapes differ, or all points of `source` coincide.
 
     Source: Umeyama, "Least-Squares Estimation of Transformation Parameters Between Two Point Patterns", IEEE TPAMI
     13(4), 1991, eq. 40 to 43.
@@ -70,11 +71,11 @@ def similarity_transform(source: Tensor, target: Tensor) -> Tensor:
         raise ValueError(f"Expected points (N, 2) twice, got {tuple(source.shape)} and {tuple(target.shape)}.")
     source, target = source.double(), target.double()
     source_mean, target_mean = source.mean(0), target.mean(0)
-    centred = source - source_mean
-    variance = centred.square().sum(1).mean()
+    centered = source - source_mean
+    variance = centered.square().sum(1).mean()
     if not variance > 1e-12:
         raise ValueError("Expected landmarks that differ, got one point several times.")
-    left, spread, right = torch.linalg.svd((target - target_mean).T @ centred / len(source))
+    left, spread, right = torch.linalg.svd((target - target_mean).T @ centered / len(source))
     keep = torch.ones(2, dtype=torch.float64, device=source.device)
     keep[1] = torch.sign(torch.linalg.det(left) * torch.linalg.det(right))  # no mirror image
     linear = (spread * keep).sum() / variance * (left @ torch.diag(keep) @ right)
@@ -82,7 +83,7 @@ def similarity_transform(source: Tensor, target: Tensor) -> Tensor:
 
 
 def inverse_transform(matrix: Tensor) -> Tensor:
-    """Return the way back of a (2, 3) matrix."""
+    """Return the inverse of an affine map, (2, 3)."""
     linear = torch.linalg.inv(matrix[:, :2])
     return torch.cat([linear, -linear @ matrix[:, 2:]], dim=1)
 
@@ -90,16 +91,16 @@ def inverse_transform(matrix: Tensor) -> Tensor:
 def warp(
     image: Tensor, to_source: Tensor, size: tuple[int, int], *, padding: Literal["zeros", "border", "reflection"]
 ) -> Tensor:
-    """Resample an image along an affine map: bicubic, averaged where it shrinks.
+    """Resample an image along an affine map: bicubic, and averaged where the image shrinks.
 
     Args:
         image: (1, C, H, W).
         to_source: (2, 3), from points of the result to points of `image`.
         size: height and width of the result.
-        padding: what lies outside `image`.
+        padding: how `image` continues outside its border.
 
     Returns:
-        (1, C, *size); may leave the range of `image` a little.
+        (1, C, *size); bicubic overshoot may leave the range of `image`.
     """
     zoom = float(torch.linalg.det(to_source[:, :2]).abs().sqrt())  # pixels of `image` in one of the result
     samples = max(1, round(zoom))
@@ -116,11 +117,11 @@ def warp(
 
 
 def align_face(image: Tensor, landmarks: Tensor, *, size: int = FACE_SIZE) -> tuple[Tensor, Tensor]:
-    """Cut a face out, turned and scaled so that its landmarks lie where FFHQ's do.
+    """Crop a face, rotated and scaled so that its landmarks lie where they do in FFHQ.
 
     Args:
         image: (1, 3, H, W), in [0, 1].
-        landmarks: (5, 2), see `Face`.
+        landmarks: (5, 2), in the order of `Face.landmarks`.
         size: side of the result.
 
     Returns:
@@ -132,13 +133,13 @@ def align_face(image: Tensor, landmarks: Tensor, *, size: int = FACE_SIZE) -> tu
 
 
 def face_transform(landmarks: Tensor, *, size: int = FACE_SIZE) -> Tensor:
-    """Return the matrix from points of a photo with landmarks (5, 2) to points of the aligned face, (2, 3)."""
+    """Return the (2, 3) matrix from points of a photo to points of the aligned face, given its landmarks, (5, 2)."""
     template = torch.tensor(TEMPLATE, dtype=torch.float64, device=landmarks.device)
     return similarity_transform(landmarks, (template + 0.5) * (size / FACE_SIZE) - 0.5)
 
 
 def soft_mask(size: int) -> Tensor:
-    """Return how much of the restored face shows, (1, 1, size, size): 1 inside, falling smoothly to 0 at the border."""
+    """Return the weight of the restored face, (1, 1, size, size): 1 inside, falling smoothly to 0 at the border."""
     place = (torch.arange(size) + 0.5) / size
     border = torch.minimum(place, 1 - place)
     rise = ((border - MASK_BORDER) / MASK_RAMP).clamp(0, 1)
@@ -147,15 +148,15 @@ def soft_mask(size: int) -> Tensor:
 
 
 def paste_face(image: Tensor, face: Tensor, matrix: Tensor) -> Tensor:
-    """Put an aligned face back into its photo; only the pixels around it are computed.
+    """Blend an aligned face into its photo; only the pixels around it are computed.
 
     Args:
         image: (1, 3, H, W), in [0, 1].
         face: (1, 3, size, size), in [0, 1].
-        matrix: from points of `image` to points of `face`, (2, 3), as `align_face` gives it.
+        matrix: from points of `image` to points of `face`, (2, 3), as returned by `align_face`.
 
     Returns:
-        Image with the face, (1, 3, H, W); where the mask is 0, the pixels of `image` itself.
+        Image with the face, (1, 3, H, W); pixels of `image` are unchanged where `soft_mask` is 0.
     """
     size = face.shape[-1]
     back = inverse_transform(matrix.to(image.device))
@@ -179,14 +180,14 @@ def paste_face(image: Tensor, face: Tensor, matrix: Tensor) -> Tensor:
 
 
 def find_faces(image: Tensor, detector: Detector) -> list[Face]:
-    """Find faces small and large: at a short side of 640 pixels, and in large photos at their full size, too.
+    """Find faces, large and small: at a short side of 640 pixels, and in larger photos also at full size.
 
     Args:
         image: (1, 3, H, W), in [0, 1].
-        detector: from such an image to faces.
+        detector: returns the faces of such an image.
 
     Returns:
-        Faces in points of `image`, small ones first, each once; faces in profile and tiny ones are left out.
+        Faces in points of `image`, each once, the smallest first; faces in profile and tiny ones are left out.
     """
     ideal = DETECTION_SIDE / min(image.shape[2:])
     found: list[Face] = []
@@ -216,17 +217,17 @@ def restore_faces(
     image: Tensor,
     *,
     detector: Detector,
-    restore_face: Restorer,
-    restore_background: Restorer | None = None,
+    restore_face: Restore,
+    restore_background: Restore | None = None,
     upscale: float = 1.0,
 ) -> Tensor:
-    """Restore a photo and, by a restorer of their own, the faces in it.
+    """Restore a photo, and the faces in it by a function of their own.
 
     Args:
         image: degraded photo, (1, 3, H, W), in [0, 1].
-        detector: from an image to the faces in it, such as `milo_latent.restoration.face_detector.YuNet`.
-        restore_face: from an aligned face, (1, 3, 512, 512), in [0, 1], to the restored one, of the same shape.
-        restore_background: from `image` to the restored photo, `upscale` times as large; None enlarges it only.
+        detector: returns the faces of an image, as `milo_latent.restoration.face_detector.YuNet` does.
+        restore_face: from an aligned face, (1, 3, 512, 512), to the restored one, of the same shape.
+        restore_background: from `image` to the restored photo, `upscale` times as large; None only enlarges the image.
         upscale: how much larger the result is.
 
     Returns:
@@ -234,9 +235,10 @@ def restore_faces(
 
     Raises:
         TypeError: if `image` is not floating point.
-        ValueError: if it is no single image, no face is found, or a restorer returns another size than expected.
+        ValueError: for several images, NaN, no face, or a result of another size than expected.
     """
     check_batch("image", image, 3)
+    check_finite("image", image)
     check_range("upscale", upscale, 1 / 64, 64)
     if image.shape[0] != 1:
         raise ValueError(f"Expected one photo, (1, 3, H, W), got {tuple(image.shape)}. Restore them one by one.")
@@ -244,7 +246,7 @@ def restore_faces(
     if not faces:
         raise ValueError(
             f"Expected a face, found none in {image.shape[3]}x{image.shape[2]} pixels. Restore the photo with task "
-            '"sr" or "denoise", or let the detector take faces that it is less sure of (`score_threshold`).'
+            '"sr" or "denoise", or lower the detector\'s `score_threshold`.'
         )
     size = tuple(round(side * upscale) for side in image.shape[2:])
     if restore_background is None:

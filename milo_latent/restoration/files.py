@@ -1,8 +1,7 @@
-"""Files and folders of photos to restored ones."""
+"""Restore files and folders of photos."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,8 +10,7 @@ from torch.nn.functional import interpolate
 
 from milo_latent.files import ALPHA_SUFFIXES, IMAGE_SUFFIXES, process_folder, read_photo, write_image
 from milo_latent.pictures import LUMA
-
-Restore = Callable[[Tensor], Tensor]
+from milo_latent.restoration.faces import Restore
 
 
 def check_files(photo: Path, output: Path) -> None:
@@ -31,12 +29,12 @@ def check_files(photo: Path, output: Path) -> None:
 
 
 def restore_file(photo: Path, output: Path, restore: Restore) -> tuple[str, str]:
-    """Restore a photo; a transparent one stays so, its opacity resized, and a grey one stays grey.
+    """Restore a photo; a grey one stays grey, and transparency is kept where the format of `output` holds it.
 
     Args:
         photo: any size.
         output: image.
-        restore: from an image, (1, 3, H, W), in [0, 1], to the restored one.
+        restore: from an image, (1, 3, H, W), in [0, 1], to the restored image.
 
     Returns:
         Sizes before and after, WIDTHxHEIGHT.
@@ -65,13 +63,13 @@ def is_grey(image: Tensor) -> bool:
 
 
 def to_grey(image: Tensor) -> Tensor:
-    """Return the luma of an image, (B, 3, H, W), in all channels: a model of colours tints grey photos a little."""
+    """Return the luma of an image, (B, 3, H, W), in all channels, without the slight tint that models give to grey."""
     luma = (image * image.new_tensor(LUMA).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
     return luma.expand_as(image)
 
 
 def restore_folder(photos: Path, output: Path, restore: Restore) -> tuple[int, int]:
-    """Restore every photo of a folder as it would be restored alone; those with a result already are skipped.
+    """Restore every photo of a folder, each as it would be restored alone; photos with a result already are skipped.
 
     Args:
         photos: folder of images of any sizes.
