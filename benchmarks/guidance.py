@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from milo_latent.diffbir.cleaning import resize
+from milo_latent.diffbir.versions import UPSCALE
 from milo_latent.files import read_image
 from milo_latent.guidance.base import Guide
 from milo_latent.guidance.curriculum import SCHEDULES
@@ -37,7 +38,6 @@ from milo_latent.guidance.region_adaptive import RegionAdaptiveGuidance
 from milo_latent.metric.network import MILO
 from milo_latent.pictures import center_crop, round_to_8bit
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
-from milo_latent.restoration.restore import TASKS
 from milo_latent.restoration.restorer import load_restorer
 from milo_latent.training.data.crops import list_images
 
@@ -61,7 +61,7 @@ class Example:
 def read_examples(restorer: DiffBIRPipeline, options: argparse.Namespace) -> list[Example]:
     """Return the first images, cropped in the middle, after stage 1, which all rows share."""
     examples = []
-    upscale, side = int(TASKS[options.task].upscale), options.crop or sys.maxsize
+    upscale, side = int(UPSCALE[options.task]), options.crop or sys.maxsize
     for index, path in enumerate(list_images([options.clean])[: options.images]):
         clean = center_crop(read_image(path), side)
         height, width = clean.shape[2:]
@@ -150,7 +150,7 @@ def append_records(path: Path, records: list[Record]) -> None:
 
 def name_setting(options: argparse.Namespace) -> str:
     """Return all that the figures depend on besides row and image."""
-    data = f"{options.clean.name} x{TASKS[options.task].upscale:g}"
+    data = f"{options.clean.name} x{UPSCALE[options.task]:g}"
     if options.degraded is not None:
         data = options.degraded.name
     name = f"{data}, crop {options.crop}, steps {options.steps}, control {options.control:g}"

@@ -24,7 +24,6 @@ from milo_latent.files import read_image
 from milo_latent.guidance.milo import MILOGuidance
 from milo_latent.metric.network import MILO
 from milo_latent.pictures import center_crop
-from milo_latent.restoration.restore import TASKS
 from milo_latent.restoration.restorer import load_restorer
 from milo_latent.training.data.crops import list_images
 
@@ -65,7 +64,7 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     guide = None
     if options.milo_scale:
-        guide = MILOGuidance(pipeline.metric, milo_scale=options.milo_scale, schedule=TASKS["denoise"].schedule)
+        guide = MILOGuidance(pipeline.metric, milo_scale=options.milo_scale)
     paths = list_images([options.clean])[: options.limit]
     every = schedulers(dict(pipeline.scheduler.config), options.schedulers)
     rows = []

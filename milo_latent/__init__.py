@@ -19,6 +19,7 @@ _PUBLIC = {
     "MILOOutput": "milo_latent.metric.network",
     "BSRNet": "milo_latent.diffbir.bsrnet",
     "ResidualCleaner": "milo_latent.diffbir.residual_cleaner",
+    "RestorationSettings": "milo_latent.restoration.settings",
     "SCUNet": "milo_latent.diffbir.scunet",
     "SwinIR": "milo_latent.diffbir.swinir",
     "colour_error_map": "milo_latent.metric.visualize",

@@ -18,8 +18,9 @@ from milo_latent.testing import latent_pair, tiny_metric, tiny_pipeline
 def model(tmp_path_factory):
     """A pipeline folder of tiny random networks, with a metric."""
     folder = tmp_path_factory.mktemp("model")
-    tiny_pipeline().save_pretrained(folder)
-    tiny_metric().save_pretrained(folder / "metric")
+    pipeline = tiny_pipeline()
+    pipeline.register_modules(metric=tiny_metric())
+    pipeline.save_pretrained(folder)
     return str(folder)
 
 

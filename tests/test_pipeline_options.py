@@ -473,11 +473,6 @@ def test_a_tuple_of_prompts_is_one_for_each_image():
     assert listed(("a cat", "a dog")) == ["a cat", "a dog"]
 
 
-def test_options_that_restore_image_sets_itself_are_refused_by_name(pipeline):
-    with pytest.raises(ValueError, match="output_type"):
-        restore_image(torch.rand(1, 3, 32, 32), model=pipeline, steps=1, output_type="pil")
-
-
 def test_from_pipe_takes_the_cleaner_along(pipeline):
     assert DiffBIRPipeline.from_pipe(pipeline).cleaner is pipeline.cleaner
     pipeline.register_modules(cleaner=BSRNet(channels=8, blocks=1, growth=4))

@@ -1,4 +1,4 @@
-"""The one call: defaults of each task, batches, refusals."""
+"""The one call and its settings: defaults, batches, refusals."""
 
 import os
 import shutil
@@ -11,7 +11,8 @@ from milo_latent import load_restorer
 from milo_latent.diffbir.versions import VERSIONS, Release
 from milo_latent.latents.codec import encode_image
 from milo_latent.restoration.faces import TEMPLATE, Face
-from milo_latent.restoration.restore import TASKS, restore_image
+from milo_latent.restoration.restore import restore_image
+from milo_latent.restoration.settings import RestorationSettings
 from milo_latent.testing import generator
 
 
@@ -23,10 +24,9 @@ def restorer(pipeline, metric):
 
 def test_every_task_runs_with_its_defaults(restorer):
     image = torch.rand(1, 3, 20, 24)
-    for name in ("denoise", "sr", "face"):
-        task = TASKS[name]
-        restored = restore_image(image, model=restorer, task=name)
-        assert restored.shape == (1, 3, 20 * task.upscale, 24 * task.upscale)
+    for task, upscale in (("denoise", 1), ("sr", 4), ("face", 1)):
+        restored = restore_image(image, model=restorer, task=task)
+        assert restored.shape == (1, 3, 20 * upscale, 24 * upscale)
 
 
 def test_an_image_is_restored_in_a_batch_as_alone(restorer):
@@ -82,7 +82,7 @@ def test_what_cannot_be_restored_is_refused(restorer, pipeline):
         restore_image(torch.rand(1, 3, 9, 9), model=restorer, task="colourise")
     with pytest.raises(ValueError, match="batch axis"):
         restore_image(torch.rand(3, 9, 9), model=restorer)
-    with pytest.raises(ValueError, match="1 NaN or infinite"):
+    with pytest.raises(ValueError, match="NaN or infini"):
         restore_image(torch.tensor([0.5, 0.5, torch.nan]).reshape(1, 3, 1, 1), model=restorer)
     pipeline.register_modules(metric=None)
     with pytest.raises(ValueError, match="`metric`"):
@@ -168,23 +168,61 @@ def test_a_seed_for_each_image_is_that_of_the_image_alone(restorer):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_an_official_diffbir_samples_as_its_readme_says(restorer, monkeypatch, version):
-    arguments = {}
+def test_an_official_diffbir_samples_as_its_readme_says(prompted, version):
+    recommended = VERSIONS[version].recommended
+    texts = (recommended.prompt, recommended.negative_prompt)
+    prompted.prompt_cache.stored = dict.fromkeys(texts, torch.rand(1, 5, 8))
+    prompted.register_to_config(release_version=version, release_task="sr")
+    settings = RestorationSettings(noise_aug=5).resolve(prompted)
+    assert (settings.task, settings.upscale, settings.steps) == ("sr", 4.0, recommended.steps)
+    assert settings.call_arguments == prompted.release.call_arguments | {"noise_aug": 5}  # the caller's
+    assert RestorationSettings(steps=3).resolve(prompted).call_arguments["num_inference_steps"] == 3
 
-    def call(pipeline, *, image, **given):
-        arguments.update(given)
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prompt", "a dog"), ("negative_prompt", "a cat"), ("guidance_scale", 2.0), ("rescale_cfg", True),
+        ("guidance_rescale", 0.5), ("controlnet_conditioning_scale", 0.5), ("start_point", "cond"), ("noise_aug", 7),
+        ("color_fix", "adain"), ("eta", 0.5), ("compatibility", "official"), ("prompt_embeds", torch.rand(1, 5, 8)),
+        ("negative_prompt_embeds", torch.rand(1, 5, 8)),
+    ],
+)  # fmt: skip
+def test_every_option_of_the_pipeline_reaches_it(prompted, monkeypatch, name, value):
+    prompted.prompt_cache.stored = dict.fromkeys(("a dog", "a cat", ""), torch.rand(1, 5, 8))
+    given = {}
+
+    def call(pipeline, *, image, **arguments):
+        given.update(arguments)
         return type("Result", (), {"images": image})
 
-    monkeypatch.setattr(type(restorer), "__call__", call)
-    restorer.register_to_config(release_version=version, release_task="sr")
-    restore_image(torch.rand(1, 3, 20, 20), model=restorer, noise_aug=5)
-    recommended = VERSIONS[version].recommended
-    assert arguments["upscale"] == 4.0
-    assert arguments["num_inference_steps"] == recommended.steps
-    assert arguments["guidance_scale"] == recommended.cfg_scale
-    assert arguments["noise_aug"] == 5  # the caller's
-    restore_image(torch.rand(1, 3, 20, 20), model=restorer, steps=3)
-    assert arguments["num_inference_steps"] == 3
+    monkeypatch.setattr(type(prompted), "__call__", call)
+    restore_image(torch.rand(1, 3, 20, 20), model=prompted, **{name: value})
+    assert given[name] is value
+    assert given.keys() - {name} == {
+        "upscale", "num_inference_steps", "generator", "output_type", "callback_on_step_end",
+    }  # fmt: skip
+
+
+def test_unknown_settings_are_refused_by_name(restorer):
+    for name in ("output_type", "num_steps"):
+        with pytest.raises(TypeError, match=name):
+            restore_image(torch.rand(1, 3, 20, 20), model=restorer, **{name: 3})
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"tile": 100}, "at least 320"), ({"steps": 0}, "num_inference_steps"), ({"milo_scale": 5.0}, "milo_scale"),
+        ({"schedule": "late"}, "schedule"), ({"upscale": 0.0}, "upscale"), ({"noise_aug": 5000}, "noise_aug"),
+        ({"prompt": "a dog"}, "takes none"), ({"guidance_scale": 4.0}, "takes no prompt"),
+        ({"color_fix": "sepia"}, "color_fix"), ({"task": "unaligned_face"}, "detector"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_work_are_refused_before_anything_is_computed(restorer, monkeypatch, settings, match):
+    monkeypatch.setattr(type(restorer), "__call__", None)
+    with pytest.raises(ValueError, match=match):
+        RestorationSettings(**settings).resolve(restorer)
 
 
 def test_a_release_is_not_used_for_a_task_that_takes_another_cleaner(restorer):

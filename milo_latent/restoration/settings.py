@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from milo_latent.checks import check_choice
 from milo_latent.diffbir.colour import ColorFix
-from milo_latent.diffbir.sampling import Compatibility, StartPoint
+from milo_latent.diffbir.inputs import check_call
+from milo_latent.diffbir.sampling import Compatibility, StartPoint, check_scheduler
 from milo_latent.diffbir.versions import UPSCALE, TaskName
 from milo_latent.guidance.curriculum import Schedule
-from milo_latent.guidance.milo import MILOGuidance
+from milo_latent.guidance.milo import MILOGuidance, find_guidance
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
 from milo_latent.restoration.faces import Detector
 
@@ -97,8 +99,8 @@ class RestorationSettings:
         release = pipe.release
         task = self.task or ("denoise" if release is None else release.task)
         check_choice("task", task, UPSCALE)
-        scale = 0.0 if pipe.metric is None else MILO_SCALE
-        defaults = {"task": task, "upscale": UPSCALE[task], "milo_scale": scale, "schedule": SCHEDULE, "steps": STEPS}
+        defaults: dict[str, Any] = {"task": task, "upscale": UPSCALE[task], "steps": STEPS}
+        defaults |= {"milo_scale": 0.0 if pipe.metric is None else MILO_SCALE, "schedule": SCHEDULE}
         if release is not None:
             release.check_task(task)
             defaults |= release.call_arguments
@@ -115,7 +117,7 @@ class RestorationSettings:
                 "`milo_latent.restoration.face_detector`, or --detector FILE."
             )
         with pipe.tiling(self.tile):  # refuses tiles that do not fit
-            pipe.check_inputs(upscale=self.upscale, callback_on_step_end=self.guide(pipe), **self.call_arguments)
+            _check_call(pipe, self.guide(pipe), self.call_arguments | {"upscale": self.upscale})
         pipe.encode_prompt(
             self.prompt,
             self.negative_prompt,
@@ -162,3 +164,16 @@ class RestorationSettings:
         if len(self.seed) != count:
             raise ValueError(f"Expected one seed, or {count}, one for each image, got {len(self.seed)}.")
         return [int(seed) for seed in self.seed]
+
+
+def _check_call(pipe: DiffBIRPipeline, guide: MILOGuidance | None, given: dict[str, Any]) -> None:
+    arguments = {
+        "output_type": "pt", "color_fix": "wavelet", "start_point": "noise", "compatibility": None, "noise_aug": 0,
+        "num_images_per_prompt": 1, "guidance_rescale": 0.0, "guidance_scale": 1.0,
+    } | given  # fmt: skip
+    names = inspect.signature(check_call).parameters.keys() & arguments.keys()
+    checked = {name: arguments[name] for name in names}
+    check_call(**checked, total_timesteps=pipe.scheduler.config.num_train_timesteps)
+    check_scheduler(pipe.scheduler, arguments["num_inference_steps"])
+    find_guidance(guide, pipe)
+    pipe.check_inputs(arguments["guidance_scale"], ["latents"])
