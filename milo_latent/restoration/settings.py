@@ -16,8 +16,9 @@ from milo_latent.diffbir.colour import ColorFix
 from milo_latent.diffbir.inputs import check_call
 from milo_latent.diffbir.sampling import Compatibility, StartPoint, check_scheduler
 from milo_latent.diffbir.versions import UPSCALE, TaskName
+from milo_latent.guidance.base import split_guides
 from milo_latent.guidance.curriculum import Schedule
-from milo_latent.guidance.milo import MILOGuidance, find_guidance
+from milo_latent.guidance.milo import MILOGuidance
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
 from milo_latent.restoration.faces import Detector
 
@@ -175,5 +176,5 @@ def _check_call(pipe: DiffBIRPipeline, guide: MILOGuidance | None, given: dict[s
     checked = {name: arguments[name] for name in names}
     check_call(**checked, total_timesteps=pipe.scheduler.config.num_train_timesteps)
     check_scheduler(pipe.scheduler, arguments["num_inference_steps"])
-    find_guidance(guide, pipe)
+    split_guides(guide, pipe)
     pipe.check_inputs(arguments["guidance_scale"], ["latents"])
