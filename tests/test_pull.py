@@ -1,9 +1,11 @@
-"""Fetching official files: resumed, complete or not there, one clear line without a network."""
+"""Fetching official files by the libraries: resumed, checked, one clear line without a network."""
 
+import hashlib
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from huggingface_hub import constants
 from official_checkpoints import make_files
 
 from milo_latent.cli import main
@@ -11,33 +13,51 @@ from milo_latent.convert import diffbir, pull
 from milo_latent.diffbir.versions import FILES, OfficialFile
 
 CONTENT = bytes(range(256)) * 40
+ON_HUB = "https://huggingface.co/owner/name/resolve/main/"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves CONTENT, or files; cuts the first answer of "/cut" short; "/whole" knows no ranges."""
+    """Serves CONTENT, or files, with the hub's headers; 1000 bytes of "cut" once, and a page for "page"."""
 
     requests: list = []  # noqa: RUF012
     folder = None
 
+    def do_HEAD(self):
+        self.answer(head=True)
+
     def do_GET(self):
-        self.requests.append((self.path, self.headers.get("Range")))
-        if self.path == "/absent":
-            self.send_error(404, "Not Found")
+        self.answer(head=False)
+
+    def answer(self, head):
+        name = self.path.rpartition("/")[2]
+        if self.path.startswith("/api/"):  # what the hub's library asks for by itself
+            self.send_error(404)
             return
-        content = CONTENT if self.folder is None else (self.folder / self.path[1:]).read_bytes()
-        wanted = self.headers.get("Range") if self.path != "/whole" else None
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
-        if start >= len(content):
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(content)}")
+        if not head:
+            self.requests.append((name, self.headers.get("Range")))
+        if name == "absent":
+            self.send_response(404, "Not Found")
+            self.send_header("X-Error-Code", "EntryNotFound")
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
+        content = CONTENT if self.folder is None else (self.folder / name).read_bytes()
+        if name == "page":
+            content = b"<!DOCTYPE html><html>Please log in</html>"
+        wanted = self.headers.get("Range")
+        start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
         self.send_response(206 if wanted else 200)
         self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("Accept-Ranges", "bytes")
+        if wanted:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        if name != "page":
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
         self.end_headers()
-        cut = self.path == "/cut" and len(self.requests) == 1
-        self.wfile.write(content[start : start + 1000] if cut else content[start:])
+        if not head:
+            cut = name == "cut" and len(self.requests) == 1
+            self.wfile.write(content[start : start + 1000] if cut else content[start:])
 
     def log_message(self, *arguments):
         pass
@@ -45,59 +65,95 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def address(monkeypatch):
-    for name in ("HF_HUB_OFFLINE", "HF_ENDPOINT", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+    """The address of a server that stands for GitHub and, at the hub's addresses, for the hub."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Handler, "requests", [])
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    found = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", found)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", found + "/{repo_id}/resolve/{revision}/{filename}")
+    yield found
     server.shutdown()
     server.server_close()
 
 
-def test_an_interrupted_fetch_goes_on_where_it_stopped(address, tmp_path):
-    with pytest.raises(OSError, match="part that came is kept"):
-        pull.fetch(f"{address}/cut", tmp_path / "file.ckpt")
-    assert not (tmp_path / "file.ckpt").exists()
-    assert (tmp_path / "file.ckpt.partial").stat().st_size == 1000
-    assert pull.fetch(f"{address}/cut", tmp_path / "file.ckpt").read_bytes() == CONTENT
+@pytest.fixture
+def fetch(address, tmp_path, monkeypatch):
+    """Fetch a file by its address, of which a SHA-256 or a size may be published."""
+
+    def fetch_address(url, published=""):
+        monkeypatch.setattr(pull, "FILES", {"file": OfficialFile(url.replace("{server}", address))})
+        monkeypatch.setattr(pull, "PUBLISHED", {"file": published} if published else {})
+        return pull.fetch("file", tmp_path)
+
+    return fetch_address
+
+
+@pytest.mark.parametrize("place", [ON_HUB, "{server}/"])
+def test_a_file_is_fetched_once_and_checked_each_time(fetch, place):
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    path = fetch(place + "weights.pth", digest)
+    assert path.read_bytes() == CONTENT
+    assert fetch(place + "weights.pth", digest) == path
+    assert len(Handler.requests) == 1
+    path.write_bytes(b"changed")
+    with pytest.raises(ValueError, match=rf"SHA-256 {digest} of the official weights\.pth.*Delete it"):
+        fetch(place + "weights.pth", digest)
+
+
+def test_an_interrupted_fetch_from_the_hub_is_resumed(fetch, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 500)
+    assert fetch(ON_HUB + "cut", hashlib.sha256(CONTENT).hexdigest()).read_bytes() == CONTENT
     assert [wanted for _, wanted in Handler.requests] == [None, "bytes=1000-"]
-    assert [path.name for path in tmp_path.iterdir()] == ["file.ckpt"]
 
 
-def test_a_part_that_is_the_whole_is_taken(address, tmp_path):
-    (tmp_path / "file.ckpt.partial").write_bytes(CONTENT)
-    assert pull.fetch(f"{address}/file", tmp_path / "file.ckpt").read_bytes() == CONTENT
+def test_a_cut_body_is_refused(fetch):
+    with pytest.raises(ValueError, match="damaged"):
+        fetch("{server}/cut", hashlib.sha256(CONTENT).hexdigest())
 
 
-def test_a_server_without_ranges_sends_everything_again(address, tmp_path):
-    (tmp_path / "file.ckpt.partial").write_bytes(b"old")
-    assert pull.fetch(f"{address}/whole", tmp_path / "file.ckpt").read_bytes() == CONTENT
+def test_a_page_in_place_of_a_file_is_refused_in_one_line(fetch, tmp_path):
+    with pytest.raises(ValueError, match="error page") as caught:
+        fetch("{server}/page", "0" * 64)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "page").unlink()
+    with pytest.raises(OSError, match=r"Could not fetch .* Download it by hand") as caught:
+        fetch(ON_HUB + "page")
+    assert "\n" not in str(caught.value)
 
 
-def test_files_at_hand_are_not_fetched_again(address, tmp_path):
-    (tmp_path / "file.ckpt").write_bytes(b"mine")
-    assert pull.fetch(f"{address}/file", tmp_path / "file.ckpt").read_bytes() == b"mine"
-    assert Handler.requests == []
+def test_a_size_is_compared_as_the_hub_writes_it(fetch, tmp_path):
+    with pytest.raises(ValueError, match=r"a size of 90\.2 MB of the official weights\.pth, got 0\.0 MB"):
+        fetch(ON_HUB + "weights.pth", "90.2 MB")
+    with (tmp_path / "large.ckpt").open("wb") as file:
+        file.truncate(5_163_000_000)  # takes no space
+    assert fetch(ON_HUB + "large.ckpt", "5.16 GB") == tmp_path / "large.ckpt"
 
 
-def test_an_absent_file_is_told_with_the_way_out(address, tmp_path):
-    with pytest.raises(OSError, match=r"404 Not Found\. Download it by hand and put it at"):
-        pull.fetch(f"{address}/absent", tmp_path / "file.ckpt")
+@pytest.mark.parametrize("place", [ON_HUB, "{server}/"])
+def test_an_absent_file_is_told_with_the_way_out(fetch, place):
+    with pytest.raises(OSError, match=r"404.*Download it by hand and put it at") as caught:
+        fetch(place + "absent")
+    assert "\n" not in str(caught.value)
 
 
-def test_a_mirror_of_the_hub_is_used(address, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", address + "/")
-    pull.fetch("https://huggingface.co/owner/file", tmp_path / "file.ckpt")
-    assert Handler.requests == [("/owner/file", None)]
-
-
-def test_offline_means_offline(address, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+@pytest.mark.parametrize("place", [ON_HUB, "{server}/"])
+def test_offline_means_offline(fetch, monkeypatch, place):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="HF_HUB_OFFLINE is set"):
-        pull.fetch(f"{address}/file", tmp_path / "file.ckpt")
+        fetch(place + "file")
     assert Handler.requests == []
+
+
+def test_what_is_published_is_of_the_official_files():
+    assert pull.PUBLISHED.keys() == FILES.keys() - {"v1_face", "v1_general"}
+    for expected in pull.PUBLISHED.values():
+        assert len(expected) == 64 or expected.endswith((" GB", " MB"))
+    places = [pull.HUB_ADDRESS.fullmatch(file.url) for file in FILES.values()]
+    assert sum(place is not None for place in places) == len(FILES) - 2  # BSRNet and SCUNet are on GitHub
 
 
 def test_a_version_needs_the_files_of_the_official_table():
@@ -113,10 +169,10 @@ def tiny_release(address, tmp_path, monkeypatch):
     monkeypatch.setattr(Handler, "folder", tmp_path)
     names = {"sd": "sd_v2.1_zsnr", "controlnet": "v2.1", "cleaner": "swinir_realesrgan"}
     files = {
-        names[part]: OfficialFile(f"{address}/{path.name}", FILES[names[part]].cleaner)
-        for part, path in tiny.files.items()
+        names[part]: OfficialFile(ON_HUB + path.name, FILES[names[part]].cleaner) for part, path in tiny.files.items()
     }
     monkeypatch.setattr(pull, "FILES", files)
+    monkeypatch.setattr(pull, "PUBLISHED", {})
     whole = diffbir.find_cleaner
     monkeypatch.setattr(
         diffbir, "find_cleaner", lambda state, kind, config, **rest: whole(state, kind, tiny.configs["cleaner"], **rest)
@@ -132,7 +188,8 @@ def test_pull_fetches_and_converts_in_one_command(tiny_release, tmp_path, capsys
     assert "takes prompt_embeds, no tokenizer" in printed
     assert "The fetched files stay in" in printed
     assert (out / "model_index.json").is_file()
-    assert {path.name for path in pull.downloads_dir().iterdir()} == {p.name for p in tiny_release.files.values()}
+    kept = {path.name for path in pull.downloads_dir().iterdir() if path.is_file()}
+    assert kept == {path.name for path in tiny_release.files.values()}
     Handler.requests.clear()
     assert main([*command[:7], str(tmp_path / "again"), "--tokenizer", "none"]) == 0
     assert Handler.requests == []  # the files were there

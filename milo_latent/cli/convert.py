@@ -63,7 +63,7 @@ def run_diffbir(options: argparse.Namespace) -> str:
 
 def run_pull(options: argparse.Namespace) -> str:
     """Fetch and convert; return the lines to print."""
-    from milo_latent.convert.pull import describe_files, pull_diffbir
+    from milo_latent.convert.pull import pull_diffbir
 
     files = pull_diffbir(
         options.release,
@@ -73,8 +73,10 @@ def run_pull(options: argparse.Namespace) -> str:
         dtype=to_dtype(options.dtype),
         tokenizer=options.tokenizer,
     )
-    kept = f"{next(iter(files.values())).parent}: {describe_files(files)}"
-    return f"{_line(options)}\nThe fetched files stay in {kept}. Nothing needs them from now on."
+    size = sum(path.stat().st_size for path in files.values()) / 2**30
+    names = ", ".join(path.name for path in files.values())
+    folder = files["sd"].parent
+    return f"{_line(options)}\nThe fetched files stay in {folder}: {names} ({size:.1f} GiB); no longer needed."
 
 
 def _line(options: argparse.Namespace) -> str:

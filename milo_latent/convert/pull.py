@@ -1,129 +1,105 @@
-"""Fetch official checkpoints: resumed where it was interrupted, complete or not there."""
+"""Fetch the official DiffBIR checkpoints, check them against what is published of them, and convert them."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import urllib.error
-import urllib.request
-from collections.abc import Mapping
-from http.client import HTTPException
+import re
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
+from huggingface_hub import constants, hf_hub_download
 
 from milo_latent.convert.diffbir import check_output, convert_diffbir
+from milo_latent.convert.official import sha256
 from milo_latent.diffbir.versions import FILES, TaskName, VersionName, version_of
 from milo_latent.resources import cache_dir
 
-HUB = "https://huggingface.co"
-CHUNK = 1 << 20  # bytes
-TIMEOUT = 60  # seconds without an answer
+HUB_ADDRESS = re.compile(r"https://huggingface\.co/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+PUBLISHED = {  # the SHA-256 of a file, else its size as the hub writes it; for v1_face and v1_general neither was found
+    # the hub's pages of the file, and of the copies of Stability AI's own repository, which was taken down
+    "sd_v2.1": "88ecb782561455673c4b78d05093494b9c539fc6bfc08f3a9a4a0dd7b0b10f36",
+    "v2.1": "49477de737be9028ac2d9352cf45633324a0090afde57a7aa358321dd6a1de53",
+    "swinir_face": "62fb6605702e6ad35712299a23cc19ea7cd2fb4bbd50a8080fcefa8ad2620c71",
+    "swinir_general": "577b8f84815d324e5ee17ef3c85d8bc9b7ebd05b20a6d61a5452b66e7e24dcaf",
+    # the hub's page of a copy, camenduru/DiffBIR-v2
+    "v2": "c023992d042a4e966a335b084fae7a4e38b3ac3d0df819398c839ff371ebaba5",
+    # several projects on GitHub that fetch these release files
+    "bsrnet": "fa633d80ff4db5a546740ae8e3baebe925fc84d3c03e3e9002493acc5e88c3ec",
+    "scunet_psnr": "fa78899ba2caec9d235a900e91d96c689da71c42029230c2028b00f09f809c2e",
+    # the hub's list of files of lxq007/DiffBIR-v2
+    "sd_v2.1_zsnr": "5.16 GB",
+    "swinir_realesrgan": "90.2 MB",
+}
 
 
 def downloads_dir() -> Path:
-    """Return the folder that official checkpoints are fetched into, in the cache of the weights that are pulled."""
+    """Return the folder in the cache that official checkpoints are fetched into."""
     return cache_dir() / "official"
 
 
 def official_files(version: VersionName, task: TaskName) -> dict[str, str]:
-    """Return what is needed, as arguments of `convert_diffbir` to names in `FILES`.
+    """Return what a version takes for a task: arguments of `convert_diffbir` to names in `FILES`.
 
     Raises:
         ValueError: if the version has no such task.
     """
     release = version_of(version)
-    checkpoints = release.checkpoints(task)
-    names = {"sd": release.sd, "controlnet": checkpoints.controlnet, "cleaner": checkpoints.cleaner}
-    return names | ({"background": checkpoints.background} if checkpoints.background is not None else {})
+    names = {"sd": release.sd, **vars(release.checkpoints(task))}
+    return {part: name for part, name in names.items() if name is not None}
 
 
-def pull_files(version: VersionName, task: TaskName, folder: str | Path | None = None) -> dict[str, Path]:
-    """Fetch the official checkpoints of a version and task; those at hand are left alone.
+def fetch(name: str, folder: Path) -> Path:
+    """Fetch an official checkpoint unless it is in the folder already, and check it.
 
-    Args:
-        version: "v1", "v2" or "v2.1".
-        task: of it.
-        folder: where they are kept; None takes `downloads_dir()`.
-
-    Returns:
-        Files, as arguments of `convert_diffbir`.
-
-    Raises:
-        ValueError: if the version has no such task.
-        OSError: if the network or the disk fails; what was fetched is kept, and the next call goes on from there.
-    """
-    names = official_files(version, task)
-    target = downloads_dir() if folder is None else Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    return {part: fetch(FILES[name].url, target / FILES[name].file) for part, name in names.items()}
-
-
-def fetch(url: str, path: Path) -> Path:
-    """Fetch a file, going on with what an interrupted call left.
+    An interrupted download from the hub is resumed by the next call. `HF_ENDPOINT` names a mirror of the hub.
 
     Args:
-        url: its address; `HF_ENDPOINT` replaces the hub's by that of a mirror.
-        path: where it appears when it is complete; until then it is `path` with `.partial` behind.
+        name: of the checkpoint, in `FILES`.
+        folder: where the file is kept under its official name.
 
     Returns:
-        `path`.
+        The file.
 
     Raises:
-        OSError: if it cannot be fetched; the message names the file and where to put it.
+        OSError: if it cannot be fetched; the message says where to put it by hand.
+        ValueError: if the file is not the published one.
     """
-    if path.is_file():
-        return path
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise _failure(url, path, "HF_HUB_OFFLINE is set")
-    address = url.replace(HUB, os.environ.get("HF_ENDPOINT", HUB).rstrip("/"), 1)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        _append(address, partial)
-    except urllib.error.HTTPError as error:
-        raise _failure(url, path, f"the server answers {error.code} {error.reason}") from error
-    except urllib.error.URLError as error:
-        raise _failure(url, path, str(error.reason)) from error
-    except (TimeoutError, ConnectionError, HTTPException) as error:
-        raise _failure(url, path, f"{type(error).__name__}; the part that came is kept") from error
-    partial.replace(path)
+    file, path = FILES[name], folder / FILES[name].file
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            _download(file.url, path)
+        except Exception as error:  # each library, and each release of it, has kinds of its own
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise OSError(
+                f"Could not fetch {file.url}: {reason} Download it by hand and put it at {path}, then try again."
+            ) from error
+    _check_published(name, path)
     return path
 
 
-def _append(address: str, partial: Path) -> None:
-    """Fetch what `partial` lacks; raise ConnectionError if fewer bytes come than were announced."""
-    present = partial.stat().st_size if partial.is_file() else 0
-    request = urllib.request.Request(address, headers={"Range": f"bytes={present}-"} if present else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and error.headers.get("Content-Range", "").rpartition("/")[2] == str(present):
-            return  # nothing is lacking
-        raise
-    with response:
-        resumed = response.status == 206 if response.status else False
-        start = present if resumed else 0  # a server without ranges sends everything again
-        length = response.headers.get("Content-Length")
-        total = start + int(length) if length is not None else None
-        if total is not None and shutil.disk_usage(partial.parent).free < total - start:
-            raise OSError(f"Expected {total - start} free bytes for {partial.name}, got fewer in {partial.parent}.")
-        _copy(response, partial, start, total)
-    came = partial.stat().st_size
-    if total is not None and came < total:
-        raise ConnectionError(f"{came} of {total} bytes came")
+def _download(url: str, path: Path) -> None:
+    if constants.HF_HUB_OFFLINE:
+        raise ConnectionError("HF_HUB_OFFLINE is set.")
+    on_hub = HUB_ADDRESS.fullmatch(url)
+    if on_hub is None:
+        torch.hub.download_url_to_file(url, str(path))
+    else:
+        repository, revision, file = on_hub.groups()
+        hf_hub_download(repository, file, revision=revision, local_dir=path.parent)
 
 
-def _copy(response: object, partial: Path, start: int, total: int | None) -> None:
-    bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=partial.name.removesuffix(".partial"))
-    with bar, partial.open("ab" if start else "wb") as file:
-        while chunk := response.read(CHUNK):  # type: ignore[attr-defined]
-            file.write(chunk)
-            bar.update(len(chunk))
-
-
-def _failure(url: str, path: Path, reason: str) -> OSError:
-    return OSError(f"Could not fetch {url}: {reason}. Download it by hand and put it at {path}, then try again.")
+def _check_published(name: str, path: Path) -> None:
+    expected = PUBLISHED.get(name, "")
+    if len(expected) == 64:
+        found, what = sha256(path), "SHA-256"
+    else:
+        size = path.stat().st_size
+        found, what = f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB", "a size of"
+    if expected and found != expected:
+        raise ValueError(
+            f"Expected {what} {expected} of the official {path.name}, got {found} in {path}: it is damaged or another "
+            "file, such as an error page. Delete it, and it is fetched again."
+        )
 
 
 def pull_diffbir(
@@ -139,14 +115,14 @@ def pull_diffbir(
 
     Args:
         version: "v1", "v2" or "v2.1".
-        task: of it.
+        task: one of the version's tasks.
         output: as of `convert_diffbir`.
-        downloads: as `folder` of `pull_files`.
+        downloads: the folder where the fetched files are kept; None takes `downloads_dir()`.
         dtype: as of `convert_diffbir`.
         tokenizer: as of `convert_diffbir`.
 
     Returns:
-        The fetched files.
+        The fetched files, by argument of `convert_diffbir`.
 
     Raises:
         FileExistsError: if there is something in `output`; nothing is fetched then.
@@ -154,12 +130,7 @@ def pull_diffbir(
         OSError: if the network or the disk fails.
     """
     check_output(Path(output))
-    files = pull_files(version, task, downloads)
+    folder = downloads_dir() if downloads is None else Path(downloads)
+    files = {part: fetch(name, folder) for part, name in official_files(version, task).items()}
     convert_diffbir(version, task, **files, output=output, dtype=dtype, tokenizer=tokenizer)  # type: ignore[arg-type]
     return files
-
-
-def describe_files(files: Mapping[str, Path]) -> str:
-    """Return the files and their size, in a line."""
-    size = sum(path.stat().st_size for path in files.values()) / 2**30
-    return f"{', '.join(path.name for path in files.values())} ({size:.1f} GiB)"
