@@ -40,8 +40,8 @@ def main() -> None:
             result = metric.compare(ref=ref, dist=dist)
         expected = recorded[block]
         rows = {
-            "raw error": (expected["score_model(dist,ref)"], result.score.item()),
-            "quality": (expected["MILO_map"]["mean"], result.quality.item()),
+            "error": (expected["score_model(dist,ref)"], result.error.item()),
+            "error map, mean": (expected["MILO_map"]["mean"], result.error_map.mean().item()),
             "mask, mean": (expected["mask"]["mean"], result.mask.mean().item()),
             "mask, largest": (expected["mask"]["max"], result.mask.max().item()),
         }

@@ -22,7 +22,7 @@ _PUBLIC = {
     "RestorationSettings": "milo_latent.restoration.settings",
     "SCUNet": "milo_latent.diffbir.scunet",
     "SwinIR": "milo_latent.diffbir.swinir",
-    "colour_error_map": "milo_latent.metric.visualize",
+    "color_error_map": "milo_latent.metric.visualize",
     "convert_diffbir": "milo_latent.convert.diffbir",
     "curriculum_weight": "milo_latent.guidance.curriculum",
     "decode_latents": "milo_latent.latents.codec",

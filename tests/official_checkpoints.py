@@ -10,6 +10,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from milo_latent import IRControlNet
 from milo_latent.convert.layouts import controlnet_layout, text_layout, unet_layout, vae_layout
 from milo_latent.diffbir.swinir import SwinIR
+from milo_latent.metric.loading import OFFICIAL_PREFIXES
+from milo_latent.resources import PinnedFile, sha256
 
 WIDTHS = (64, 128)
 SWINIR = {"embed_dim": 24, "depths": (2,), "num_heads": (3,), "window_size": 8}
@@ -116,3 +118,14 @@ def make_files(folder, *, vocabulary=100):
     torch.save(states["controlnet"], files["controlnet"])
     torch.save({"state_dict": {"module." + key: value for key, value in states["cleaner"].items()}}, files["cleaner"])
     return Tiny(networks, files, {"cleaner": SWINIR})
+
+
+def official_metric_file(metric, path):
+    """Save a metric in the layout of the official MILO; return what its pinned entry would be, at a file:// address."""
+    names = {ours: theirs for theirs, ours in OFFICIAL_PREFIXES.items()}
+    state = {
+        next(theirs + key.removeprefix(ours) for ours, theirs in names.items() if key.startswith(ours)): value
+        for key, value in metric.state_dict().items()
+    }
+    torch.save(state, path)
+    return PinnedFile(path.name, path.as_uri(), path.stat().st_size, sha256(path))

@@ -7,10 +7,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from official_checkpoints import official_metric_file
 from PIL import Image
 
 from milo_latent.cli import main
 from milo_latent.files import read_image, read_latents, read_latents_metadata, write_latents
+from milo_latent.metric.loading import OFFICIAL
 from milo_latent.testing import latent_pair, tiny_metric, tiny_pipeline
 
 
@@ -304,26 +306,28 @@ def test_score_of_latents_is_the_metric_s(model, tmp_path, capsys):
     files = ["--ref", str(tmp_path / "ref.npy"), "--dist", str(tmp_path / "dist.npy")]
     assert main(["score", *files, "--weights", model]) == 0
     expected = tiny_metric()(ref=ref, dist=dist).item()
-    assert f"raw error {expected:.10f}" in capsys.readouterr().out
+    assert f"error {expected:.10f}" in capsys.readouterr().out
 
 
 def test_the_official_pairs_score_their_recorded_values(shared, capsys):
     folder = shared / "milo_official"
     for kind, weights, suffix, expected in (
-        ("latents", "MILO_latent.pth", "npy", "0.667855"),
-        ("images", "MILO.pth", "png", "0.0082061"),
+        ("latents", "MILO_latent.pth", "npy", "error 0.667855"),
+        ("images", "MILO.pth", "png", "MOS 2.4477"),
     ):
         files = [f"--{name}={folder / kind / f'{name}.{suffix}'}" for name in ("ref", "dist")]
         assert main(["score", *files, "--weights", str(folder / weights)]) == 0
-        assert f"raw error {expected}" in capsys.readouterr().out
+        assert expected in capsys.readouterr().out
 
 
 def test_images_are_scored_without_being_told_the_weights(photo, monkeypatch, tmp_path, capsys):
     assert main(["score", "--ref", str(photo), "--dist", str(photo)]) == 0
-    assert "quality 0.0000000000\nMILO_I (milo-image)" in capsys.readouterr().out
-    pulled = tmp_path / "cache" / "official-image"
-    tiny_metric(channels=3).save_pretrained(pulled)
-    monkeypatch.setenv("MILO_LATENT_CACHE", str(pulled.parent))
+    out = capsys.readouterr().out
+    assert "error 0.0000000000, MOS " in out
+    assert "\nMILO_I (milo-image)" in out
+    file = official_metric_file(tiny_metric(channels=3), tmp_path / "MILO.pth")
+    monkeypatch.setitem(OFFICIAL, "official-image", file)
+    assert main(["weights", "pull", "official-image"]) == 0
     assert main(["score", "--ref", str(photo), "--dist", str(photo)]) == 0
     assert "MILO_I (official-image)" in capsys.readouterr().out
 

@@ -8,7 +8,7 @@ from milo_latent import MILOLoss
 from milo_latent.testing import latent_pair, tiny_metric
 
 
-@pytest.mark.parametrize("reading", ["score", "quality"])
+@pytest.mark.parametrize("reading", ["error", "error_map"])
 def test_reductions_are_those_of_torch(metric, reading):
     target, pred = latent_pair(batch=3)
     none = MILOLoss(metric, reduction="none", reading=reading)(pred, target)

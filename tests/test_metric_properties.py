@@ -32,8 +32,7 @@ def random_pair(channels, height, width, seed, *, batch=1, dtype=torch.float32):
 def test_equal_inputs_score_zero_in_every_reading(channels, height, width, seed):
     ref, _ = random_pair(channels, height, width, seed, batch=2)
     result = tiny_metric(channels=channels, seed=seed).compare(ref=ref, dist=ref.clone())
-    assert (result.score == 0).all()
-    assert result.quality.abs().max() == 0
+    assert (result.error == 0).all()
     assert result.error_map.abs().max() == 0
 
 
@@ -48,11 +47,12 @@ def test_the_score_is_never_negative_and_zero_for_equal_inputs_only(channels, he
 
 @given(seed=SEEDS, height=SIDES, width=SIDES)
 @settings(max_examples=15, deadline=None)
-def test_the_quality_of_trained_weights_is_never_negative_and_below_one(seed, height, width):
+def test_the_error_map_of_trained_weights_is_never_negative_and_below_one(seed, height, width):
     ref, dist = random_pair(4, height, width, seed)
     result = MILO.from_pretrained("nano").compare(ref=ref, dist=dist)
-    assert 0 <= result.quality.item() < 1
     assert result.error_map.min() >= 0
+    assert result.error_map.max() < 1
+    assert 0 < result.mos.item() < 5
 
 
 @given(channels=CHANNELS, height=SIDES, width=SIDES, batch=st.integers(2, 6), seed=SEEDS)
@@ -62,12 +62,12 @@ def test_an_item_scores_alike_alone_in_any_batch_and_in_any_place(channels, heig
     ref, dist = random_pair(channels, height, width, seed, batch=batch)
     whole = metric.compare(ref=ref, dist=dist)
     alone = [metric.compare(ref=ref[i : i + 1], dist=dist[i : i + 1]) for i in range(batch)]
-    for reading in ("score", "quality"):
+    for reading in ("error", "mos"):
         together = getattr(whole, reading)
         singles = torch.cat([getattr(each, reading) for each in alone])
         assert torch.allclose(together, singles, rtol=1e-6, atol=1e-6)
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
-    assert torch.allclose(metric(ref=ref[order], dist=dist[order]), whole.score[order], rtol=1e-6, atol=1e-6)
+    assert torch.allclose(metric(ref=ref[order], dist=dist[order]), whole.error[order], rtol=1e-6, atol=1e-6)
 
 
 @example(channels=3, height=16, width=18, seed=1370, reading=False)  # a kink lies within the largest step
@@ -79,7 +79,7 @@ def test_gradients_match_finite_differences_along_random_directions(channels, he
     generator = torch.Generator().manual_seed(seed)
 
     def value(**pair):
-        return metric(**pair).sum() if reading else metric.compare(**pair).quality.sum()
+        return metric(**pair).sum() if reading else metric.compare(**pair).error_map.mean(dim=(1, 2, 3)).sum()
 
     for name in ("dist", "ref"):
         pair = {"dist": dist, "ref": ref} | {name: {"dist": dist, "ref": ref}[name].clone().requires_grad_(True)}
@@ -106,7 +106,7 @@ def test_the_gradient_is_finite_also_at_equal_inputs(channels, height, width, se
     metric = tiny_metric(channels=channels, seed=seed)
     ref, dist = random_pair(channels, height, width, seed)
     for each in (dist, ref.clone()):
-        for reading in ("score", "quality", "similarity"):
+        for reading in ("error", "mos", "error_map"):
             leaf = each.clone().requires_grad_(True)
             getattr(metric.compare(ref=ref, dist=leaf), reading).sum().backward()
             assert torch.isfinite(leaf.grad).all()
@@ -148,7 +148,7 @@ DISTORTIONS = {
 
 
 def mean_scores(metric, pictures, kind, encode=lambda image: image):
-    """Return the mean score and quality over pictures, per level."""
+    """Return the mean error and the mean of the error map over pictures, per level."""
     distort, levels = DISTORTIONS[kind]
     means = []
     with torch.inference_mode():
@@ -157,7 +157,9 @@ def mean_scores(metric, pictures, kind, encode=lambda image: image):
                 metric.compare(ref=encode(to_tensor(each)), dist=encode(to_tensor(distort(each, level))))
                 for each in pictures
             ]
-            means.append([np.mean([getattr(each, name).item() for each in results]) for name in ("score", "quality")])
+            means.append(
+                [np.mean([getattr(each, name).mean().item() for each in results]) for name in ("error", "error_map")]
+            )
     return np.array(means).T
 
 

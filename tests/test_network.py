@@ -59,7 +59,7 @@ def test_scores_masks_and_maps_are_the_official_ones(
     expected = reference[block]
     result = metric.compare(**pair)
     # the tolerances are those the reference file suggests; scores are held to a tenth of it
-    assert result.score.item() == pytest.approx(expected["score_model(dist,ref)"], rel=1e-5)
+    assert result.error.item() == pytest.approx(expected["score_model(dist,ref)"], rel=1e-5)
     absolute = 1e-4 if kind == "latent" else 1e-3
     for tensor, name in ((result.mask, "mask"), (result.error_map, "MILO_map")):
         for sample in expected[name]["samples_batch0_channel0"]:
@@ -112,7 +112,7 @@ def test_score_is_positive_and_the_mask_within_its_levels(seed, noise):
     ref, dist = latent_pair(batch=2, side=21, noise=noise, seed=seed)
     metric = tiny_metric(seed=seed)
     result = metric.compare(ref=ref, dist=dist)
-    assert (result.score > 0).all()
+    assert (result.error > 0).all()
     assert result.mask.min() > 0
     assert result.mask.max() < metric.config.levels
 
@@ -144,8 +144,9 @@ def test_the_official_weights_stay_within_one_percent_in_half_precision(dtype, o
         full = MILO.from_pretrained(shared / "milo_official" / ("MILO_latent.pth" if name == "latent" else "MILO.pth"))
         expected = full.compare(ref=ref, dist=dist)
         got = full.to(dtype).compare(ref=ref.to(dtype), dist=dist.to(dtype))
-        assert got.score.item() == pytest.approx(expected.score.item(), rel=0.01)
-        assert got.quality.item() == pytest.approx(expected.quality.item(), rel=0.01)
+        assert got.error.item() == pytest.approx(expected.error.item(), rel=0.01)
+        assert got.mos.item() == pytest.approx(expected.mos.item(), rel=0.01)
+        assert got.error_map.mean().item() == pytest.approx(expected.error_map.mean().item(), rel=0.01)
 
 
 def test_it_compiles_without_a_graph_break(metric):
@@ -179,8 +180,10 @@ def test_a_region_is_all_that_counts(metric):
     left[..., 10:] = 0
     result = metric.compare(ref=ref, dist=dist, region=left)
     error = (result.mask * (ref - dist).abs()).mean(dim=1)
-    assert torch.allclose(result.score, error[..., :10].mean(dim=(1, 2)), rtol=1e-5)
-    assert torch.allclose(result.quality, result.error_map[..., :10].mean(dim=(1, 2, 3)), rtol=1e-5)
+    assert torch.allclose(result.error, error[..., :10].mean(dim=(1, 2)), rtol=1e-5)
+    assert torch.allclose(result.mos, metric.mos(error[..., :10].mean(dim=(1, 2))), rtol=1e-5)
+    loss = MILOLoss(metric, reduction="none", reading="error_map")(dist, ref, region=left)
+    assert torch.allclose(loss, result.error_map[..., :10].mean(dim=(1, 2, 3)), rtol=1e-5)
     with pytest.raises(ValueError, match=r"`region` of shape \(2, 1, 20, 20\)"):
         metric(ref=ref, dist=dist, region=torch.ones(1, 1, 5, 5))
 
@@ -210,18 +213,34 @@ def test_a_large_region_stays_in_the_range_of_half_precision(metric):
 def test_no_candidates_get_no_scores(metric):
     ref, dist = latent_pair()
     assert metric(ref=ref, dist=dist[:0]).shape == (0,)
-    assert metric.compare(ref=ref[:0], dist=dist[:0]).quality.shape == (0,)
+    assert metric.compare(ref=ref[:0], dist=dist[:0]).mos.shape == (0,)
 
 
-def test_similarity_is_one_for_identical_inputs_and_falls_with_noise():
+def test_the_mos_falls_with_noise_and_is_highest_for_identical_inputs():
     metric = tiny_metric()
     initialise(metric)  # a scaler that rises, as a trained one does
-    similarities = []
+    scores = []
     for noise in (0.0, 0.3, 3.0):
         ref, dist = latent_pair(noise=noise)
-        similarities.append(metric.compare(ref=ref, dist=dist).similarity.item())
-    assert similarities[0] == 1.0
-    assert 1 >= similarities[0] > similarities[1] > similarities[2] >= 0
+        scores.append(metric.compare(ref=ref, dist=dist).mos.item())
+    assert scores[0] == pytest.approx(5 * (1 - metric.scaler(torch.zeros(1, 1, 1, 1)).item()))
+    assert 5 >= scores[0] > scores[1] > scores[2] >= 0
+
+
+def test_the_mos_is_that_of_the_official_command(official_pairs, image_metric):
+    mos = image_metric.compare(**official_pairs["image"]).mos.item()
+    assert f"{mos:.4f}" == "2.4477"  # as it prints
+    swapped = {"ref": official_pairs["image"]["dist"], "dist": official_pairs["image"]["ref"]}
+    assert image_metric.compare(**swapped).mos.item() < mos - 0.1
+
+
+def test_each_item_of_a_batch_has_the_mos_of_its_own_error(metric):
+    ref, dist = latent_pair(batch=3)
+    dist[1] = ref[1]
+    result = metric.compare(ref=ref, dist=dist)
+    expected = [5 * (1 - metric.scaler(error.reshape(1, 1, 1, 1)).item()) for error in result.error]
+    assert result.mos.tolist() == pytest.approx(expected, rel=1e-6)
+    assert result.mos[1] != result.mos[0]
 
 
 @pytest.mark.parametrize(
@@ -349,8 +368,8 @@ def test_values_that_are_not_numbers_are_not_taken_for_equal(metric):
     ref, dist = torch.zeros(1, 4, 16, 16), torch.ones(1, 4, 16, 16)
     dist[0, 0, 3, 3] = torch.nan
     result = metric.compare(ref=ref, dist=dist)
-    assert all(each.isnan().all() for each in (result.score, result.quality, result.similarity))
-    loss = MILOLoss(metric, reading="quality")(dist, ref)
+    assert all(each.isnan().all() for each in (result.error, result.mos, result.error_map[..., 3, 3]))
+    loss = MILOLoss(metric, reading="error_map")(dist, ref)
     assert not torch.isfinite(loss)
 
 

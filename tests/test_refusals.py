@@ -107,7 +107,7 @@ def test_the_command_line_warns_in_one_line_and_still_scores(weights, capsys):
     lines = [line for line in captured.err.splitlines() if line.startswith("milo-latent: warning: Expected scaled")]
     assert len(lines) == 1
     assert ".py:" not in captured.err
-    assert "raw error 0.0" in captured.out
+    assert "error 0.0" in captured.out
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

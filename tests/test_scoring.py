@@ -1,4 +1,4 @@
-"""Scoring many files: pairing, batches, tables that go on where they stopped."""
+"""Scoring many files: pairing, batches, tables that resume where they stopped."""
 
 import csv
 import json
@@ -96,8 +96,8 @@ def test_batches_score_as_pairs_alone(folders, metric):
     for index, row in enumerate(rows):
         ref, dist = latent_pair(side=16 if index < 18 else 20, noise=0.1 * index, seed=index)
         alone = metric.compare(ref=ref, dist=dist)
-        assert row.score == pytest.approx(alone.score.item(), rel=1e-6)
-        assert row.quality == pytest.approx(alone.quality.item(), rel=1e-5, abs=1e-7)
+        assert row.error == pytest.approx(alone.error.item(), rel=1e-6)
+        assert row.mos == pytest.approx(alone.mos.item(), rel=1e-5)
 
 
 def test_an_interrupted_table_ends_as_an_uninterrupted_one(folders, weights, tmp_path, monkeypatch):
@@ -126,7 +126,7 @@ def test_an_interrupted_table_ends_as_an_uninterrupted_one(folders, weights, tmp
     assert len(list(csv.DictReader((tmp_path / "whole.csv").open()))) == 20
 
 
-def test_rows_of_other_weights_are_not_gone_on_with(tmp_path):
+def test_rows_of_other_weights_are_dropped(tmp_path):
     table = ScoreTable(tmp_path / "a.csv", key="one")
     table.extend([ScoreRow('with "quotes", and comma', 0.1, 0.2)])
     assert list(ScoreTable(tmp_path / "a.csv", key="one").rows.values()) == [
@@ -141,10 +141,10 @@ def test_json_prints_every_row(folders, weights, capsys):
     rows = table["pairs"]
     assert table["metric"] == "MILO_L"
     assert table["weights"] == weights
-    for reading in ("score", "quality"):
+    for reading in ("error", "mos"):
         assert table["mean"][reading] == pytest.approx(sum(row[reading] for row in rows) / 20)
     assert [row["name"] for row in rows] == [f"{index:02d}" for index in range(20)]
-    assert rows[0]["score"] == 0
+    assert rows[0]["error"] == 0
 
 
 def test_images_are_scored_as_latents_and_mapped(photo, tmp_path, capsys):
@@ -205,7 +205,7 @@ def test_one_reference_is_read_once_and_scores_as_pairs_do(folders, metric, monk
     assert reads.count("00.npy") == 1
     for row in rows:
         single = metric(ref=read_latents(ref / "00.npy"), dist=read_latents(dist / row.name)).item()
-        assert row.score == pytest.approx(single, rel=1e-5)
+        assert row.error == pytest.approx(single, rel=1e-5)
 
 
 def test_batches_that_were_begun_are_scored_anew():
@@ -219,7 +219,7 @@ def test_batches_that_were_begun_are_scored_anew():
 def test_the_mean_over_pairs_is_printed(folders, weights, capsys):
     assert main(["score", "--ref", str(folders[0]), "--dist", str(folders[1]), "--weights", weights]) == 0
     lines = capsys.readouterr().out.splitlines()
-    scores = [float(line.split("raw error ")[1].split(",")[0]) for line in lines[:21]]
+    scores = [float(line.split(": error ")[1].split(",")[0]) for line in lines[:21]]
     assert lines[20].startswith("mean: ")
     assert scores[20] == pytest.approx(sum(scores[:20]) / 20, abs=1e-9)
 
@@ -264,7 +264,7 @@ def test_a_killed_process_goes_on_and_ends_with_the_same_table(tmp_path, weights
     assert not partial.exists()
 
 
-def test_a_table_of_other_folders_is_not_gone_on_with(folders, weights, tmp_path, capsys):
+def test_rows_of_other_folders_are_dropped(folders, weights, tmp_path, capsys):
     ref, dist = folders
     table = str(tmp_path / "t.csv")
     common = ["--weights", weights, "--csv", table]

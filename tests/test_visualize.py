@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from milo_latent.metric.visualize import BAR_GAP, BAR_WIDTH, colour_bar, colour_error_map, colour_ramp, map_scale
+from milo_latent.metric.visualize import BAR_GAP, BAR_WIDTH, color_bar, color_error_map, color_ramp, map_scale
 
 
 def luma(colours):
@@ -11,7 +11,7 @@ def luma(colours):
 
 
 def test_colours_grow_lighter_evenly_and_stay_in_gamut():
-    ramp = colour_ramp()
+    ramp = color_ramp()
     assert ramp.shape == (256, 3)
     assert ramp.min() >= 0
     assert ramp.max() <= 1
@@ -22,7 +22,7 @@ def test_colours_grow_lighter_evenly_and_stay_in_gamut():
 
 def test_a_larger_error_is_lighter_and_the_bar_stands_at_the_right():
     error_map = torch.linspace(0, 1, 16).reshape(1, 1, 1, 16).expand(2, 1, 16, 16)
-    picture = colour_error_map(error_map)
+    picture = color_error_map(error_map)
     assert picture.shape == (2, 3, 16, 16 + BAR_GAP + BAR_WIDTH)
     assert (luma(picture[0, :, 5, :16].T).diff() > 0).all()
     assert luma(picture[0, :, 0, -1]) > luma(picture[0, :, -1, -1])
@@ -32,20 +32,20 @@ def test_a_larger_error_is_lighter_and_the_bar_stands_at_the_right():
 def test_maps_are_enlarged_and_laid_over_an_image():
     image = torch.rand(1, 3, 64, 80)
     error_map = torch.rand(1, 1, 8, 10)
-    over = colour_error_map(error_map, image=image, opacity=0.25, bar=False)
-    alone = colour_error_map(error_map, size=(64, 80), bar=False)
+    over = color_error_map(error_map, image=image, opacity=0.25, bar=False)
+    alone = color_error_map(error_map, size=(64, 80), bar=False)
     assert torch.allclose(over, 0.25 * alone + 0.75 * image, atol=1e-6)
 
 
 def test_the_largest_error_can_be_chosen():
     error_map = torch.full((1, 1, 4, 4), 0.2)
-    assert torch.equal(colour_error_map(error_map, largest=0.2, bar=False)[0, :, 0, 0], colour_ramp()[-1])
+    assert torch.equal(color_error_map(error_map, largest=0.2, bar=False)[0, :, 0, 0], color_ramp()[-1])
 
 
 def test_small_errors_are_painted_as_light_as_large_ones_unless_a_scale_is_chosen():
     error_map = torch.rand(1, 1, 20, 20)
-    assert torch.equal(colour_error_map(error_map * 0.01, bar=False), colour_error_map(error_map, bar=False))
-    faint, strong = (colour_error_map(error_map * factor, largest=1.0, bar=False) for factor in (0.01, 1.0))
+    assert torch.equal(color_error_map(error_map * 0.01, bar=False), color_error_map(error_map, bar=False))
+    faint, strong = (color_error_map(error_map * factor, largest=1.0, bar=False) for factor in (0.01, 1.0))
     assert faint.mean() < 0.6 * strong.mean()
 
 
@@ -60,7 +60,7 @@ def test_the_scale_of_a_map_leaves_out_its_few_largest_errors():
 
 
 def test_the_bar_says_its_errors_where_there_is_room():
-    bars = {largest: colour_bar(200, largest) for largest in (0.05, 0.06, 1.0)}
+    bars = {largest: color_bar(200, largest) for largest in (0.05, 0.06, 1.0)}
     alone = BAR_GAP + BAR_WIDTH
     for bar in bars.values():
         assert bar.shape[2] == 200
@@ -69,15 +69,15 @@ def test_the_bar_says_its_errors_where_there_is_room():
             assert bar[..., rows, alone:].min() < 0.5
         assert torch.equal(bar[..., :alone], bars[1.0][..., :alone])
     assert not torch.equal(bars[0.05][..., alone:], bars[0.06][..., alone:])
-    assert colour_bar(20, 1.0).shape[3] == alone
+    assert color_bar(20, 1.0).shape[3] == alone
 
 
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="1 channels"):
-        colour_error_map(torch.rand(1, 3, 4, 4))
+        color_error_map(torch.rand(1, 3, 4, 4))
     with pytest.raises(ValueError, match="`opacity`"):
-        colour_error_map(torch.rand(1, 1, 4, 4), opacity=2.0)
+        color_error_map(torch.rand(1, 1, 4, 4), opacity=2.0)
     with pytest.raises(ValueError, match="`largest`"):
-        colour_error_map(torch.rand(1, 1, 4, 4), largest=0.0)
+        color_error_map(torch.rand(1, 1, 4, 4), largest=0.0)
     with pytest.raises(ValueError, match="`steps`"):
-        colour_ramp(1)
+        color_ramp(1)

@@ -17,19 +17,19 @@ def add(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "score",
         help="score the visible difference of images or latents",
-        description="Print MILO's raw error (unbounded) and quality score (towards 1 = worst); 0 = identical. "
-        "Two files, one against a folder, or two folders matched by name.",
+        description="Print MILO's error (0 = identical, unbounded, lower is better) and MOS (0 to 5, higher is better) "
+        "of two files, of one file against a folder, or of two folders matched by name.",
     )
     command.set_defaults(run=run)
     command.add_argument("--ref", type=Path, required=True, help="image, or latents (.npy, .safetensors), or folder")
     command.add_argument("--dist", type=Path, required=True, help="the same, distorted")
     command.add_argument(
         "--weights", metavar="NAME|FOLDER|FILE",
-        help="weights at hand, a folder, or an official .pth (default: of images official-image where it was pulled, "
-        "else milo-image; of latents nano)",
+        help="official-image or official-latent (fetched once), a shipped set, a folder, or an official .pth (default: "
+        "for images official-image once it was fetched, before that milo-image; for latents nano)",
     )  # fmt: skip
     command.add_argument("--vae", metavar="NAME|FOLDER", help="score images as latents of this model's VAE")
-    command.add_argument("--csv", type=Path, metavar="FILE", help="write a table; an interrupted one is gone on with")
+    command.add_argument("--csv", type=Path, metavar="FILE", help="write a table; an interrupted one is resumed")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument(
         "--map", type=Path, metavar="OUT", help="write a picture of where the difference is (one pair)"
@@ -50,22 +50,20 @@ def run(options: argparse.Namespace) -> str:
     from milo_latent.score.table import ScoreTable, mean_row, rows_to_json
 
     largest = _map_scale(options)
-    if options.overlay is not None and options.map is None:
-        raise ValueError("Expected --map OUT with --overlay: the map is what is laid over the image.")
-    if options.csv is not None and options.csv.is_dir():
-        raise ValueError(f"Expected a file for --csv, got the folder {options.csv}.")
     pairs = match_pairs(options.ref, options.dist)
+    _check_outputs(options, len(pairs))
     weights = _weights(options, pairs)
     metric = MILO.from_pretrained(weights)
     encode = None if options.vae is None else _encoder(metric, options.vae)
-    painted = _write_map(metric, pairs, encode, largest, options) if options.map is not None else []
     key = f"{weights} {options.vae or ''} {options.ref.resolve()} {options.dist.resolve()}"
     table = ScoreTable(options.csv, key=key) if options.csv else None
-    left = pairs if table is None else unfinished(pairs, table.rows)
-    scored = tqdm(
-        score_pairs(metric, left, encode=encode),
-        total=len(pairs), initial=len(pairs) - len(left), unit="pair", disable=len(left) < 2,
-    )  # fmt: skip
+    if options.map is not None:
+        row, painted = _score_and_map(metric, pairs[0], encode, largest, options)
+        left, scores = pairs, iter([row])
+    else:
+        left, painted = pairs if table is None else unfinished(pairs, table.rows), []
+        scores = score_pairs(metric, left, encode=encode)
+    scored = tqdm(scores, total=len(pairs), initial=len(pairs) - len(left), unit="pair", disable=len(left) < 2)
     if table is None:
         rows = list(scored)
     else:
@@ -75,12 +73,12 @@ def run(options: argparse.Namespace) -> str:
     if options.json:
         return rows_to_json(rows, metric=name, weights=weights)
     mean = [mean_row(rows)] if len(rows) > 1 else []
-    lines = [f"{row.name}: raw error {row.score:.10f}, quality {row.quality:.10f}" for row in [*rows, *mean]]
-    return "\n".join([*lines, *painted, f"{name} ({weights}), 0 = identical; quality 1 = worst"])
+    lines = [f"{row.name}: error {row.error:.10f}, MOS {row.mos:.6f}" for row in [*rows, *mean]]
+    return "\n".join([*lines, *painted, f"{name} ({weights}); error: 0 = identical; MOS: 0 to 5, higher is better"])
 
 
 def _map_scale(options: argparse.Namespace) -> float | None:
-    """Return the error that is painted lightest; None for the map's own."""
+    """Return the error that is painted lightest; None takes that of the map itself."""
     if options.map_scale == "auto":
         return None
     try:
@@ -92,9 +90,18 @@ def _map_scale(options: argparse.Namespace) -> float | None:
     return largest
 
 
+def _check_outputs(options: argparse.Namespace, pairs: int) -> None:
+    if options.overlay is not None and options.map is None:
+        raise ValueError("Expected --map OUT with --overlay: the map is what is laid over the image.")
+    if options.csv is not None and options.csv.is_dir():
+        raise ValueError(f"Expected a file for --csv, got the folder {options.csv}.")
+    if options.map is not None and pairs != 1:
+        raise ValueError(f"Expected one pair for --map, got {pairs}.")
+
+
 def _weights(options: argparse.Namespace, pairs: list[Any]) -> str:
     """Return the weights to score with."""
-    from milo_latent.resources import default_image_metric
+    from milo_latent.metric.loading import default_image_metric
     from milo_latent.score.pairs import is_latents
 
     kinds = {is_latents(path) for pair in pairs for path in (pair.ref, pair.dist)}
@@ -112,7 +119,7 @@ def _weights(options: argparse.Namespace, pairs: list[Any]) -> str:
 
 
 def _encoder(metric: Any, source: str) -> Any:
-    """Return what encodes images with the VAE of `source`, whose latents the metric must know."""
+    """Return a function that encodes images with the VAE of `source`, whose latents the metric must know."""
     from functools import partial
 
     from milo_latent.latents.codec import encode_image
@@ -125,31 +132,28 @@ def _encoder(metric: Any, source: str) -> Any:
     return partial(encode_image, vae)
 
 
-def _write_map(
-    metric: Any, pairs: list[Any], encode: Any, largest: float | None, options: argparse.Namespace
-) -> list[str]:
-    """Write the picture of the error map; return the line to print."""
+def _score_and_map(
+    metric: Any, pair: Any, encode: Any, largest: float | None, options: argparse.Namespace
+) -> tuple[Any, list[str]]:
+    """Score a pair and write the picture of its error map; return the row and the line to print."""
     import torch
 
     from milo_latent.files import read_image, write_image
     from milo_latent.metric.network import is_image_metric
-    from milo_latent.metric.visualize import colour_error_map, map_scale
-    from milo_latent.score.pairs import check_fits, read_input
+    from milo_latent.metric.visualize import color_error_map, map_scale
+    from milo_latent.score.pairs import PairReader, compare_pair, to_row
 
-    if len(pairs) != 1:
-        raise ValueError(f"Expected one pair for --map, got {len(pairs)}.")
-    ref, dist = (read_input(path, encode) for path in (pairs[0].ref, pairs[0].dist))
-    for path, tensor in ((pairs[0].ref, ref), (pairs[0].dist, dist)):
-        check_fits(metric, path, tensor)
     with torch.inference_mode():
-        error_map = metric.compare(ref=ref, dist=dist).error_map[:1]
+        ref, dist = PairReader(metric, encode).read(pair)
+        result = compare_pair(metric, pair, ref, dist)
+    error_map = result.error_map[:1]
     largest = map_scale(error_map) if largest is None else largest
     image = read_image(options.overlay) if options.overlay else None
     if not is_image_metric(metric):
-        error_map = _enlarge(error_map, pairs[0].ref, encode)
-    write_image(options.map, colour_error_map(error_map, image=image, largest=largest))
+        error_map = _enlarge(error_map, pair.ref, encode)
+    write_image(options.map, color_error_map(error_map, image=image, largest=largest))
     which = f", of the first of {dist.shape[0]} latents" if dist.shape[0] > 1 else ""
-    return [f"map: {options.map}, from 0 (dark) to {largest:.3g} (light){which}"]
+    return to_row(pair, result), [f"map: {options.map}, from 0 (dark) to {largest:.3g} (light){which}"]
 
 
 def _enlarge(error_map: Any, ref: Path, encode: Any) -> Any:

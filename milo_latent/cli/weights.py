@@ -12,36 +12,38 @@ def add(commands: argparse._SubParsersAction) -> None:
         "weights", help="list, fetch, convert and describe weights", description="Manage weights."
     )
     actions = command.add_subparsers(dest="action", metavar="ACTION", required=True)
-    listing = actions.add_parser("list", help="the sets at hand, and those that can be pulled")
+    listing = actions.add_parser("list", help="the shipped sets and the official weights")
     listing.set_defaults(run=run_list)
-    pull = actions.add_parser("pull", help="fetch an official checkpoint, check it, convert it to safetensors")
+    pull = actions.add_parser("pull", help="fetch official weights into the cache and check them")
     pull.set_defaults(run=run_pull)
-    pull.add_argument("name", help="from the list")
-    convert = actions.add_parser("convert", help="convert an official .pth that you have")
+    pull.add_argument("name", help="official-image or official-latent")
+    convert = actions.add_parser("convert", help="convert an official .pth to safetensors")
     convert.set_defaults(run=run_convert)
     convert.add_argument("input", type=Path, metavar="FILE", help="MILO.pth or MILO_latent.pth")
     convert.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
-    convert.add_argument("--unofficial", action="store_true", help="take a file whose hash is not an official one's")
-    info = actions.add_parser("info", help="what a set is, and whether its files are those of its card")
+    convert.add_argument("--unofficial", action="store_true", help="convert a file whose hash is not an official one's")
+    info = actions.add_parser("info", help="describe weights, and check their files against their card")
     info.set_defaults(run=run_info)
     info.add_argument("source", metavar="NAME|FOLDER|FILE")
 
 
 def run_list(options: argparse.Namespace) -> str:
     """Return the list to print."""
-    from milo_latent.convert.official import OFFICIAL
-    from milo_latent.resources import available_weights, weights_dir
+    from milo_latent.metric.loading import OFFICIAL
+    from milo_latent.resources import available_weights, cache_dir, weights_dir
 
-    at_hand = [f"{name}  {weights_dir(name)}" for name in available_weights()]
-    others = [f"{name}  not here; pull {name}" for name in OFFICIAL if name not in available_weights()]
-    return "\n".join([*at_hand, *others])
+    lines = [f"{name}  {weights_dir(name)}" for name in available_weights()]
+    for name, file in OFFICIAL.items():
+        path = cache_dir() / file.name
+        lines.append(f"{name}  {path if file.is_at(path) else 'not in the cache; fetched when it is first used'}")
+    return "\n".join(lines)
 
 
 def run_pull(options: argparse.Namespace) -> str:
     """Fetch; return the line to print."""
-    from milo_latent.convert.official import pull
+    from milo_latent.metric.loading import fetch_official
 
-    return f"pull: {options.name} -> {pull(options.name)}"
+    return f"pull: {options.name} -> {fetch_official(options.name)}"
 
 
 def run_convert(options: argparse.Namespace) -> str:

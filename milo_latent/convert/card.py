@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from milo_latent.convert.official import sha256
 from milo_latent.diffbir.versions import UPSCALE, TaskName, Version
+from milo_latent.resources import sha256
 
 CARD = """\
 ---

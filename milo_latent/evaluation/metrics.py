@@ -81,7 +81,7 @@ def structural(name: str) -> FullReference:
 
 
 def milo_image(source: str | Path, name: str | None = None) -> FullReference:
-    """Return MILO_I's quality score.
+    """Return the mean of MILO_I's error map.
 
     Args:
         source: as of `MILO.from_pretrained`.
@@ -101,7 +101,7 @@ def milo_image(source: str | Path, name: str | None = None) -> FullReference:
 
 
 def milo_latent(source: str | Path, vae: VAE, name: str | None = None) -> FullReference:
-    """Return MILO_L's quality score of the latents of images.
+    """Return the mean of MILO_L's error map of the latents of images.
 
     Args:
         source: as of `MILO.from_pretrained`.

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from milo_latent.guidance.curriculum import LEVELS
-from milo_latent.metric.visualize import colour_error_map, colour_ramp
+from milo_latent.metric.network import pixel_mean, visible_error
+from milo_latent.metric.visualize import color_error_map, color_ramp
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +31,7 @@ class TraceStep:
         step: its number in the run, from 0.
         timestep: as passed to the scheduler.
         scale: the strength in this step; 0 outside the guided interval.
-        error: raw error E between the clean estimate, before guidance, and the reference latents, (B,).
+        error: E between the clean estimate, before guidance, and the reference latents, (B,).
         weight: mean of what the difference to the reference is multiplied by: min(s * W * region, 1) in the mode
             *mask*, s * region in the mode *metric*, (B,).
         change: Euclidean norm of the change of the clean estimate, over that of its way to the reference, (B,).
@@ -90,7 +91,7 @@ class GuidanceTrace:
                 step=len(self.steps),
                 timestep=timestep,
                 scale=scale,
-                error=(mask * difference.abs()).mean(dim=(1, 2, 3)).cpu(),
+                error=pixel_mean(visible_error(mask, dist=pred_original_sample, ref=reference_latents)).cpu(),
                 weight=weight.mean(dim=(1, 2, 3)).cpu(),
                 change=((guided - pred_original_sample).flatten(1).norm(dim=1) / way).cpu(),
                 mask=(F.adaptive_avg_pool2d(mask, size) / LEVELS).cpu(),
@@ -125,7 +126,7 @@ class GuidanceTrace:
             axes.plot([step.step for step in self], values, marker=".")
             axes.set(title=label, xlabel="step", ylim=(0, 1.1 * max(values) or 1.0))
             axes.grid(alpha=0.3)
-        colours, pictures = ListedColormap(colour_ramp().numpy()), masks.subplots(1, len(shown), squeeze=False)[0]
+        colours, pictures = ListedColormap(color_ramp().numpy()), masks.subplots(1, len(shown), squeeze=False)[0]
         for axes, step in zip(pictures, shown, strict=True):
             picture = axes.imshow(step.mask[sample, 0].numpy(), vmin=0, vmax=self._largest(sample), cmap=colours)
             axes.set(title=f"step {step.step}", xticks=[], yticks=[])
@@ -160,7 +161,7 @@ class GuidanceTrace:
 
         height, width = step.mask.shape[2:]
         size = (round(height * side / max(height, width)), round(width * side / max(height, width)))
-        painted = colour_error_map(step.mask[sample : sample + 1], size=size, largest=self._largest(sample), bar=False)
+        painted = color_error_map(step.mask[sample : sample + 1], size=size, largest=self._largest(sample), bar=False)
         pixels = (painted[0].permute(1, 2, 0) * 255).round().byte().numpy()  # (h, w, 3)
         frame = Image.new("RGB", (size[1], size[0] + 16), "black")
         frame.paste(Image.fromarray(pixels))
@@ -182,7 +183,7 @@ class GuidanceTrace:
 
 
 _CURVES = {
-    "error": "raw error E before guidance",
+    "error": "error E before guidance",
     "weight": "mean weight of the difference",
     "change": "change / way to the reference",
 }

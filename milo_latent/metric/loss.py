@@ -7,10 +7,10 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from milo_latent.checks import check_batch, check_choice
-from milo_latent.metric.network import MILO, check_metric
+from milo_latent.metric.network import MILO, check_metric, pixel_mean
 
 Reduction = Literal["mean", "sum", "none"]
-Reading = Literal["score", "quality"]
+Reading = Literal["error", "error_map"]
 
 
 def reduce_scores(scores: Tensor, reduction: Reduction) -> Tensor:
@@ -35,8 +35,8 @@ class MILOLoss(nn.Module):
     Args:
         metric: for images or latents; its parameters are not trained, and it stays out of `state_dict`.
         reduction: "mean", "sum" or "none", over the batch.
-        reading: "score", the raw error, never negative and unbounded above; or "quality", on the scale on which people
-            judged, in [0, 1) for the shipped and the official weights.
+        reading: "error", E, never negative and unbounded above; or "error_map", the mean of the error map, which is on
+            the scale on which people judged, in [0, 1) for the shipped and the official weights.
 
     Raises:
         TypeError: if `metric` is no MILO.
@@ -49,7 +49,7 @@ class MILOLoss(nn.Module):
         True
     """
 
-    def __init__(self, metric: MILO, *, reduction: Reduction = "mean", reading: Reading = "score") -> None:
+    def __init__(self, metric: MILO, *, reduction: Reduction = "mean", reading: Reading = "error") -> None:
         super().__init__()
         check_metric(metric)
         check_choice("reduction", reduction, get_args(Reduction))
@@ -79,6 +79,6 @@ class MILOLoss(nn.Module):
         """
         check_batch("pred", pred, self.metric.config.channels)
         metric = self.metric.to(pred.device)
-        if self.reading == "score":
+        if self.reading == "error":
             return reduce_scores(metric(dist=pred, ref=target, region=region), self.reduction)
-        return reduce_scores(metric.compare(dist=pred, ref=target, region=region).quality, self.reduction)
+        return reduce_scores(pixel_mean(metric.error_map(dist=pred, ref=target), region), self.reduction)

@@ -1,8 +1,9 @@
-"""The mask finder of MILO: five convolutions, shared by all levels."""
+"""The mask finder of MILO: five convolutions, shared by all levels, and their gradient written by hand."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from milo_latent.checks import autocast_is_on
 
 
 class MaskFinder(nn.Sequential):
-    """3x3 convolutions with ReLU between and a sigmoid after, which see one level of both inputs and the mask so far.
+    """3x3 convolutions, ReLU between and a sigmoid at the end, from one level of both inputs and the mask so far.
 
     Args:
         channels: C of `ref` and `dist`.
@@ -30,57 +31,51 @@ class MaskFinder(nn.Sequential):
         super().__init__(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1), nn.Sigmoid())
         self.channels = channels
 
-    def ref_features(self, ref: Tensor) -> Tensor:
-        """Return the share of `ref`, (1, C, h, w), in the first layer, (1, widths[0], h, w)."""
-        return F.conv2d(ref, self._convolutions[0].weight[:, self.channels : 2 * self.channels], padding=1)
-
-    def layers(self, *, without_ref: bool) -> _Layers:
-        """Return what `find` needs of the parameters; made once for all levels.
+    def prepare(self, *, shared_ref: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Prepare the parameters once for all levels.
 
         Args:
-            without_ref: whether the share of `ref` is given as features, and not as an input.
-        """
-        convolutions = self._convolutions
-        weights = [convolution.weight for convolution in convolutions]
-        if without_ref:
-            first, channels = weights[0], self.channels
-            weights[0] = torch.cat([first[:, :channels], first[:, 2 * channels :]], dim=1)
-        trained = any(parameter.requires_grad for parameter in self.parameters())
-        # made anew each time, which costs 0.1 ms: what is kept would be wrong after a change through `.data`
-        needed = torch.is_grad_enabled() and not trained and not torch.compiler.is_compiling()
-        transposed = [_transposed(convolution.weight.detach()) for convolution in convolutions[1:]] if needed else []
-        return _Layers(weights, [convolution.bias for convolution in convolutions], transposed)
-
-    def find(self, layers: _Layers, inputs: list[Tensor], features: Tensor | None = None) -> Tensor:
-        """Find what is visible at one level.
-
-        Args:
-            layers: from `layers`.
-            inputs: [dist, ref, mask], (B, C, h, w) and (B, 1, h, w), or [dist, mask] where `features` stand for `ref`.
-            features: from `ref_features`, (1, widths[0], h, w).
+            shared_ref: whether one reference serves all items, so that its share of the first layer is computed once.
 
         Returns:
-            Visibility of the level, (B, 1, h, w), in (0, 1).
+            A function of `dist`, `ref` and `mask` at one level, (B, C, h, w), (B or 1, C, h, w) and (B, 1, h, w), to
+            the visibility at that level, (B, 1, h, w), in (0, 1).
         """
-        followed = torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (*inputs, features) if tensor is not None
-        )
-        # autograd's own then
-        plain = torch.compiler.is_compiling() or autocast_is_on(inputs[0]) or is_transforming()
-        if followed and layers.transposed and not plain:
-            return _FrozenFind.apply(layers, features, *inputs)
-        return _find(layers, features, inputs)[-1]
+        convolutions = [layer for layer in self if isinstance(layer, nn.Conv2d)]
+        weights = [convolution.weight for convolution in convolutions]
+        of_dist, of_ref, of_mask = weights[0].split([self.channels, self.channels, 1], dim=1)
+        if shared_ref:
+            weights[0] = torch.cat([of_dist, of_mask], dim=1)
+        trained = any(parameter.requires_grad for parameter in self.parameters())
+        # transposing anew at each call costs 0.1 ms; kept weights would be wrong after a change through `.data`
+        needed = torch.is_grad_enabled() and not trained and not torch.compiler.is_compiling()
+        transposed = [_transposed(convolution.weight.detach()) for convolution in convolutions[1:]] if needed else []
+        layers = _Layers(weights, [convolution.bias for convolution in convolutions], transposed)
 
-    @property
-    def _convolutions(self) -> list[nn.Conv2d]:
-        return [layer for layer in self if isinstance(layer, nn.Conv2d)]
+        def find(dist: Tensor, ref: Tensor, mask: Tensor) -> Tensor:
+            if shared_ref:
+                return _find(layers, [dist, mask], F.conv2d(ref, of_ref, padding=1))
+            return _find(layers, [dist, ref, mask], None)
+
+        return find
 
 
 @dataclass(frozen=True)
 class _Layers:
     weights: list[Tensor]  # (out, in, 3, 3) each
     biases: list[Tensor | None]
-    transposed: list[Tensor]  # (in, out, 3, 3) of all but the first; empty where nobody needs them
+    transposed: list[Tensor]  # (in, out, 3, 3) of all but the first; empty where the gradient is left to autograd
+
+
+def _find(layers: _Layers, inputs: list[Tensor], features: Tensor | None) -> Tensor:
+    """Return the visibility; `features`, (1, widths[0], h, w), are added to the first layer's output."""
+    differentiated = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (*inputs, features) if tensor is not None
+    )
+    left_to_autograd = torch.compiler.is_compiling() or autocast_is_on(inputs[0]) or is_transforming()
+    if differentiated and layers.transposed and not left_to_autograd:
+        return _FrozenFind.apply(layers, features, *inputs)
+    return _outputs(layers, features, inputs)[-1]
 
 
 def is_transforming() -> bool:
@@ -88,7 +83,7 @@ def is_transforming() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def _find(layers: _Layers, features: Tensor | None, inputs: list[Tensor]) -> list[Tensor]:
+def _outputs(layers: _Layers, features: Tensor | None, inputs: list[Tensor]) -> list[Tensor]:
     """Return the output of every layer, hidden ones after ReLU, the last after the sigmoid."""
     hidden, outputs = torch.cat(inputs, dim=1), []
     last = len(layers.weights) - 1
@@ -102,16 +97,16 @@ def _find(layers: _Layers, features: Tensor | None, inputs: list[Tensor]) -> lis
 
 
 class _FrozenFind(torch.autograd.Function):
-    """The same, with gradients to the inputs only.
+    """Frozen layers, whose gradient goes to the inputs only.
 
-    Autograd would keep every layer's input, and look at it again for the weights; where these are frozen, the signs of
-    the outputs are enough. The gradient of a convolution is one with the transposed, flipped weights, which runs at the
-    speed of the forward pass; channels of the first layer whose gradient nobody needs are left out.
+    For the gradients of the weights, autograd would keep every layer's input. Where the weights are frozen, the signs
+    of the outputs are enough. The gradient of a convolution is a convolution with the transposed, flipped weights and
+    runs at the speed of the forward pass. Channels of the first layer whose gradient nobody needs are left out.
     """
 
     @staticmethod
     def forward(ctx: Any, layers: _Layers, features: Tensor | None, *inputs: Tensor) -> Tensor:
-        outputs = _find(layers, features, list(inputs))
+        outputs = _outputs(layers, features, list(inputs))
         ctx.layers, ctx.has_features = layers, features is not None
         ctx.save_for_backward(*outputs, *inputs, *([features] if features is not None else []))
         return outputs[-1]
@@ -121,7 +116,7 @@ class _FrozenFind(torch.autograd.Function):
         layers, count = ctx.layers, len(ctx.layers.weights)
         outputs, rest = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         inputs, features = (rest[:-1], rest[-1]) if ctx.has_features else (rest, None)
-        if torch.is_grad_enabled() or is_transforming():  # second derivatives were asked for: leave them to autograd
+        if torch.is_grad_enabled() or is_transforming():  # autograd computes second derivatives
             return _differentiable_gradients(ctx, layers, inputs, features, grad)
         needed = ctx.needs_input_grad[2:]
         grad = torch.ops.aten.sigmoid_backward(grad, outputs[-1])
@@ -139,13 +134,13 @@ class _FrozenFind(torch.autograd.Function):
 
 
 def _relu_backward(grad: Tensor, output: Tensor) -> Tensor:
-    if torch._C._functorch.is_legacy_batchedtensor(grad):  # of `is_grads_batched`, which cannot work in place
+    if torch._C._functorch.is_legacy_batchedtensor(grad):  # made by `is_grads_batched`; it refuses work in place
         return grad * (output > 0)
     return torch.ops.aten.threshold_backward.grad_input(grad, output, 0, grad_input=grad)
 
 
 def _transposed(weight: Tensor) -> Tensor:
-    """Return the weights of the convolution that is the gradient of the one with `weight`, (in, out, 3, 3)."""
+    """Return the weights, (in, out, 3, 3), of the convolution that computes the gradient of one with `weight`."""
     return weight.transpose(0, 1).flip(2, 3).contiguous(memory_format=torch.channels_last)
 
 
@@ -156,5 +151,5 @@ def _differentiable_gradients(
     wanted = [
         tensor for tensor, need in zip(arguments, ctx.needs_input_grad[1:], strict=True) if tensor is not None and need
     ]
-    gradients = iter(torch.autograd.grad(_find(layers, features, list(inputs))[-1], wanted, grad, create_graph=True))
+    gradients = iter(torch.autograd.grad(_outputs(layers, features, list(inputs))[-1], wanted, grad, create_graph=True))
     return None, *(next(gradients) if need else None for need in ctx.needs_input_grad[1:])

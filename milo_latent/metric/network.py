@@ -1,65 +1,55 @@
-"""MILO: two images or two latents in, where and how much a person would see a difference out."""
+"""MILO: it takes two images or two latents, and says where and how much a person would see a difference."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, ModelMixin  # ModelMixin: diffusers looks for it beside the classes that it loads
 from diffusers.configuration_utils import register_to_config
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from milo_latent.checkpoints import CHECKPOINT_SUFFIXES, read_checkpoint, rename_keys
 from milo_latent.checks import check_batch, check_model_input, check_pair, check_region
-from milo_latent.files import make_readable
-from milo_latent.metric.card import write_card
+from milo_latent.metric.loading import PretrainedMixin
 from milo_latent.metric.mask_finder import MaskFinder, is_transforming
-from milo_latent.resources import available_weights, weights_dir
 
-__all__ = ["MILO", "MILOOutput", "ModelMixin"]  # ModelMixin: diffusers looks for it beside the classes that it loads
-
-OFFICIAL_PREFIXES = {"mask_finder_1.netBasic.": "mask_finder.", "scaler_network.model.": "scaler."}
-STABLE_DIFFUSION_SCALING_FACTOR = 0.18215  # of SD 1.x and 2.x, on whose latents the official MILO_L was trained
+HIGHEST_MOS = 5.0
 
 
 @dataclass(frozen=True)
 class MILOOutput:
-    """What MILO says of a batch; in all of it 0 means identical.
+    """The result of comparing a batch.
 
     Args:
-        score: raw error E, (B,), unbounded above.
-        quality: quality score Q, (B,), towards 1 = worst; the official command for images prints this.
+        error: E, the mean of the visible error over pixels, (B,): 0 = identical, unbounded above, lower is better.
+        mos: predicted mean opinion score, (B,), in (0, 5), higher is better: 5 * (1 - S(E)).
         mask: visibility mask M, (B, 1, H, W), in (0, levels).
-        error_map: V, (B, 1, H, W).
-        similarity: the quality score the other way round for people, (B,): 1 = identical, towards 0 = worst.
+        error_map: V, (B, 1, H, W): 0 = identical, towards 1 = worst.
     """
 
-    score: Tensor
-    quality: Tensor
+    error: Tensor
+    mos: Tensor
     mask: Tensor
     error_map: Tensor
-    similarity: Tensor
 
 
-class MILO(ModelMixin, ConfigMixin):
+class MILO(PretrainedMixin, ModelMixin, ConfigMixin):
     """The multiscale visibility network, for images (`channels=3`, MILO_I) or latents (`channels=4`, MILO_L).
 
-    The mask finder, one for all levels, adds a sigmoid per level, from coarse to fine; the scaler maps an error to the
-    scale on which people judged.
+    At each level, from coarse to fine, the same mask finder sees both inputs and the mask of the coarser levels, and
+    adds a sigmoid to that mask. The scaler S maps an error to the scale on which people judged.
 
     Args:
         channels: C of `ref` and `dist`.
         levels: L, the number of scales; the sides of the inputs must be at least 2^L.
         mask_channels: widths of the mask finder's hidden layers.
         scaler_channels: width of the scaler's hidden layers.
-        latent_space: name of the autoencoder whose latents this was trained on; None for images.
-        scaling_factor: of that autoencoder, to tell its latents from others.
+        latent_space: name of the autoencoder whose latents the metric was trained on; None for images.
+        scaling_factor: scaling factor of that autoencoder, which tells its latents from those of others.
 
-    Source: MILO (ACM TOG 44(6), 2025), section 3; layer widths from the official file `MILO_latent.pth`.
+    Source: MILO (ACM TOG 44(6), 2025), section 3; the widths are those of the official file `MILO_latent.pth`.
     """
 
     _keep_in_fp32_modules = ["mask_finder", "scaler"]  # noqa: RUF012 (whatever dtype a pipeline is opened in)
@@ -87,228 +77,134 @@ class MILO(ModelMixin, ConfigMixin):
             nn.Sigmoid(),
         )
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> MILO:
-        """Open a metric, frozen and in evaluation mode; gradients to its inputs still flow.
-
-        Args:
-            pretrained_model_name_or_path: the name of a shipped set, a folder that holds `config.json` or a `metric`
-                folder, an official `.pth` file, or a hub id.
-            **kwargs: as of `ModelMixin.from_pretrained`, without `output_loading_info`; none for an official file.
-
-        Returns:
-            The metric.
-
-        Raises:
-            FileNotFoundError: if nothing is there, naming where it was looked for.
-            ValueError: if what is there is not MILO, or not all of it, or for options that are not taken.
-        """
-        source = Path(pretrained_model_name_or_path)
-        if kwargs.pop("output_loading_info", False):
-            raise ValueError(
-                "Expected no `output_loading_info`: whatever is not loaded whole is refused. Leave it out."
-            )
-        if source.suffix.lower() in CHECKPOINT_SUFFIXES:
-            if kwargs:
-                raise ValueError(
-                    f"Expected no options for the official file {source}, got {sorted(kwargs)}. Convert it."
-                )
-            return cls.from_official(source)
-        if str(source) in available_weights():
-            source = weights_dir(str(source))
-        folder = source / (kwargs.get("subfolder") or "")
-        if folder == source and not (folder / "config.json").is_file() and (source / "metric").is_dir():
-            source = folder = source / "metric"
-        could_be_hub_id = not source.exists() and not source.is_absolute() and len(source.parts) == 2
-        if not (folder / "config.json").is_file() and not could_be_hub_id:
-            raise FileNotFoundError(
-                f"Expected metric weights, got {str(pretrained_model_name_or_path)!r}: neither a shipped set "
-                f"({', '.join(available_weights())}), nor a folder with config.json, nor an official .pth file."
-            )
-        try:
-            metric, info = super().from_pretrained(source, **kwargs, output_loading_info=True)
-        except (OSError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-            raise ValueError(f"Expected MILO weights in {pretrained_model_name_or_path}: {error}") from error
-        if info["missing_keys"]:  # diffusers only warns, and leaves them without values or with random ones
-            raise ValueError(
-                f"Expected every weight in {pretrained_model_name_or_path}, missing: {', '.join(info['missing_keys'])}."
-            )
-        return metric.frozen()
-
-    @classmethod
-    def from_official(cls, path: str | Path) -> MILO:
-        """Read `MILO.pth` (images) or `MILO_latent.pth` (Stable Diffusion latents), frozen.
-
-        Args:
-            path: the official file.
-
-        Returns:
-            The metric.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if the file is damaged or no official MILO checkpoint; the differing keys are named.
-        """
-        state = rename_keys(read_checkpoint(path), OFFICIAL_PREFIXES)
-        first = state.get("mask_finder.0.weight")
-        if first is None or first.ndim != 4:
-            raise ValueError(f"Expected an official MILO checkpoint in {path}, got the keys {sorted(state)[:4]}...")
-        channels = (first.shape[1] - 1) // 2
-        latent = channels != 3
-        metric = cls(
-            channels=channels,
-            latent_space="stable-diffusion" if latent else None,
-            scaling_factor=STABLE_DIFFUSION_SCALING_FACTOR if latent else None,
-        )
-        try:
-            metric.load_state_dict(state, strict=True)
-        except RuntimeError as error:
-            raise ValueError(f"Expected an official MILO checkpoint in {path}: {error}") from error
-        return metric.frozen()
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write safetensors, configuration and a model card, which a card that is there already is not replaced by.
-
-        Args:
-            save_directory: a folder, made where it is missing.
-            **kwargs: as of `ModelMixin.save_pretrained`.
-
-        Raises:
-            ValueError: if `save_directory` is a file.
-        """
-        if Path(save_directory).is_file():
-            raise ValueError(f"Expected a folder to save the metric in, got the file {save_directory}.")
-        super().save_pretrained(str(save_directory), **kwargs)
-        make_readable(save_directory)
-        write_card(self, Path(save_directory))
-
-    def frozen(self) -> MILO:
-        """Return itself in evaluation mode, its parameters without gradients, in the memory layout that is fastest."""
-        self.to(memory_format=torch.channels_last)
-        return self.eval().requires_grad_(False)
-
     def forward(self, *, dist: Tensor, ref: Tensor, region: Tensor | None = None) -> Tensor:
-        """Return the raw error E: 0 for equal inputs, unbounded above, differentiable in both.
+        """Return the error E, which is differentiable in both inputs.
 
         Args:
             dist: distorted images in [0, 1] or scaled latents, (B, C, H, W).
-            ref: reference, of the same shape, or (1, C, H, W): one for all of `dist`.
-            region: weights of pixels, (B or 1, 1, H, W), >= 0, such as a face; None weighs all alike.
+            ref: reference of the same shape, or (1, C, H, W), which then serves all items of `dist`.
+            region: weights of the pixels, (B or 1, 1, H, W), >= 0, such as of a face; None weighs all pixels alike.
 
         Returns:
-            Raw error, (B,).
+            Error E, (B,): 0 for equal inputs, unbounded above.
 
         Raises:
-            TypeError: for dtypes that differ or are not floating point.
-            ValueError: for shapes or devices that differ, or sides below 2^levels.
+            TypeError: if the dtypes differ or are not floating point.
+            ValueError: if shapes or devices differ, a side is below 2^levels, or `region` has no mean.
 
-        Source: MILO_runner.py and MILO_runner_latent.py of the official repository print its mean over the batch.
+        Source: the "Raw Error" of the official commands, which print its mean over the batch.
         """
-        mask = self.mask(dist=dist, ref=ref)
-        return _mean((mask * (ref - dist).abs()).mean(dim=1, keepdim=True), region)
+        return pixel_mean(visible_error(self.mask(dist=dist, ref=ref), dist=dist, ref=ref), region)
 
     def mask(self, *, dist: Tensor, ref: Tensor) -> Tensor:
         """Return the visibility mask M.
 
         Args:
             dist: distorted, (B, C, H, W).
-            ref: reference, of the same shape, or (1, C, H, W): one for all of `dist`, whose share is computed once.
+            ref: reference of the same shape, or (1, C, H, W), whose share of the first layer is then computed once.
 
         Returns:
             Mask, (B, 1, H, W), in (0, levels).
 
         Raises:
-            TypeError: see `forward`.
-            ValueError: see `forward`.
+            TypeError: as `forward` does.
+            ValueError: as `forward` does.
 
-        Source: `mask_generator` of the official network, which, in spite of its variable names, concatenates
-        [dist, ref, mask] when called as the official command line does.
+        Source: `mask_generator` of the official network. In spite of its variable names it concatenates
+        [dist, ref, mask] when it is called as the official commands do.
         """
         check_pair(ref, dist, channels=self.config.channels, smallest=2**self.config.levels)
         check_model_input("ref` and `dist", dist, next(self.parameters()), model="metric")
-        shared = ref.shape[0] != dist.shape[0]
-        layers = self.mask_finder.layers(without_ref=shared)
-        mask: Tensor | None = None
-        for dist_level, ref_level in zip(reversed(self._pyramid(dist)), reversed(self._pyramid(ref)), strict=True):
+        find = self.mask_finder.prepare(shared_ref=ref.shape[0] != dist.shape[0])
+        dist_levels, ref_levels = self._pyramid(dist), self._pyramid(ref)
+        height, width = (side // 2 for side in dist_levels[-1].shape[2:])
+        mask = dist.new_zeros(dist.shape[0], 1, height, width)
+        for dist_level, ref_level in zip(reversed(dist_levels), reversed(ref_levels), strict=True):
             mask = _upsample_to(mask, dist_level)
-            features = self.mask_finder.ref_features(ref_level) if shared else None
-            inputs = [dist_level, mask] if shared else [dist_level, ref_level, mask]
-            mask = mask + self.mask_finder.find(layers, inputs, features)
-        assert mask is not None
+            mask = mask + find(dist_level, ref_level, mask)
         return mask  # (B, 1, H, W)
 
+    def error_map(self, *, dist: Tensor, ref: Tensor) -> Tensor:
+        """Return the error map V.
+
+        Args:
+            dist: distorted, (B, C, H, W).
+            ref: reference of the same shape, or (1, C, H, W), which then serves all items of `dist`.
+
+        Returns:
+            Error map, (B, 1, H, W): 0 = identical, towards 1 = worst.
+
+        Source: `MILO_map` of the official network.
+        """
+        return self.scale_error(visible_error(self.mask(dist=dist, ref=ref), dist=dist, ref=ref))
+
+    def compare(self, *, dist: Tensor, ref: Tensor, region: Tensor | None = None) -> MILOOutput:
+        """Return error, MOS, mask and error map, with one pass of the mask finder.
+
+        Args:
+            dist: distorted, (B, C, H, W).
+            ref: reference of the same shape, or (1, C, H, W), which then serves all items of `dist`.
+            region: weights of the pixels for `error` and `mos`, (B or 1, 1, H, W), >= 0; None weighs all alike.
+
+        Raises:
+            TypeError: as `forward` does.
+            ValueError: as `forward` does.
+        """
+        mask = self.mask(dist=dist, ref=ref)
+        pixel_error = visible_error(mask, dist=dist, ref=ref)
+        error = pixel_mean(pixel_error, region)
+        return MILOOutput(error=error, mos=self.mos(error), mask=mask, error_map=self.scale_error(pixel_error))
+
+    def mos(self, error: Tensor) -> Tensor:
+        """Return the mean opinion score that people would give, 5 * (1 - S(E)), for the error E, (B,).
+
+        Equal inputs get the highest score of the weights, 5 * (1 - S(0)), which is 4.35 for the official MILO_I.
+
+        Source: the "MOS Score" of the official command for images.
+        """
+        return HIGHEST_MOS * (1.0 - self.scaler(error.reshape(-1, 1, 1, 1)).flatten())
+
+    def scale_error(self, pixel_error: Tensor) -> Tensor:
+        """Return S(error) - S(0) of the visible error of pixels, (B, 1, H, W): 0 = identical, towards 1 = worst."""
+        scaled = self.scaler(pixel_error) - self.scaler(torch.zeros_like(pixel_error[:1, :, :1, :1]))
+        return torch.where(pixel_error == 0, 0.0, scaled)  # the two scalers may round differently; NaN stays
+
     def _pyramid(self, finest: Tensor) -> list[Tensor]:
-        """Return the levels, from fine to coarse; channels last, in which convolutions are fastest (measured)."""
+        """Return the levels from fine to coarse, channels last, the layout in which convolutions are fastest."""
         # inside vmap this layout cannot be asked for
         pyramid = [finest if is_transforming() else finest.contiguous(memory_format=torch.channels_last)]
         for _ in range(self.config.levels - 1):
             pyramid.append(F.avg_pool2d(pyramid[-1], 2))
         return pyramid
 
-    def error_map(self, *, dist: Tensor, ref: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the error map V: per pixel, 0 = identical, towards 1 = worst.
 
-        Args:
-            dist: distorted, (B, C, H, W).
-            ref: reference, of the same shape.
-            mask: from `mask`, where it is known already.
-
-        Returns:
-            Error map, (B, 1, H, W). Its mean is the quality score Q.
-
-        Source: `MILO_map` of the official network.
-        """
-        mask = self.mask(dist=dist, ref=ref) if mask is None else mask
-        error = (mask * (ref - dist).abs()).mean(dim=1, keepdim=True)  # (B, 1, H, W)
-        error_map = self.scaler(error) - self.scaler(torch.zeros_like(error[:1, :, :1, :1]))
-        return torch.where(error == 0, 0.0, error_map)  # the two scalers' roundings may differ; NaN stays
-
-    def compare(self, *, dist: Tensor, ref: Tensor, region: Tensor | None = None) -> MILOOutput:
-        """Compare `dist` with `ref` in every way there is, with one pass of the mask finder.
-
-        Args:
-            dist: distorted, (B, C, H, W).
-            ref: reference, of the same shape, or (1, C, H, W): one for all of `dist`.
-            region: weights of pixels, (B or 1, 1, H, W), >= 0; None weighs all alike.
-
-        Returns:
-            Score, quality, mask and error map.
-
-        Raises:
-            TypeError: see `forward`.
-            ValueError: see `forward`.
-        """
-        mask = self.mask(dist=dist, ref=ref)
-        error = (mask * (ref - dist).abs()).mean(dim=1, keepdim=True)  # (B, 1, H, W)
-        error_map = self.error_map(dist=dist, ref=ref, mask=mask)
-        quality = _mean(error_map, region)
-        worst = 1.0 - self.scaler(error.new_zeros(1, 1, 1, 1)).flatten()
-        return MILOOutput(
-            score=_mean(error, region),
-            quality=quality,
-            mask=mask,
-            error_map=error_map,
-            similarity=1.0 - quality / worst,
-        )
+def visible_error(mask: Tensor, *, dist: Tensor, ref: Tensor) -> Tensor:
+    """Return the error of each pixel, M * |ref - dist| averaged over channels, (B, 1, H, W); its mean is E."""
+    return (mask * (ref - dist).abs()).mean(dim=1, keepdim=True)
 
 
-def is_image_metric(metric: MILO) -> bool:
-    """Return whether a metric is for images (MILO_I), not for latents (MILO_L)."""
-    return metric.config.latent_space is None and metric.config.channels == 3
+def _upsample_to(mask: Tensor, level: Tensor) -> Tensor:
+    """Double the mask, and repeat its last row or column where the side of the level is odd."""
+    mask = F.interpolate(mask, scale_factor=2, mode="bilinear", align_corners=True)
+    odd_rows, odd_columns = level.shape[2] - mask.shape[2], level.shape[3] - mask.shape[3]
+    return F.pad(mask, (0, odd_columns, 0, odd_rows), mode="replicate") if odd_rows or odd_columns else mask
 
 
-def check_metric(metric: Any) -> None:
-    """Raise TypeError unless `metric` is a MILO, such as where its name was given."""
-    if not isinstance(metric, MILO):
-        raise TypeError(
-            f"Expected `metric` to be a MILO, got {type(metric).__name__}. Open one: MILO.from_pretrained(name)."
-        )
+def pixel_mean(values: Tensor, region: Tensor | None = None) -> Tensor:
+    """Return the mean over pixels, weighted by a region.
 
+    The values of a region are checked on the CPU only: elsewhere the check would make an accelerator wait.
 
-def _mean(values: Tensor, region: Tensor | None) -> Tensor:
-    """Return the mean of (B, 1, H, W) over pixels, weighted by `region`, (B,); NaN where it is 0 everywhere.
+    Args:
+        values: (B, 1, H, W).
+        region: weights, (B or 1, 1, H, W), >= 0; None weighs all pixels alike.
 
-    Reads values of regions on the CPU only, to refuse those; elsewhere that would make an accelerator wait.
+    Returns:
+        Means, (B,); NaN for an item whose region is 0 everywhere.
+
+    Raises:
+        TypeError: if `region` is not floating point.
+        ValueError: if `region` has another shape or, on the CPU, weights that have no mean.
     """
     if region is None:
         return values.mean(dim=(1, 2, 3))
@@ -323,15 +219,18 @@ def _mean(values: Tensor, region: Tensor | None) -> Tensor:
             raise ValueError("Expected a `region` above 0 somewhere in each item, got zeros, which have no mean.")
     wide = torch.promote_types(values.dtype, torch.float32)  # sums over pixels leave the range of float16
     region = region.to(values.device, wide)
-    total = region.sum(dim=(1, 2, 3), keepdim=True)  # divided by first, so that no product grows
-    return (values.to(wide) * (region / total)).sum(dim=(1, 2, 3)).to(values.dtype)
+    share = region / region.sum(dim=(1, 2, 3), keepdim=True)  # dividing first keeps the products small
+    return (values.to(wide) * share).sum(dim=(1, 2, 3)).to(values.dtype)
 
 
-def _upsample_to(mask: Tensor | None, level: Tensor) -> Tensor:
-    """Double the mask, then repeat its last row or column where the level is odd; zeros before the coarsest level."""
-    height, width = level.shape[2:]
-    if mask is None:
-        return level.new_zeros(level.shape[0], 1, height, width)
-    mask = F.interpolate(mask, scale_factor=2, mode="bilinear", align_corners=True)
-    odd_rows, odd_columns = height - mask.shape[2], width - mask.shape[3]
-    return F.pad(mask, (0, odd_columns, 0, odd_rows), mode="replicate") if odd_rows or odd_columns else mask
+def is_image_metric(metric: MILO) -> bool:
+    """Return whether a metric is for images (MILO_I), not for latents (MILO_L)."""
+    return metric.config.latent_space is None and metric.config.channels == 3
+
+
+def check_metric(metric: Any) -> None:
+    """Raise TypeError unless `metric` is a MILO; its name alone, for example, is refused."""
+    if not isinstance(metric, MILO):
+        raise TypeError(
+            f"Expected `metric` to be a MILO, got {type(metric).__name__}. Open one: MILO.from_pretrained(name)."
+        )

@@ -24,7 +24,7 @@ OKLAB_PATH = (
 BAR_WIDTH, BAR_GAP, TEXT_HEIGHT = 16, 8, 12  # pixels
 
 
-def colour_ramp(steps: int = 256) -> Tensor:
+def color_ramp(steps: int = 256) -> Tensor:
     """Return the colours of errors from 0 to the largest, (steps, 3), RGB in [0, 1]; their lightness is even in Oklab.
 
     Args:
@@ -73,7 +73,7 @@ def map_scale(error_map: Tensor) -> float:
     return next(value for value in candidates if value > 0)
 
 
-def colour_error_map(
+def color_error_map(
     error_map: Tensor,
     *,
     size: tuple[int, int] | None = None,
@@ -111,11 +111,11 @@ def colour_error_map(
         colours = opacity * colours + (1 - opacity) * image.float().cpu()
     if not bar:
         return colours
-    painted = colour_bar(colours.shape[2], largest)
+    painted = color_bar(colours.shape[2], largest)
     return torch.cat([colours, painted.expand(colours.shape[0], -1, -1, -1)], dim=3)
 
 
-def colour_bar(height: int, largest: float) -> Tensor:
+def color_bar(height: int, largest: float) -> Tensor:
     """Return a bar of the colours from 0, at the bottom, to `largest`, with errors written beside it.
 
     Args:
@@ -146,6 +146,6 @@ def colour_bar(height: int, largest: float) -> Tensor:
 
 def _look_up(values: Tensor) -> Tensor:
     """Return the colour, (B, 3, H, W), of each value in [0, 1], (B, 1, H, W)."""
-    ramp = colour_ramp()
+    ramp = color_ramp()
     index = values.clamp(0, 1).mul(len(ramp) - 1).round().long()[:, 0]  # (B, H, W)
     return ramp[index].permute(0, 3, 1, 2)

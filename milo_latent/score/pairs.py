@@ -1,4 +1,4 @@
-"""Score many files: matched pairs, one reference against many; refuse what does not fit the metric."""
+"""Scores of many files: matched pairs, or one reference against many; files that do not fit the metric are refused."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from milo_latent.files import (
     IMAGE_SUFFIXES,
     LATENT_SUFFIXES,
     is_hidden,
+    list_files,
     read_image,
     read_latents,
     read_latents_metadata,
@@ -25,6 +26,7 @@ from milo_latent.metric.network import MILO, MILOOutput, is_image_metric
 from milo_latent.score.table import ScoreRow
 
 BATCH_SIZE = 16
+SCORABLE = IMAGE_SUFFIXES | LATENT_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -58,33 +60,23 @@ def match_pairs(ref: str | Path, dist: str | Path) -> list[Pair]:
         candidates = [dist] if dist.is_file() else _scorable(dist)
         return [Pair(path.name, ref, path) for path in candidates]
     if dist.is_file():
-        raise ValueError(f"Expected a folder for `dist`, as {ref} is one, got the file {dist}.")
-    refs, dists = (_by_stem(folder) for folder in (ref, dist))
+        raise ValueError(f"Expected a folder for `dist`, as `ref` is the folder {ref}, got the file {dist}.")
+    refs, dists = ({path.stem: path for path in list_files(folder, SCORABLE)} for folder in (ref, dist))
     if refs.keys() != dists.keys():
         alone = sorted(refs.keys() ^ dists.keys())
         raise ValueError(f"Expected the same names in {ref} and {dist}, {len(alone)} are in one only: {alone[:5]}.")
     return [Pair(name, refs[name], dists[name]) for name in sorted(refs)]
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
-    paths = _scorable(folder)
-    by_stem = {path.stem: path for path in paths}
-    if len(by_stem) < len(paths):
-        twice = sorted({path.name for path in paths} - {path.name for path in by_stem.values()})
-        raise ValueError(f"Expected each name once in {folder}, whatever its suffix, got these again: {twice[:5]}.")
-    return by_stem
-
-
 def _scorable(folder: Path) -> list[Path]:
-    suffixes = IMAGE_SUFFIXES | LATENT_SUFFIXES
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and not is_hidden(path))
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SCORABLE and not is_hidden(path))
     if not paths:
-        raise FileNotFoundError(f"Expected images or latents in {folder}, found none of {sorted(suffixes)}.")
+        raise FileNotFoundError(f"Expected images or latents in {folder}, found none of {sorted(SCORABLE)}.")
     return paths
 
 
 def is_latents(path: Path) -> bool:
-    """Return whether a file is one of latents, by its suffix."""
+    """Return whether a file holds latents, by its suffix."""
     return path.suffix.lower() in LATENT_SUFFIXES
 
 
@@ -111,37 +103,37 @@ def read_input(path: Path, encode: Callable[[Tensor], Tensor] | None = None) -> 
 
 
 def check_fits(metric: MILO, path: Path, tensor: Tensor) -> None:
-    """Raise ValueError if `tensor`, read from `path`, is not what `metric` was trained on, saying what to use.
+    """Raise ValueError if `tensor`, read from `path`, is not what `metric` was trained on.
 
     Args:
-        metric: that is to score the file.
-        path: its suffix and metadata tell what `tensor` is; only `.safetensors` tells of which VAE.
+        metric: scores the file.
+        path: its suffix and metadata say what `tensor` is; only a `.safetensors` file says of which VAE.
         tensor: (B, C, H, W).
     """
     metadata = read_latents_metadata(path) if path.suffix.lower() == ".safetensors" else {}
-    told, vae = _factor(path, metadata), metadata.get("vae", "another VAE")
+    factor, vae = _factor(path, metadata), metadata.get("vae", "another VAE")
     takes = describe_input(metric)
     if tensor.shape[1] != metric.config.channels:
         if is_latents(path):
             way_out = "Pass --weights of a metric of their VAE; training.train_metric makes one."
         else:
-            way_out = "Pass --vae to score images as latents, or --weights with MILO.pth to score them as images."
+            way_out = "Pass --vae to score images as latents, or --weights official-image to score them as images."
         raise ValueError(
             f"Expected {takes}, got {tensor.shape[1]} channels, {tuple(tensor.shape)}, in {path}. {way_out}"
         )
-    if told is not None and is_image_metric(metric):
+    if factor is not None and is_image_metric(metric):
         raise ValueError(f"Expected {takes}, got latents of {vae} in {path}. Use that VAE's metric.")
-    if told is not None and metric.config.scaling_factor not in (None, told):
-        raise ValueError(f"Expected {takes}, got those of {vae} ({told}) in {path}. Use that VAE's metric.")
+    if factor is not None and metric.config.scaling_factor not in (None, factor):
+        raise ValueError(f"Expected {takes}, got those of {vae} ({factor}) in {path}. Use that VAE's metric.")
 
 
 def _factor(path: Path, metadata: dict[str, str]) -> float | None:
-    """Return the scaling factor that the metadata of `path` tells; None where they do not."""
-    told = metadata.get("scaling_factor")
+    """Return the scaling factor that the metadata of `path` give; None where they give none."""
+    factor = metadata.get("scaling_factor")
     try:
-        return None if told is None else float(told)
+        return None if factor is None else float(factor)
     except ValueError as error:
-        raise ValueError(f"Expected a number as `scaling_factor` in {path}, got {told!r}. Encode it again.") from error
+        raise ValueError(f"Expected a number as `scaling_factor` in {path}, got {factor!r}. Encode again.") from error
 
 
 def check_vae(metric: MILO, vae: VAE) -> None:
@@ -163,40 +155,58 @@ def describe_input(metric: MILO) -> str:
     return f"latents of {metric.config.latent_space or 'any VAE'} ({metric.config.channels} channels{scale})"
 
 
+class PairReader:
+    """Reads pairs for a metric; a reference that neighbours share is read and encoded once.
+
+    Warns, once, of values that are outside the range of images or the scale of latents.
+
+    Args:
+        metric: for what the files hold, or for what `encode` makes of them.
+        encode: from images, (1, 3, H, W), to latents.
+    """
+
+    def __init__(self, metric: MILO, encode: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.metric, self.encode = metric, encode
+        self._watch = ValueWatch()
+        self._last: tuple[Path, Tensor] | None = None
+
+    def read(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """Return `ref` and `dist`, (B, C, H, W) each.
+
+        Raises:
+            ValueError: if a file is damaged or does not fit the metric.
+        """
+        if self._last is None or self._last[0] != pair.ref:
+            self._last = (pair.ref, self._read(pair.ref))
+        return self._last[1], self._read(pair.dist)
+
+    def _read(self, path: Path) -> Tensor:
+        tensor = read_input(path, self.encode)
+        check_fits(self.metric, path, tensor)
+        self._watch.look(str(path), tensor, latents=not is_image_metric(self.metric), stacklevel=6)
+        return tensor
+
+
 @torch.inference_mode()
 def score_pairs(
     metric: MILO, pairs: Iterable[Pair], *, encode: Callable[[Tensor], Tensor] | None = None
 ) -> Iterator[ScoreRow]:
-    """Score pairs, in batches where neighbours have one size; a reference that many share is read and encoded once.
-
-    Warns, once, where values are outside the range of images or the scale of latents.
+    """Score pairs, in batches where neighbours have one size.
 
     Args:
-        metric: for what the files hold, or for what `encode` makes of them.
+        metric: as of `PairReader`.
         pairs: files to compare.
-        encode: from images to latents.
+        encode: as of `PairReader`.
 
     Yields:
-        A row for each pair, in their order; a file of several latents counts with their mean.
+        A row for each pair, in their order; a file of several latents gives their mean.
 
     Raises:
         ValueError: for files that are damaged or do not fit each other or the metric.
     """
-    remaining, watch = iter(pairs), ValueWatch()
-    last: tuple[Path, Tensor] | None = None
-
-    def read(path: Path) -> Tensor:
-        tensor = read_input(path, encode)
-        check_fits(metric, path, tensor)
-        watch.look(str(path), tensor, latents=not is_image_metric(metric), stacklevel=5)
-        return tensor
-
+    remaining, reader = iter(pairs), PairReader(metric, encode)
     while batch := list(islice(remaining, BATCH_SIZE)):
-        tensors = []
-        for pair in batch:
-            if last is None or last[0] != pair.ref:
-                last = (pair.ref, read(pair.ref))
-            tensors.append((last[1], read(pair.dist)))
+        tensors = [reader.read(pair) for pair in batch]
         yield from _score_batch(metric, batch, tensors)
 
 
@@ -205,19 +215,17 @@ def _score_batch(metric: MILO, batch: list[Pair], tensors: list[tuple[Tensor, Te
     if len(shapes) == 1 and next(iter(shapes))[0] == 1:
         refs, dists = (torch.cat(each) for each in zip(*tensors, strict=True))
         shared = len({pair.ref for pair in batch}) == 1
-        result = _compare(metric, batch[0], refs[:1] if shared else refs, dists)
-        scores = list(zip(result.score.tolist(), result.quality.tolist(), strict=True))
+        result = compare_pair(metric, batch[0], refs[:1] if shared else refs, dists)
+        for pair, error, mos in zip(batch, result.error.tolist(), result.mos.tolist(), strict=True):
+            yield _row(pair, error, mos)
     else:
-        results = [_compare(metric, pair, *each) for pair, each in zip(batch, tensors, strict=True)]
-        scores = [(each.score.mean().item(), each.quality.mean().item()) for each in results]
-    for pair, (score, quality) in zip(batch, scores, strict=True):
-        if not (math.isfinite(score) and math.isfinite(quality)):
-            raise ValueError(f"Expected a finite score, got {score} of {pair.ref} and {pair.dist}: values too large?")
-        yield ScoreRow(pair.name, score, quality)
+        results = [compare_pair(metric, pair, *each) for pair, each in zip(batch, tensors, strict=True)]
+        for pair, result in zip(batch, results, strict=True):
+            yield to_row(pair, result)
 
 
-def _compare(metric: MILO, pair: Pair, ref: Tensor, dist: Tensor) -> MILOOutput:
-    """Compare what was read of a pair, and name its files where that cannot be done."""
+def compare_pair(metric: MILO, pair: Pair, ref: Tensor, dist: Tensor) -> MILOOutput:
+    """Compare what was read of a pair; an error names its files."""
     try:
         return metric.compare(ref=ref, dist=dist)
     except ValueError as error:
@@ -225,14 +233,29 @@ def _compare(metric: MILO, pair: Pair, ref: Tensor, dist: Tensor) -> MILOOutput:
         raise ValueError(f"{pair.ref} and {pair.dist}: {error}{cells}") from error
 
 
-def unfinished(pairs: list[Pair], done: Container[str]) -> list[Pair]:
-    """Return the pairs of every batch that is not wholly done.
+def to_row(pair: Pair, result: MILOOutput) -> ScoreRow:
+    """Return the row of a pair, with the means over its items.
 
-    Whole batches, since a batch of another size could round the last digit of a score differently.
+    Raises:
+        ValueError: if they are not finite.
+    """
+    return _row(pair, result.error.mean().item(), result.mos.mean().item())
+
+
+def _row(pair: Pair, error: float, mos: float) -> ScoreRow:
+    if not (math.isfinite(error) and math.isfinite(mos)):
+        raise ValueError(f"Expected a finite error, got {error} of {pair.ref} and {pair.dist}: values too large?")
+    return ScoreRow(pair.name, error, mos)
+
+
+def unfinished(pairs: list[Pair], done: Container[str]) -> list[Pair]:
+    """Return the pairs of every batch that is not complete.
+
+    Batches are scored whole, since a batch of another size could round the last digit of a score differently.
 
     Args:
-        pairs: all of them.
-        done: names of those scored before.
+        pairs: all pairs of the table.
+        done: names of the pairs that were scored before.
     """
     batches = [pairs[first : first + BATCH_SIZE] for first in range(0, len(pairs), BATCH_SIZE)]
     return [pair for batch in batches if any(each.name not in done for each in batch) for pair in batch]

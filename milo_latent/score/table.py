@@ -1,4 +1,4 @@
-"""Tables of scores: on disk as they come, gone on with after an interruption; CSV and JSON."""
+"""Tables of scores: rows are on disk as they come, so that an interrupted table can be resumed; CSV and JSON."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from milo_latent.files import write_text
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """A row of a table of scores; 0 = identical in both readings.
+    """A row of a table of scores.
 
     Args:
         name: of the pair.
-        score: raw error E, unbounded above.
-        quality: quality score Q, towards 1 = worst.
+        error: E; 0 = identical, unbounded above, lower is better.
+        mos: mean opinion score, 0 to 5, higher is better.
     """
 
     name: str
-    score: float
-    quality: float
+    error: float
+    mos: float
 
 
 class ScoreTable:
-    """Rows kept on disk as they come, so that an interrupted table goes on where it stopped.
+    """Rows that are kept on disk as they come, so that an interrupted table resumes where it stopped.
 
     Args:
-        path: of the finished CSV; until then the rows are in a file beside it, `.partial` appended.
-        key: what the scores depend on, such as the weights; rows of another key are begun anew.
+        path: of the finished CSV; until then the rows are in a file beside it, with `.partial` appended to its name.
+        key: what the scores depend on, such as the weights; rows of another key are dropped.
     """
 
     def __init__(self, path: str | Path, *, key: str) -> None:
@@ -64,10 +64,10 @@ class ScoreTable:
     @staticmethod
     def _line(row: ScoreRow) -> str:
         name = '"' + row.name.replace('"', '""') + '"'
-        return f"{name},{row.score!r},{row.quality!r}"
+        return f"{name},{row.error!r},{row.mos!r}"
 
     def finish(self, order: Iterable[str]) -> list[ScoreRow]:
-        """Write the CSV, its rows in `order`, and return them; the file beside it goes."""
+        """Write the CSV with its rows in `order`, remove the partial file, and return the rows."""
         rows = [self.rows[name] for name in order]
         header = ",".join(field.name for field in fields(ScoreRow))
         write_text(self.path, "\n".join([header, *map(self._line, rows), ""]))
@@ -76,18 +76,18 @@ class ScoreTable:
 
 
 def rows_to_json(rows: list[ScoreRow], *, metric: str, weights: str) -> str:
-    """Return JSON: an object of the metric's name, its weights, the mean over the pairs, and a list of the pairs.
+    """Return a JSON object of the metric's name, its weights, the mean over the pairs, and a list of the pairs.
 
     Args:
         rows: of the table.
         metric: "MILO_I" or "MILO_L".
-        weights: where they are from.
+        weights: the name, folder or file that they were opened from.
     """
     mean = mean_row(rows)
     table = {
         "metric": metric,
         "weights": weights,
-        "mean": {"score": mean.score, "quality": mean.quality},
+        "mean": {"error": mean.error, "mos": mean.mos},
         "pairs": [asdict(row) for row in rows],
     }
     return json.dumps(table, indent=2, allow_nan=False)
@@ -95,4 +95,4 @@ def rows_to_json(rows: list[ScoreRow], *, metric: str, weights: str) -> str:
 
 def mean_row(rows: list[ScoreRow]) -> ScoreRow:
     """Return the mean over rows, named "mean"."""
-    return ScoreRow("mean", fmean(row.score for row in rows), fmean(row.quality for row in rows))
+    return ScoreRow("mean", fmean(row.error for row in rows), fmean(row.mos for row in rows))

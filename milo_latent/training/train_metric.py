@@ -36,7 +36,7 @@ VALIDATION_BATCH = 16
 
 
 class OpinionLoss(nn.Module):
-    """Squared error of the quality score against the label, and of the error map where there is one to compare with.
+    """Squared error of the error map: of its mean against the label, and of each pixel where there is a target map.
 
     Args:
         metric: trained.
@@ -73,7 +73,7 @@ def scale_map(target_map: Tensor, mos: Tensor) -> Tensor:
 
 @torch.no_grad()
 def validation_figures(metric: MILO, pairs: PairSet) -> dict[str, float]:
-    """Return SRCC and PLCC of the quality scores with the labels of all pairs."""
+    """Return SRCC and PLCC of the means of the error maps with the labels of all pairs."""
     device = next(metric.parameters()).device
     scores = []
     for indices in torch.arange(len(pairs)).split(VALIDATION_BATCH):

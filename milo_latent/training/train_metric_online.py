@@ -50,7 +50,7 @@ class DistillationLoss(nn.Module):
 
 @torch.no_grad()
 def agreement(metric: MILO, teacher: MILO, vae: VAE, folder: Path, *, crop_size: int, batches: int = 12) -> float:
-    """Return the Spearman correlation of MILO_L's and the teacher's quality scores over distorted crops of `folder`."""
+    """Return the Spearman correlation of the mean error maps of MILO_L and the teacher over crops of `folder`."""
     draw = draw_image_pairs(ImageCrops([folder], crop_size=crop_size, seed=10_000), 16)
     pairs = []
     device = metric.device  # where training has taken all three

@@ -6,17 +6,17 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from milo_latent.convert.official import sha256
-from milo_latent.resources import available_weights, weights_dir
+from milo_latent.metric.loading import weights_path
+from milo_latent.resources import sha256
 
 
 def source_digest(source: str | Path) -> str | None:
     """Return the SHA-256 of a file, or of a folder's configurations and weights; None where `source` is neither.
 
     Args:
-        source: a file, a folder, or the name of a set of weights at hand.
+        source: a file, a folder, or the name of weights.
     """
-    path = weights_dir(str(source)) if str(source) in available_weights() else Path(source)
+    path = weights_path(source)
     if path.is_file():
         return sha256(path)
     if not path.is_dir():

@@ -107,24 +107,24 @@ def compare(student: MILO, teacher: MILO, pairs: list[tuple[Tensor, Tensor]]) ->
         pairs: `ref` and `dist`, (1, C, h, w) each.
 
     Returns:
-        `srcc` and `relative_error` (median) of the raw error E, the same of the quality score Q with `quality_` before,
+        `srcc` and `relative_error` (median) of the error E, the same of the mean of the error map with `map_` before,
         `mask_correlation` over all pixels of all pairs, and `mask_correlation_worst`, the lowest of a pair.
     """
-    scores, qualities, masks, worst = [], [], [], 1.0
+    errors, means, masks, worst = [], [], [], 1.0
     device = student.device  # where training has taken both
     for pair in pairs:
         ref, dist = (each.to(device) for each in pair)
         first, second = (metric.compare(ref=ref, dist=dist) for metric in (student, teacher))
-        scores.append(torch.cat([first.score, second.score]))
-        qualities.append(torch.cat([first.quality, second.quality]))
+        errors.append(torch.cat([first.error, second.error]))
+        means.append(torch.cat([each.error_map.mean(dim=(1, 2, 3)) for each in (first, second)]))
         masks.append(torch.stack([first.mask.flatten(), second.mask.flatten()]))
         worst = min(worst, pearson(*masks[-1]))
-    score, quality = torch.stack(scores, dim=1), torch.stack(qualities, dim=1)  # (2, n)
+    error, mean = torch.stack(errors, dim=1), torch.stack(means, dim=1)  # (2, n)
     return {
-        "srcc": spearman(score[0], score[1]),
-        "relative_error": ((score[0] - score[1]).abs() / score[1]).median().item(),
-        "quality_srcc": spearman(quality[0], quality[1]),
-        "quality_relative_error": ((quality[0] - quality[1]).abs() / quality[1]).median().item(),
+        "srcc": spearman(error[0], error[1]),
+        "relative_error": ((error[0] - error[1]).abs() / error[1]).median().item(),
+        "map_srcc": spearman(mean[0], mean[1]),
+        "map_relative_error": ((mean[0] - mean[1]).abs() / mean[1]).median().item(),
         "mask_correlation": pearson(*torch.cat(masks, dim=1)),
         "mask_correlation_worst": worst,
     }

@@ -1,0 +1,173 @@
+"""Opening and saving a metric: by the name of weights, from a folder, the hub, or an official file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from safetensors import SafetensorError
+
+from milo_latent.checkpoints import CHECKPOINT_SUFFIXES, read_checkpoint, rename_keys
+from milo_latent.files import make_readable
+from milo_latent.metric.card import write_card
+from milo_latent.resources import PinnedFile, available_weights, cache_dir, fetch, weights_dir
+
+OFFICIAL_URL = "https://raw.githubusercontent.com/ugurcogalan06/MILO/a54e50e9cd1aaaefd6fddfacacc1427f8387af1c/weights/"
+OFFICIAL = {
+    "official-image": PinnedFile(
+        "MILO.pth",
+        OFFICIAL_URL + "MILO.pth",
+        size=185_625,
+        digest="a1d66a7e0ebe0f839564ad70160ffdec709708f0b9a7dd03b19c0bee90d31f79",
+    ),
+    "official-latent": PinnedFile(
+        "MILO_latent.pth",
+        OFFICIAL_URL + "MILO_latent.pth",
+        size=187_929,
+        digest="639448793a4e2a41614cd1ed7fb97234533ba2d02fa2c18f94909ca44fc169b3",
+    ),
+}
+OFFICIAL_PREFIXES = {"mask_finder_1.netBasic.": "mask_finder.", "scaler_network.model.": "scaler."}
+STABLE_DIFFUSION_SCALING_FACTOR = 0.18215  # of SD 1.x and 2.x, on whose latents the official MILO_L was trained
+
+
+class PretrainedMixin(ModelMixin, ConfigMixin):
+    """How `MILO` is opened and saved."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Open a metric, frozen and in evaluation mode; gradients to its inputs still flow.
+
+        Args:
+            pretrained_model_name_or_path: "official-image" or "official-latent", which are fetched into the cache on
+                first use; the name of a shipped set; a folder that holds `config.json` or a folder `metric`; an
+                official `.pth` file; or a hub id.
+            **kwargs: as of `ModelMixin.from_pretrained`, without `output_loading_info`; none for official weights.
+
+        Returns:
+            The metric.
+
+        Raises:
+            FileNotFoundError: if there is nothing of that name.
+            OSError: if official weights cannot be fetched.
+            ValueError: if the weights are not those of a MILO or incomplete, or an option is not supported.
+        """
+        source = weights_path(pretrained_model_name_or_path)
+        if source.suffix.lower() in CHECKPOINT_SUFFIXES:
+            if kwargs:
+                raise ValueError(f"Expected no options for the official file {source}, got {sorted(kwargs)}.")
+            return cls.from_official(source)
+        if kwargs.pop("output_loading_info", False):
+            raise ValueError("Expected no `output_loading_info`: incomplete weights are refused anyway. Leave it out.")
+        folder = source / (kwargs.get("subfolder") or "")
+        if folder == source and not (folder / "config.json").is_file() and (source / "metric").is_dir():
+            source = folder = source / "metric"
+        could_be_hub_id = not source.exists() and not source.is_absolute() and len(source.parts) == 2
+        if not (folder / "config.json").is_file() and not could_be_hub_id:
+            raise FileNotFoundError(
+                f"Expected metric weights, got {str(pretrained_model_name_or_path)!r}: neither a shipped set "
+                f"({', '.join(available_weights())}), nor {' or '.join(OFFICIAL)}, nor a folder with config.json, "
+                "nor an official .pth file."
+            )
+        try:
+            metric, info = super().from_pretrained(source, **kwargs, output_loading_info=True)
+        except (OSError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+            raise ValueError(f"Expected MILO weights in {pretrained_model_name_or_path}: {error}") from error
+        if info["missing_keys"]:  # diffusers only warns, and leaves them without values or with random ones
+            raise ValueError(
+                f"Expected every weight in {pretrained_model_name_or_path}, missing: {', '.join(info['missing_keys'])}."
+            )
+        return metric.frozen()
+
+    @classmethod
+    def from_official(cls, path: str | Path) -> Self:
+        """Read `MILO.pth` (images) or `MILO_latent.pth` (Stable Diffusion latents), frozen.
+
+        Args:
+            path: the official file.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is damaged or no official MILO checkpoint; the message names the keys that differ.
+        """
+        state = rename_keys(read_checkpoint(path), OFFICIAL_PREFIXES)
+        first = state.get("mask_finder.0.weight")
+        if first is None or first.ndim != 4:
+            raise ValueError(f"Expected an official MILO checkpoint in {path}, got the keys {sorted(state)[:4]}...")
+        channels = (first.shape[1] - 1) // 2
+        space = {"latent_space": "stable-diffusion", "scaling_factor": STABLE_DIFFUSION_SCALING_FACTOR}
+        metric = cls(channels=channels, **({} if channels == 3 else space))
+        try:
+            metric.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            raise ValueError(f"Expected an official MILO checkpoint in {path}: {error}") from error
+        return metric.frozen()
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write safetensors, configuration and a model card.
+
+        A card that is there already stays; only the SHA-256 in it is renewed.
+
+        Args:
+            save_directory: a folder, made where it is missing.
+            **kwargs: as of `ModelMixin.save_pretrained`.
+
+        Raises:
+            ValueError: if `save_directory` is a file.
+        """
+        if Path(save_directory).is_file():
+            raise ValueError(f"Expected a folder to save the metric in, got the file {save_directory}.")
+        super().save_pretrained(str(save_directory), **kwargs)
+        make_readable(save_directory)
+        write_card(self, Path(save_directory))
+
+    def frozen(self) -> Self:
+        """Return itself in evaluation mode, its parameters without gradients, in the memory layout that is fastest."""
+        self.to(memory_format=torch.channels_last)
+        return self.eval().requires_grad_(False)
+
+
+def weights_path(source: str | Path) -> Path:
+    """Return where weights lie.
+
+    Args:
+        source: the name of official weights, which are fetched if need be, or of a shipped set; else a path.
+
+    Raises:
+        OSError: if official weights cannot be fetched.
+        ValueError: if another content comes instead of them.
+    """
+    name = str(source)
+    if name in OFFICIAL:
+        return fetch_official(name)
+    return weights_dir(name) if name in available_weights() else Path(source)
+
+
+def fetch_official(name: str) -> Path:
+    """Return the path of official weights in the cache, fetching them where they are not there yet.
+
+    Args:
+        name: one of `OFFICIAL`.
+
+    Raises:
+        OSError: if they cannot be fetched.
+        ValueError: for another name, or if another content comes; it is not kept.
+    """
+    if name not in OFFICIAL:
+        raise ValueError(f"Expected one of {', '.join(OFFICIAL)}, got {name!r}.")
+    try:
+        return fetch(OFFICIAL[name], cache_dir())
+    except OSError as error:
+        raise OSError(
+            f"{name} is not in the cache and could not be fetched from {OFFICIAL[name].url}: "
+            f"{getattr(error, 'reason', error)}. Run `milo-latent weights pull {name}` once with a network, or use the "
+            "embedded stand-ins milo-image (photos) and milo-sd (Stable Diffusion latents)."
+        ) from error
+
+
+def default_image_metric() -> str:
+    """Return the name of the MILO_I to score images with: the official one where it was fetched, else our own."""
+    official = OFFICIAL["official-image"]
+    return "official-image" if official.is_at(cache_dir() / official.name) else "milo-image"
