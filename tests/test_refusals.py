@@ -50,7 +50,7 @@ def test_latents_of_no_items_or_beyond_all_range_are_refused(weights, refused):
     assert "empty.npy, got (0, 4, 32, 32)" in refused(empty, empty, "--weights", weights / "any")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the range
-        assert "Expected a finite score" in (told := refused(good, huge, "--weights", weights / "any", "--json"))
+        assert "Expected a finite error" in (told := refused(good, huge, "--weights", weights / "any", "--json"))
     assert "b.npy" in told
 
 

@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> str:
     if options.json:
         return rows_to_json(rows, metric=name, weights=weights)
     mean = [mean_row(rows)] if len(rows) > 1 else []
-    lines = [f"{row.name}: error {row.error:.10f}, MOS {row.mos:.6f}" for row in [*rows, *mean]]
+    lines = [f"{row.name}: error {row.error:.10f}, MOS {row.mos:.4f}" for row in [*rows, *mean]]
     return "\n".join([*lines, *painted, f"{name} ({weights}); error: 0 = identical; MOS: 0 to 5, higher is better"])
 
 
