@@ -1,4 +1,4 @@
-"""The only place that words shape, dtype and range errors."""
+"""Checks of shapes, dtypes, ranges and values that several modules share, with their messages."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-IMAGE_RANGE = (0.0, 1.0)
-# root mean square of scaled latents: near 1 by the definition of the scale; unscaled ones of SD 1.x to SDXL have 5 to 8
+# root mean square of scaled latents, which is near 1 by definition; that of unscaled ones is 5 to 8 (SD 1.x to SDXL)
 LATENT_RANGE = (0.05, 3.0)
 
 
@@ -20,7 +19,7 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 
 def check_range(name: str, value: float, low: float, high: float, way_out: str = "") -> None:
-    """Raise ValueError unless `low <= value <= high` (NaN fails)."""
+    """Raise ValueError unless `low <= value <= high`, which NaN is not."""
     if not low <= value <= high:
         raise ValueError(f"Expected `{name}` in [{low:g}, {high:g}], got {value}. {way_out}".rstrip())
 
@@ -41,17 +40,13 @@ def check_batch(name: str, tensor: Tensor, channels: int | None = None) -> None:
 
 
 def check_pair(ref: Tensor, dist: Tensor, *, channels: int, smallest: int) -> None:
-    """Raise unless `ref` and `dist` are comparable: same shape, dtype and device, large enough.
+    """Raise TypeError or ValueError unless `ref` and `dist` can be compared.
 
     Args:
-        ref: reference, (B, C, H, W) or (1, C, H, W).
-        dist: distorted, (B, C, H, W).
-        channels: what C must be.
+        ref: reference, (B, C, H, W) or (1, C, H, W), floating point.
+        dist: distorted, (B, C, H, W), of the same dtype and on the same device.
+        channels: the C that both must have.
         smallest: the least H and W.
-
-    Raises:
-        TypeError: for integers or mixed dtypes.
-        ValueError: for shapes or devices that differ, or sides that are too small.
     """
     check_batch("ref", ref, channels)
     check_batch("dist", dist, channels)
@@ -68,17 +63,11 @@ def check_pair(ref: Tensor, dist: Tensor, *, channels: int, smallest: int) -> No
 
 
 def check_model_input(name: str, tensor: Tensor, parameter: Tensor, *, model: str) -> None:
-    """Raise unless `tensor` is in the dtype and on the device of a model's `parameter`.
-
-    Args:
-        name: of the tensor.
-        tensor: the input.
-        parameter: any of the model's.
-        model: what the model is called in the message.
+    """Raise unless `tensor` has the device and, without autocast, the dtype of a `parameter` of `model`.
 
     Raises:
-        TypeError: for another dtype, unless autocast is on, which converts.
-        ValueError: for another device.
+        TypeError: if the dtypes differ.
+        ValueError: if the devices differ.
     """
     if tensor.device != parameter.device:
         raise ValueError(
@@ -91,13 +80,13 @@ def check_model_input(name: str, tensor: Tensor, parameter: Tensor, *, model: st
 
 
 def autocast_is_on(tensor: Tensor) -> bool:
-    """Return whether autocast chooses dtypes on the device of `tensor`; some devices, such as meta, have none."""
+    """Return whether autocast chooses dtypes on the device of `tensor`; devices such as meta have no autocast."""
     kind = tensor.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise ValueError if `tensor` holds NaN or infinity. Reads values, so only where data enters."""
+    """Raise ValueError if `tensor` holds NaN or infinity; it reads values, so it belongs where data enters."""
     if not torch.isfinite(tensor).all():
         bad = int((~torch.isfinite(tensor)).sum())
         raise ValueError(f"Expected `{name}` to be finite, got {bad} NaN or infinite values of {tensor.numel()}.")
@@ -112,21 +101,21 @@ def check_region(region: Tensor) -> None:
 
 
 class ValueWatch:
-    """Warns, once, of values that are finite but cannot be meant: images outside [0, 1], latents of another scale.
+    """Warns, once, of finite values that are unlikely to be meant: images outside [0, 1], latents of another scale.
 
-    Reads values, which makes an accelerator wait: for where data enters, not for a loop.
+    It reads values, for which an accelerator waits, so it belongs where data enters and not into a loop.
     """
 
     def __init__(self) -> None:
         self.warned = False
 
     def look(self, name: str, tensor: Tensor, *, latents: bool, stacklevel: int = 3) -> None:
-        """Warn of `tensor` unless this did so before.
+        """Warn of `tensor`, unless an earlier one was warned of.
 
         Args:
-            name: of the tensor, such as its file.
-            tensor: (B, C, H, W).
-            latents: whether it holds scaled latents; else it holds images.
+            name: what the message calls it, such as its file.
+            tensor: images or scaled latents, (B, C, H, W).
+            latents: whether it holds latents.
             stacklevel: as of `warnings.warn`.
         """
         message = None if self.warned else (_odd_latents if latents else _odd_image)(name, tensor)
@@ -137,10 +126,10 @@ class ValueWatch:
 
 def _odd_image(name: str, image: Tensor) -> str | None:
     low, high = (value.item() for value in image.aminmax())
-    if IMAGE_RANGE[0] <= low and high <= IMAGE_RANGE[1]:
+    if low >= 0 and high <= 1:
         return None
     return (
-        f"Expected image values in [0, 1], got [{low:.4g}, {high:.4g}] in {name}; scores of such values mean little. "
+        f"Expected image values in [0, 1], got [{low:.4g}, {high:.4g}] in {name}; errors of such values mean little. "
         "Divide 8-bit values by 255, map [-1, 1] by x / 2 + 0.5."
     )
 
@@ -153,6 +142,6 @@ def _odd_latents(name: str, latents: Tensor) -> str | None:
     lowest, highest = (value.item() for value in latents.aminmax())
     return (
         f"Expected scaled latents, root mean square in [{low:g}, {high:g}], got {size:.4g} "
-        f"(values in [{lowest:.4g}, {highest:.4g}]) in {name}; scores of such values mean little. "
+        f"(values in [{lowest:.4g}, {highest:.4g}]) in {name}; errors of such values mean little. "
         "Are they unscaled? Subtract the VAE's shift_factor and multiply by its scaling_factor."
     )

@@ -13,6 +13,7 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
+from replay import replayed_noise
 
 from milo_latent import DiffBIRPipeline
 from milo_latent.diffbir import sampling
@@ -26,7 +27,7 @@ from milo_latent.diffbir.swinir import SwinIR
 from milo_latent.guidance.milo import MILOGuidance
 from milo_latent.guidance.region_adaptive import RegionAdaptiveGuidance
 from milo_latent.restoration.restore import restore_image
-from milo_latent.testing import generator, replayed_noise, tiny_metric
+from milo_latent.testing import generator, tiny_metric
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from golden import golden, golden_pipeline, numbered, part, relative, scheduler_for, tiny_networks
+from replay import replayed_noise
 
 from milo_latent.diffbir.sampling import controlled_output
 from milo_latent.guidance.base import guided_run
@@ -17,7 +18,7 @@ from milo_latent.guidance.region_adaptive import (
 )
 from milo_latent.guidance.x0 import guide_model_output
 from milo_latent.latents.codec import scale_latents
-from milo_latent.testing import generator, replayed_noise
+from milo_latent.testing import generator
 
 CLOSE = 1e-4
 

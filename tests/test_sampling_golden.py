@@ -3,6 +3,7 @@
 import pytest
 import torch
 from golden import golden, golden_pipeline, numbered, part, relative, scheduler_for, tiny_cleaner, tiny_networks
+from replay import replayed_noise
 from torch.nn import functional as F
 
 from milo_latent.diffbir.bsrnet import BSRNet
@@ -12,7 +13,6 @@ from milo_latent.diffbir.sampling import add_noise, controlled_output, guidance_
 from milo_latent.diffbir.scunet import SCUNet
 from milo_latent.diffbir.stages import Tile, predict
 from milo_latent.diffbir.swinir import SwinIR
-from milo_latent.testing import replayed_noise
 
 RUN = 1e-4
 
