@@ -6,8 +6,10 @@ import os
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from milo_latent.pictures import picture_to_array, to_8bit
+from milo_latent.pictures import from_8bit, picture_to_array, to_8bit
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 LATENT_SUFFIXES = frozenset({".npy", ".safetensors"})
@@ -38,36 +40,22 @@ def read_image(path: str | Path) -> Tensor:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is no image, is truncated, or has more than `MAX_PIXELS`.
     """
-    return _to_tensor(_open(path), path)
+    return read_photo(path)[0]
 
 
 def read_photo(path: str | Path) -> tuple[Tensor, Tensor | None]:
     """Read an image as `read_image` does, and its transparency; the file is decoded once.
 
-    Args:
-        path: an image file.
-
     Returns:
-        Image, (1, 3, H, W), and alpha, (1, 1, H, W), both float32, in [0, 1]; alpha is None where the image is opaque.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is no image, is truncated, or has more than `MAX_PIXELS`.
+        Image, (1, 3, H, W), and alpha, (1, 1, H, W), both float32, in [0, 1]; alpha is None if the image is opaque.
     """
     picture = _open(path)
-    image, alpha = _to_tensor(picture, path), None
-    if picture.has_transparency_data:
-        array = np.asarray(picture.convert("RGBA"))[..., 3].astype(np.float32) / 255.0
-        alpha = None if array.min() == 1.0 else torch.from_numpy(array)[None, None]  # (1, 1, H, W)
-    return image, alpha
-
-
-def _to_tensor(picture: Image.Image, path: str | Path) -> Tensor:
     try:
-        array = picture_to_array(picture)
+        image = torch.from_numpy(picture_to_array(picture)).permute(2, 0, 1)[None].contiguous()  # (1, 3, H, W)
     except TypeError as error:
         raise ValueError(f"{error} It is {path}.") from error
-    return torch.from_numpy(array).permute(2, 0, 1)[None].contiguous()  # (1, 3, H, W)
+    alpha = from_8bit(np.asarray(picture.convert("RGBA"))[..., 3:]) if picture.has_transparency_data else None
+    return image, None if alpha is None or alpha.min() == 1 else alpha[None]
 
 
 def _open(path: str | Path) -> Image.Image:
@@ -92,6 +80,24 @@ def _open(path: str | Path) -> Image.Image:
         raise ValueError(f"Expected a complete image, got {path}, which is damaged: {error}.") from error
 
 
+def check_output(path: Path, suffixes: frozenset[str] | None = None) -> None:
+    """Raise unless a file can be written to `path`; call it before the content is computed.
+
+    Raises:
+        FileNotFoundError: if its folder does not exist.
+        ValueError: if its suffix is none of `suffixes`; None allows all.
+    """
+    if suffixes is not None:
+        _check_suffix(path, suffixes)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"Expected a folder to write into, got {path.parent}, which does not exist.")
+
+
+def _check_suffix(path: Path, suffixes: frozenset[str]) -> None:
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"Expected a file name that ends in one of {sorted(suffixes)}, got {path.name!r}.")
+
+
 def write_image(path: str | Path, image: Tensor, *, alpha: Tensor | None = None) -> None:
     """Write an image, rounded to 8 bit.
 
@@ -105,8 +111,7 @@ def write_image(path: str | Path, image: Tensor, *, alpha: Tensor | None = None)
         OSError: if the file cannot be written, as `write_atomically`.
     """
     path = Path(path)
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"Expected an image suffix, one of {sorted(IMAGE_SUFFIXES)}, got {path.name!r}.")
+    check_output(path, IMAGE_SUFFIXES)
     if alpha is not None and path.suffix.lower() not in ALPHA_SUFFIXES:
         raise ValueError(f"{path.name} cannot hold transparency. Choose one of {sorted(ALPHA_SUFFIXES)}.")
     if image.ndim == 4 and image.shape[0] == 1:
@@ -139,8 +144,7 @@ def read_latents(path: str | Path) -> Tensor:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"Expected a file of latents, got {path}, which does not exist.")
-    if path.suffix.lower() not in LATENT_SUFFIXES:
-        raise ValueError(f"Expected latents as one of {sorted(LATENT_SUFFIXES)}, got {path.name!r}.")
+    _check_suffix(path, LATENT_SUFFIXES)
     latents = _read_npy(path) if path.suffix.lower() == ".npy" else _read_safetensors(path)
     if latents.ndim == 3:
         latents = latents[None]
@@ -160,11 +164,17 @@ def _read_npy(path: Path) -> Tensor:
 
 
 def _read_safetensors(path: Path) -> Tensor:
+    with _open_safetensors(path) as file:
+        if "latents" not in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            raise ValueError(f"Expected an entry `latents` in {path}, got {sorted(file.keys())}.")
+        return file.get_tensor("latents")
+
+
+@contextmanager
+def _open_safetensors(path: str | Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            if "latents" not in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                raise ValueError(f"Expected an entry `latents` in {path}, got {sorted(file.keys())}.")
-            return file.get_tensor("latents")
+            yield file
     except SafetensorError as error:
         raise ValueError(f"Expected a complete safetensors file, got {path}: {error}.") from error
 
@@ -177,11 +187,8 @@ def read_latents_metadata(path: str | Path) -> dict[str, str]:
     """
     if Path(path).suffix.lower() != ".safetensors":
         return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise ValueError(f"Expected a complete safetensors file, got {path}: {error}.") from error
+    with _open_safetensors(path) as file:
+        return dict(file.metadata() or {})
 
 
 def write_latents(path: str | Path, latents: Tensor, *, metadata: dict[str, str] | None = None) -> None:
@@ -197,8 +204,7 @@ def write_latents(path: str | Path, latents: Tensor, *, metadata: dict[str, str]
         OSError: if the file cannot be written, as `write_atomically`.
     """
     path = Path(path)
-    if path.suffix.lower() not in LATENT_SUFFIXES:
-        raise ValueError(f"Expected latents as one of {sorted(LATENT_SUFFIXES)}, got {path.name!r}.")
+    check_output(path, LATENT_SUFFIXES)
     if not torch.isfinite(latents).all():
         raise ValueError(f"Expected finite latents, got NaN or infinity; {path} is not written.")
     array = latents.detach().float().cpu().contiguous()
@@ -245,8 +251,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: if writing fails, such as on a full disk; an older file at `path` is untouched then.
     """
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"Expected a folder to write into, got {path.parent}, which does not exist.")
+    check_output(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     partial = Path(name)

@@ -8,19 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from milo_latent import pictures
+from milo_latent.pictures import gaussian_blur as blur
 
 SUBSAMPLES = 16  # per pixel and axis, where a disk's edge covers pixels in part
 
 
-def blur(image: Tensor, sigma: float) -> Tensor:
-    """Blur (B, C, H, W) by a Gaussian of `sigma` pixels, cut at two standard deviations as in the KADID-10k code."""
-    return pictures.gaussian_blur(image, sigma, radius=math.ceil(2 * sigma))
-
-
-def gaussian_blur(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    """Blur by a Gaussian of `amount` pixels."""
-    return blur(image, amount)
+def gaussian_blur(image: Tensor, amount: float, generator: torch.Generator | None = None) -> Tensor:
+    """Blur by a Gaussian of `amount` pixels, cut at two standard deviations as in the KADID-10k code."""
+    return blur(image, amount, radius=math.ceil(2 * amount))
 
 
 def lens_blur(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from milo_latent.distortions.blurs import blur
+from milo_latent.distortions.blurs import gaussian_blur
 from milo_latent.distortions.color_spaces import lab_to_rgb, luminance, rgb_to_lab, scale_hsv_saturation
 from milo_latent.pictures import from_8bit, to_8bit
 
@@ -19,7 +19,7 @@ SHIFTED_CHANNEL = 1  # green, to which the eye is most sensitive
 def color_diffusion(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:
     """Blur the color channels of Lab by 1.5 `amount` + 2 pixels, and multiply them by `amount`."""
     lab = rgb_to_lab(image)
-    return lab_to_rgb(torch.cat([lab[:, :1], blur(lab[:, 1:], 1.5 * amount + 2) * amount], dim=1))
+    return lab_to_rgb(torch.cat([lab[:, :1], gaussian_blur(lab[:, 1:], 1.5 * amount + 2) * amount], dim=1))
 
 
 def color_shift(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:
@@ -40,7 +40,7 @@ def color_shift(image: Tensor, amount: float, generator: torch.Generator) -> Ten
 def edge_weight(image: Tensor) -> Tensor:
     """Return how near edges are, (B, 1, H, W), in [0, 1]: the smoothed gradient between its percentiles 1 and 99."""
     down, right = torch.gradient(luminance(image), dim=(2, 3))
-    strength = blur((down.square() + right.square()).sqrt(), 4.0)
+    strength = gaussian_blur((down.square() + right.square()).sqrt(), 4.0)
     low, high = (np.quantile(strength.flatten(1).numpy(), share, axis=1) for share in (0.01, 0.99))
     low, high = (torch.from_numpy(each).to(image).view(-1, 1, 1, 1) for each in (low, high))
     return ((strength - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from milo_latent.distortions.blurs import blur
+from milo_latent.distortions.blurs import gaussian_blur
 from milo_latent.distortions.color_spaces import lab_to_rgb, rgb_to_lab
 
 SHARPEN_SIGMA = 3.0  # pixels, of unsharp masking
@@ -51,7 +51,7 @@ def high_sharpen(image: Tensor, amount: float, generator: torch.Generator) -> Te
     """Sharpen the lightness by unsharp masking of strength `amount`."""
     lab = rgb_to_lab(image)
     lightness = lab[:, :1]
-    sharpened = lightness + amount * (lightness - blur(lightness, SHARPEN_SIGMA))
+    sharpened = lightness + amount * (lightness - gaussian_blur(lightness, SHARPEN_SIGMA))
     return lab_to_rgb(torch.cat([sharpened.clamp(0, 100), lab[:, 1:]], dim=1))
 
 

@@ -13,6 +13,7 @@ from milo_latent.checks import ValueWatch
 from milo_latent.files import (
     IMAGE_SUFFIXES,
     LATENT_SUFFIXES,
+    check_output,
     process_folder,
     read_image,
     read_latents,
@@ -80,8 +81,7 @@ def encode_file(vae: VAE, photo: Path, output: Path, *, vae_name: str, tile: int
         FileNotFoundError: if there is no such photo.
         ValueError: if the photo is damaged, the suffix of `output` is another, or `tile` does not fit the VAE.
     """
-    if output.suffix.lower() not in LATENT_SUFFIXES:
-        raise ValueError(f"Expected latents as one of {sorted(LATENT_SUFFIXES)}, got {output.name!r}.")
+    check_output(output, LATENT_SUFFIXES)
     image = read_image(photo)
     latents = encode_image(vae, image, tile=tile)
     factor = vae_scale_factor(vae)
