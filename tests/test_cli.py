@@ -286,7 +286,9 @@ def test_help_reads(command, capsys):
 def test_version(capsys):
     from milo_latent import __version__
 
-    assert main(["--version"]) == 0
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
     assert capsys.readouterr().out.strip() == f"milo-latent {__version__}"
 
 

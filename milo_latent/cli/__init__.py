@@ -7,6 +7,7 @@ import io
 import os
 import sys
 
+from milo_latent import __version__
 from milo_latent.cli import convert, decode, encode, restore, score, weights
 from milo_latent.programs import run_program
 
@@ -27,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="milo-latent", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--version", action="store_true", help="print the version and stop")
+    parser.add_argument("--version", action="version", version=f"milo-latent {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     for command in (restore, score, encode, decode, weights, convert):
         command.add(commands)
@@ -45,11 +46,6 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = build_parser()
     options = parser.parse_args(arguments)
-    if options.version:
-        from milo_latent import __version__
-
-        print(f"milo-latent {__version__}")
-        return 0
     if options.command is None:
         parser.print_help()
         return 2

@@ -38,57 +38,28 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_settings(command: argparse.ArgumentParser) -> None:
-    """Add the options that are settings; `dest` is the field of `RestorationSettings` that an option fills."""
-    command.add_argument(
-        "--task",
-        choices=TASKS,
-        help="face: an aligned face; unaligned_face: the faces in a photo, with --detector (default: the task of the "
-        "model, or denoise)",
-    )
-    command.add_argument(
-        "--guidance",
-        dest="milo_scale",
-        type=float,
-        metavar="S",
-        help="strength of MILO guidance, 0 (off) to 1 (default: 0.5)",
-    )
-    command.add_argument(
-        "--curriculum", dest="schedule", choices=SCHEDULES, help="schedule of the guidance (default: cosine)"
-    )
-    command.add_argument("--steps", type=int, help="denoising steps (default: the model's, or 4)")
-    command.add_argument(
-        "--upscale", type=float, metavar="N", help="how much larger (default: sr 4, unaligned_face 2, else 1)"
-    )
-    command.add_argument("--seed", type=int, default=0, help="the same seed gives the same file (default: 0)")
-    command.add_argument(
-        "--tile", type=int, metavar="N", help="restore in tiles of N pixels, such as 512: saves memory"
-    )
-    command.add_argument("--detector", type=Path, metavar="FILE", help="YuNet's .onnx file, for unaligned_face")
+    """Add the options that are settings: `dest` names the field of `RestorationSettings`, or the option itself does."""
+    add = command.add_argument
+    add("--task", choices=TASKS, help="default: the model's, or denoise; unaligned_face: the faces in a photo")
+    add("--guidance", dest="milo_scale", type=float, help="strength of MILO guidance, 0 (off) to 1 (default: 0.5)")
+    add("--curriculum", dest="schedule", choices=SCHEDULES, help="schedule of the guidance (default: cosine)")
+    add("--steps", type=int, help="denoising steps (default: the model's own, or 4)")
+    add("--upscale", type=float, help="how much larger (default: 4 for sr, 2 for unaligned_face, else 1)")
+    add("--seed", type=int, default=0, help="the same seed gives the same file (default: 0)")
+    add("--tile", type=int, help="restore in tiles of this side in pixels, such as 512, which saves memory")
+    add("--detector", type=Path, metavar="FILE", help="YuNet's .onnx file, for unaligned_face")
 
 
 def _add_diffusion_settings(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("diffusion", "for models with prompts (default: the model's own values)")
-    group.add_argument("--prompt", metavar="TEXT", help="what the photo shows")
-    group.add_argument("--negative-prompt", metavar="TEXT", help="what the result should not be")
-    group.add_argument(
-        "--cfg-scale",
-        dest="guidance_scale",
-        type=float,
-        metavar="S",
-        help="classifier-free guidance; 1 switches it off",
-    )
-    group.add_argument(
-        "--control-scale",
-        dest="controlnet_conditioning_scale",
-        type=float,
-        metavar="S",
-        help="how strictly to follow the cleaned photo",
-    )
-    group.add_argument("--start-point", choices=["noise", "cond"], help="pure noise, or the noised cleaned photo")
-    group.add_argument("--noise-aug", type=int, metavar="T", help="timestep to which the condition is noised")
-    group.add_argument(
-        "--color-fix", choices=["wavelet", "adain", "none"], help="how to take the colors of the cleaned photo"
-    )
+    """Add the settings that `DiffBIRPipeline` takes."""
+    add = command.add_argument_group("diffusion", "for models with prompts (default: the model's own)").add_argument
+    add("--prompt", help="what the photo shows")
+    add("--negative-prompt", help="what the result should not be")
+    add("--cfg-scale", dest="guidance_scale", type=float, help="scale of classifier-free guidance; 1 switches it off")
+    add("--control-scale", dest="controlnet_conditioning_scale", type=float, help="weight of the cleaned photo")
+    add("--start-point", choices=["noise", "cond"], help="pure noise, or the noised cleaned photo")
+    add("--noise-aug", type=int, help="timestep to which the condition is noised")
+    add("--color-fix", choices=["wavelet", "adain", "none"], help="how to take the colors of the cleaned photo")
 
 
 def run(options: argparse.Namespace) -> str:

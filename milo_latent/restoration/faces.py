@@ -63,23 +63,19 @@ def similarity_transform(source: Tensor, target: Tensor) -> Tensor:
 
     Raises:
         ValueError: if the shapes differ, or all points of `source` coincide.
-
-    Source: Umeyama, "Least-Squares Estimation of Transformation Parameters Between Two Point Patterns", IEEE TPAMI
-    13(4), 1991, eq. 40 to 43.
     """
     if source.shape != target.shape or source.ndim != 2 or source.shape[1] != 2:
         raise ValueError(f"Expected points (N, 2) twice, got {tuple(source.shape)} and {tuple(target.shape)}.")
-    source, target = source.double(), target.double()
-    source_mean, target_mean = source.mean(0), target.mean(0)
-    centered = source - source_mean
-    variance = centered.square().sum(1).mean()
-    if not variance > 1e-12:
+    # with points as complex numbers, the map is z -> factor * z + shift: linear least squares, and never a mirror image
+    source_points, target_points = (torch.view_as_complex(each.double().contiguous()) for each in (source, target))
+    centered = source_points - source_points.mean()
+    energy = centered.abs().square().sum()
+    if not energy > 1e-12 * len(source):
         raise ValueError("Expected landmarks that differ, got one point several times.")
-    left, spread, right = torch.linalg.svd((target - target_mean).T @ centered / len(source))
-    keep = torch.ones(2, dtype=torch.float64, device=source.device)
-    keep[1] = torch.sign(torch.linalg.det(left) * torch.linalg.det(right))  # no mirror image
-    linear = (spread * keep).sum() / variance * (left @ torch.diag(keep) @ right)
-    return torch.cat([linear, (target_mean - linear @ source_mean)[:, None]], dim=1)  # (2, 3)
+    factor = (centered.conj() * target_points).sum() / energy
+    shift = target_points.mean() - factor * source_points.mean()
+    rows = [[factor.real, -factor.imag, shift.real], [factor.imag, factor.real, shift.imag]]
+    return torch.stack([torch.stack(row) for row in rows])  # (2, 3)
 
 
 def inverse_transform(matrix: Tensor) -> Tensor:
@@ -116,26 +112,24 @@ def warp(
     return F.avg_pool2d(sampled, samples) if samples > 1 else sampled
 
 
-def align_face(image: Tensor, landmarks: Tensor, *, size: int = FACE_SIZE) -> tuple[Tensor, Tensor]:
+def align_face(image: Tensor, landmarks: Tensor) -> tuple[Tensor, Tensor]:
     """Crop a face, rotated and scaled so that its landmarks lie where they do in FFHQ.
 
     Args:
         image: (1, 3, H, W), in [0, 1].
         landmarks: (5, 2), in the order of `Face.landmarks`.
-        size: side of the result.
 
     Returns:
-        The face, (1, 3, size, size), and the matrix from points of the image to points of the face, (2, 3).
+        The face, (1, 3, 512, 512), and the matrix from points of the image to points of the face, (2, 3).
     """
-    matrix = face_transform(landmarks.to(image.device), size=size)
-    face = warp(image, inverse_transform(matrix), (size, size), padding="reflection")
+    matrix = face_transform(landmarks.to(image.device))
+    face = warp(image, inverse_transform(matrix), (FACE_SIZE, FACE_SIZE), padding="reflection")
     return face.clamp(0, 1), matrix
 
 
-def face_transform(landmarks: Tensor, *, size: int = FACE_SIZE) -> Tensor:
+def face_transform(landmarks: Tensor) -> Tensor:
     """Return the (2, 3) matrix from points of a photo to points of the aligned face, given its landmarks, (5, 2)."""
-    template = torch.tensor(TEMPLATE, dtype=torch.float64, device=landmarks.device)
-    return similarity_transform(landmarks, (template + 0.5) * (size / FACE_SIZE) - 0.5)
+    return similarity_transform(landmarks, torch.tensor(TEMPLATE, dtype=torch.float64, device=landmarks.device))
 
 
 def soft_mask(size: int) -> Tensor:
@@ -162,11 +156,9 @@ def paste_face(image: Tensor, face: Tensor, matrix: Tensor) -> Tensor:
     back = inverse_transform(matrix.to(image.device))
     end = size - 0.5
     corners = back.new_tensor([[-0.5, -0.5], [end, -0.5], [-0.5, end], [end, end]]) @ back[:, :2].T + back[:, 2]
-    left, top = (max(0, math.floor(value)) for value in corners.amin(0).tolist())
-    right, bottom = (
-        min(limit, math.ceil(value) + 1)
-        for value, limit in zip(corners.amax(0).tolist(), (image.shape[3], image.shape[2]), strict=True)
-    )
+    sides = back.new_tensor([image.shape[3], image.shape[2]])
+    left, top = corners.amin(0).floor().clamp(min=0).long().tolist()
+    right, bottom = corners.amax(0).ceil().add(1).minimum(sides).long().tolist()
     if right <= left or bottom <= top:
         return image
     to_face = matrix.to(image.device).clone()

@@ -46,7 +46,7 @@ def restore_file(photo: Path, output: Path, restore: Restore) -> tuple[str, str]
     check_files(photo, output)
     image, alpha = read_photo(photo)
     restored = restore(image)
-    if is_grey(image):
+    if torch.equal(image, image[:, :1].expand_as(image)):  # a grey photo
         restored = to_grey(restored)
     if alpha is not None and output.suffix.lower() in ALPHA_SUFFIXES:
         alpha = interpolate(alpha, size=restored.shape[2:], mode="bilinear", align_corners=False)
@@ -57,15 +57,9 @@ def restore_file(photo: Path, output: Path, restore: Restore) -> tuple[str, str]
     return before, after
 
 
-def is_grey(image: Tensor) -> bool:
-    """Return whether the channels of an image, (1, 3, H, W), are equal everywhere."""
-    return torch.equal(image[:, 0], image[:, 1]) and torch.equal(image[:, 1], image[:, 2])
-
-
 def to_grey(image: Tensor) -> Tensor:
     """Return the luma of an image, (B, 3, H, W), in all channels, without the slight tint that models give to grey."""
-    luma = (image * image.new_tensor(LUMA).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
-    return luma.expand_as(image)
+    return (image * image.new_tensor(LUMA).view(1, 3, 1, 1)).sum(dim=1, keepdim=True).expand_as(image)
 
 
 def restore_folder(photos: Path, output: Path, restore: Restore) -> tuple[int, int]:
