@@ -21,9 +21,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from milo_latent.convert.kinds import find_cleaner
 from milo_latent.convert.mapping import select
-from milo_latent.convert.networks import find_controlnet, find_text_encoder, find_unet, find_vae
+from milo_latent.convert.networks import find_network
 from milo_latent.convert.tokenizer import open_tokenizer
 from milo_latent.diffbir.prompts import PROMPT_TOKENS, prompt_tokens
 
@@ -89,7 +88,10 @@ def check_diffusion(official: Any, configs: dict[str, dict], generator: torch.Ge
     """Compare IRControlNet and UNet."""
     unet = fill(official.ControlledUnetModel(**configs["unet_cfg"]), generator)
     controlnet = fill(official.ControlNet(**configs["controlnet_cfg"]), generator)
-    our_unet, our_controlnet = find_unet(unet.state_dict()).load(), find_controlnet(controlnet.state_dict()).load()
+    our_unet, our_controlnet = (
+        find_network("UNet", unet.state_dict()).load(),
+        find_network("IRControlNet", controlnet.state_dict()).load(),
+    )
     latents, hint = torch.randn(2, 2, 4, 16, 24, generator=generator).unbind()
     context = torch.randn(2, 77, configs["unet_cfg"]["context_dim"], generator=generator)
     timesteps = torch.tensor([999, 333])
@@ -113,7 +115,7 @@ def check_diffusion(official: Any, configs: dict[str, dict], generator: torch.Ge
 def check_vae(official: Any, configs: dict[str, dict], generator: torch.Generator) -> list[bool]:
     """Compare the VAE's two halves."""
     vae = fill(official.AutoencoderKL(**configs["vae_cfg"]), generator)
-    ours = find_vae(vae.state_dict()).load()
+    ours = find_network("VAE", vae.state_dict()).load()
     image, latents = torch.rand(1, 3, 64, 96, generator=generator), torch.randn(1, 4, 8, 12, generator=generator)
     return [
         report("VAE encoder", lambda: [vae.encode(image).mode()], lambda: [ours.encode(image).latent_dist.mode()]),
@@ -126,7 +128,7 @@ def check_text(official: Any, configs: dict[str, dict], checkout: Path, generato
     from diffbir.model.clip import tokenize  # type: ignore[import-not-found]
 
     encoder = fill(official.FrozenOpenCLIPEmbedder(**configs["clip_cfg"]), generator)
-    ours = find_text_encoder(select(encoder.state_dict(), "model.")).load()
+    ours = find_network("text encoder", select(encoder.state_dict(), "model.")).load()
     vocabulary = next(checkout.rglob("bpe_simple_vocab_16e6.txt.gz"))
     tokenizer = open_tokenizer(vocabulary)
     tokens = tokenize(list(TEXTS))
@@ -146,7 +148,7 @@ def check_cleaners(official: Any, checkout: Path, generator: torch.Generator) ->
         config = yaml.safe_load((checkout / "configs" / "inference" / f"{kind.lower()}.yaml").read_text())["params"]
         with contextlib.redirect_stdout(io.StringIO()):  # the official networks print while they are made
             network = fill(make(**config), generator)
-        ours = find_cleaner(network.state_dict(), kind).load()  # type: ignore[arg-type]
+        ours = find_network(kind, network.state_dict()).load()  # type: ignore[arg-type]
         image = torch.rand(1, 3, 64, 64, generator=generator)
         passed.append(report(kind, lambda net=network, x=image: [net(x)], lambda net=ours, x=image: [net(x)]))
     return passed

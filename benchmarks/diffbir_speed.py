@@ -33,9 +33,8 @@ import yaml
 from diffbir_parity import fill, import_official, official_configs
 from torch import nn
 
-from milo_latent.convert.kinds import find_cleaner
 from milo_latent.convert.mapping import select
-from milo_latent.convert.networks import find_controlnet, find_text_encoder, find_unet, find_vae
+from milo_latent.convert.networks import find_network
 from milo_latent.convert.tokenizer import open_tokenizer
 from milo_latent.diffbir.colour import fix_colour
 from milo_latent.diffbir.sampling import controlled_output
@@ -89,11 +88,11 @@ def convert(official: Any, checkout: Path, dtype: torch.dtype, *, channels_last:
     """Return our pipeline with the weights of the official one, whose memory it shares where nothing changes them."""
     ldm = official.cldm
     networks = {
-        "unet": find_unet(ldm.unet.state_dict()),
-        "controlnet": find_controlnet(ldm.controlnet.state_dict()),
-        "vae": find_vae(ldm.vae.state_dict()),
-        "text_encoder": find_text_encoder(select(ldm.clip.state_dict(), "model.")),
-        "cleaner": find_cleaner(official.cleaner.state_dict(), "SwinIR"),
+        "unet": find_network("UNet", ldm.unet.state_dict()),
+        "controlnet": find_network("IRControlNet", ldm.controlnet.state_dict()),
+        "vae": find_network("VAE", ldm.vae.state_dict()),
+        "text_encoder": find_network("text encoder", select(ldm.clip.state_dict(), "model.")),
+        "cleaner": find_network("SwinIR", official.cleaner.state_dict()),
     }
     loaded = {name: network.load(dtype) for name, network in networks.items()}
     if channels_last:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from milo_latent import DiffBIRPipeline
-from milo_latent.convert.networks import find_controlnet, find_unet, find_vae
+from milo_latent.convert.networks import find_network
 from milo_latent.diffbir.schedulers import official_scheduler
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -102,9 +102,9 @@ def numbered(tensors, prefix):
 
 def tiny_networks():
     return {
-        "unet": find_unet(official_weights("unet"), HEADS).load(),
-        "controlnet": find_controlnet(official_weights("controlnet"), HEADS).load(),
-        "vae": find_vae(official_weights("vae")).load(),
+        "unet": find_network("UNet", official_weights("unet"), HEADS).load(),
+        "controlnet": find_network("IRControlNet", official_weights("controlnet"), HEADS).load(),
+        "vae": find_network("VAE", official_weights("vae")).load(),
     }
 
 

@@ -7,9 +7,8 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, con
 from golden import HEADS, golden, official_shapes, official_weights, relative
 from official_checkpoints import make_networks, official_states
 
-from milo_latent.convert.kinds import find_cleaner
 from milo_latent.convert.mapping import select
-from milo_latent.convert.networks import find_controlnet, find_text_encoder, find_unet, find_vae
+from milo_latent.convert.networks import find_network
 
 CASES = ("a_16x16_t37", "b_16x16_t781", "c_24x16_t37", "d_24x16_t781", "e_batch2_16x16_t999_t0")
 FORWARD = 1e-5  # relative to the largest value; rounding alone makes 2.3e-6
@@ -17,8 +16,8 @@ FORWARD = 1e-5  # relative to the largest value; rounding alone makes 2.3e-6
 
 @pytest.fixture(scope="module")
 def control_ldm():
-    unet = find_unet(official_weights("unet"), HEADS).load()
-    return unet, find_controlnet(official_weights("controlnet"), HEADS).load()
+    unet = find_network("UNet", official_weights("unet"), HEADS).load()
+    return unet, find_network("IRControlNet", official_weights("controlnet"), HEADS).load()
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,7 @@ def test_residuals_and_noise_are_the_official_ones(control_ldm, case):
 
 
 def test_the_vae_and_its_gradient_are_the_official_ones():
-    vae = find_vae(official_weights("vae")).load()
+    vae = find_network("VAE", official_weights("vae")).load()
     given = golden("vae_tiny_io")
     with torch.no_grad():
         posterior = vae.encode(given["image"]).latent_dist
@@ -65,18 +64,18 @@ def test_the_vae_and_its_gradient_are_the_official_ones():
 
 
 @pytest.mark.parametrize(
-    ("network", "find", "parameters"),
-    [("unet", find_unet, 865910724), ("controlnet", find_controlnet, 363153280), ("vae", find_vae, 83653863)],
+    ("network", "kind", "parameters"),
+    [("unet", "UNet", 865910724), ("controlnet", "IRControlNet", 363153280), ("vae", "VAE", 83653863)],
 )
-def test_full_size_key_lists_convert_strictly(network, find, parameters):
-    found = find(official_shapes(network))
+def test_full_size_key_lists_convert_strictly(network, kind, parameters):
+    found = find_network(kind, official_shapes(network))
     assert sum(tensor.numel() for tensor in found.tensors.values()) == parameters
     assert found.tensors.keys() == found.model.state_dict().keys()
 
 
 def test_the_full_size_text_encoder_loses_its_last_layer_only():
     state = select(official_shapes("clip"), "model.")
-    found = find_text_encoder(state)
+    found = find_network("text encoder", state)
     unused = ("transformer.resblocks.23.", "text_projection", "logit_scale")
     used = sum(tensor.numel() for key, tensor in state.items() if not key.startswith(unused))
     assert sum(tensor.numel() for tensor in found.tensors.values()) == used
@@ -86,40 +85,40 @@ def test_the_full_size_text_encoder_loses_its_last_layer_only():
 
 @pytest.mark.parametrize("kind", ["SwinIR", "SCUNet", "BSRNet"])
 def test_full_size_cleaners_convert_strictly(kind):
-    found = find_cleaner(official_shapes(kind.lower()), kind)
+    found = find_network(kind, official_shapes(kind.lower()))
     assert found.tensors.keys() == found.model.state_dict().keys()
 
 
 def test_full_size_configurations_are_those_of_stable_diffusion_2():
-    config = find_unet(official_shapes("unet")).model.config
+    config = find_network("UNet", official_shapes("unet")).model.config
     assert config.block_out_channels == (320, 640, 1280, 1280)
     assert config.attention_head_dim == (5, 10, 20, 20)
     assert (config.cross_attention_dim, config.layers_per_block, config.use_linear_projection) == (1024, 2, True)
     assert config.down_block_types == ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    assert find_controlnet(official_shapes("controlnet")).model.config.conditioning_channels == 4
+    assert find_network("IRControlNet", official_shapes("controlnet")).model.config.conditioning_channels == 4
 
 
 @torch.no_grad()
 def test_networks_there_and_back_give_the_same_outputs(networks, states):
     sample, context, hint = torch.randn(1, 4, 16, 16), torch.randn(1, 77, 64), torch.randn(1, 4, 16, 16)
-    unet = find_unet(select(states["sd"], "model.diffusion_model.")).load()
+    unet = find_network("UNet", select(states["sd"], "model.diffusion_model.")).load()
     assert torch.equal(unet(sample, 5, context).sample, networks["unet"](sample, 5, context).sample)
-    controlnet = find_controlnet(states["controlnet"]).load()
+    controlnet = find_network("IRControlNet", states["controlnet"]).load()
     theirs = networks["controlnet"](sample, 5, context, controlnet_cond=hint).mid_block_res_sample
     assert torch.equal(controlnet(sample, 5, context, controlnet_cond=hint).mid_block_res_sample, theirs)
-    vae = find_vae(select(states["sd"], "first_stage_model.")).load()
+    vae = find_network("VAE", select(states["sd"], "first_stage_model.")).load()
     assert torch.equal(vae.decode(sample).sample, networks["vae"].decode(sample).sample)
-    text_encoder = find_text_encoder(select(states["sd"], "cond_stage_model.model.")).load()
+    text_encoder = find_network("text encoder", select(states["sd"], "cond_stage_model.model.")).load()
     tokens = torch.arange(77)[None]
     assert torch.equal(text_encoder(tokens)[0], networks["text_encoder"](tokens)[0])
 
 
 def test_diffusers_own_converter_agrees(states):
-    found = find_unet(select(states["sd"], "model.diffusion_model."))
+    found = find_network("UNet", select(states["sd"], "model.diffusion_model."))
     theirs = convert_ldm_unet_checkpoint(dict(states["sd"]), dict(found.model.config))
     assert found.tensors.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[key]) for key, tensor in found.tensors.items())
-    vae = find_vae(select(states["sd"], "first_stage_model."))
+    vae = find_network("VAE", select(states["sd"], "first_stage_model."))
     theirs = convert_ldm_vae_checkpoint(dict(states["sd"]), dict(vae.model.config))
     assert vae.tensors.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[key].reshape(tensor.shape)) for key, tensor in vae.tensors.items())
@@ -128,8 +127,8 @@ def test_diffusers_own_converter_agrees(states):
 def test_finding_a_network_copies_no_tensor(states):
     state = select(states["sd"], "model.diffusion_model.")
     addresses = {tensor.data_ptr() for tensor in state.values()}
-    assert {tensor.data_ptr() for tensor in find_unet(state).tensors.values()} == addresses
-    assert isinstance(find_unet(state).load(), UNet2DConditionModel)
+    assert {tensor.data_ptr() for tensor in find_network("UNet", state).tensors.values()} == addresses
+    assert isinstance(find_network("UNet", state).load(), UNet2DConditionModel)
 
 
 def test_all_differences_are_listed_at_once_by_their_official_names(states):
@@ -144,21 +143,21 @@ def test_all_differences_are_listed_at_once_by_their_official_names(states):
         r"1 of another shape \(time_embed\.0\.bias: \(256,\) expected, \(3,\) came\)"
     )
     with pytest.raises(ValueError, match=pattern):
-        find_unet(state, what="the UNet in file.ckpt")
+        find_network("UNet", state, what="the UNet in file.ckpt")
 
 
 def test_long_lists_of_differences_are_counted(states):
     state = {key: value for key, value in states["controlnet"].items() if "middle_block.1" not in key}
     with pytest.raises(ValueError, match=r"missing \(.*; and \d+ more\)|missing \(.*, and \d+ more\)"):
-        find_controlnet(state)
+        find_network("IRControlNet", state)
 
 
 def test_a_network_without_its_first_keys_is_refused():
-    for find in (find_unet, find_controlnet, find_vae, find_text_encoder):
+    for kind in ("UNet", "IRControlNet", "VAE", "text encoder"):
         with pytest.raises(ValueError, match="right file"):
-            find({"some.weight": torch.zeros(1)})
+            find_network(kind, {"some.weight": torch.zeros(1)})
 
 
 def test_unusual_heads_must_be_named():
     with pytest.raises(ValueError, match="attention_head_dim"):
-        find_unet(official_weights("unet"))
+        find_network("UNet", official_weights("unet"))

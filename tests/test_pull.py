@@ -173,9 +173,10 @@ def tiny_release(address, tmp_path, monkeypatch):
     }
     monkeypatch.setattr(pull, "FILES", files)
     monkeypatch.setattr(pull, "PUBLISHED", {})
-    whole = diffbir.find_cleaner
+    whole = diffbir.find_network
+    configs = {"SwinIR": tiny.configs["cleaner"]}
     monkeypatch.setattr(
-        diffbir, "find_cleaner", lambda state, kind, config, **rest: whole(state, kind, tiny.configs["cleaner"], **rest)
+        diffbir, "find_network", lambda kind, state, config, **rest: whole(kind, state, configs.get(kind), **rest)
     )
     return tiny
 

