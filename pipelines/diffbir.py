@@ -28,8 +28,8 @@ from milo_latent.diffbir.scunet import SCUNet
 from milo_latent.diffbir.stages import TilingMixin, cleaner_tiles, pad, predict, put_colour
 from milo_latent.diffbir.swinir import SwinIR
 from milo_latent.diffbir.versions import Release, version_of
-from milo_latent.guidance.base import guided_run, split_guides
-from milo_latent.guidance.x0 import guide_model_output
+from milo_latent.guidance.base import split_guides
+from milo_latent.guidance.x0 import guide_model_output, guided_run
 from milo_latent.latents.codec import decode_latents, encode_image, vae_scale_factor
 from milo_latent.metric.network import MILO
 

@@ -9,14 +9,9 @@ from golden import golden, golden_pipeline, numbered, part, relative, scheduler_
 from replay import replayed_noise
 
 from milo_latent.diffbir.sampling import controlled_output
-from milo_latent.guidance.base import guided_run
-from milo_latent.guidance.region_adaptive import (
-    RegionAdaptiveGuidance,
-    flatness,
-    official_step,
-    posterior_mean_coefficient,
-)
-from milo_latent.guidance.x0 import guide_model_output
+from milo_latent.guidance.curriculum import flatness
+from milo_latent.guidance.region_adaptive import RegionAdaptiveGuidance
+from milo_latent.guidance.x0 import guide_model_output, guided_run, official_step, posterior_mean_coefficient
 from milo_latent.latents.codec import scale_latents
 from milo_latent.testing import generator
 

@@ -7,30 +7,26 @@ have `active(progress, timestep)`, `bind(pipeline)` and `end()`, which `Guide` e
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
-from milo_latent.guidance.coefficients import scheduler_family
-from milo_latent.guidance.hook import Attached, attach_guide, find_attached
-from milo_latent.guidance.reference import match_reference
-
-CLIPPING = ("clip_sample", "thresholding")  # names in the configurations of schedulers
+from milo_latent.guidance.hook import SchedulerHook, find_hook
+from milo_latent.guidance.x0 import check_scheduler
 
 
 class Guide(PipelineCallback):
-    """Base class of guides, which can be attached to any pipeline; subclasses implement `guide_x0`.
+    """Base class of guides that can be attached to any pipeline; subclasses implement `guide_x0`.
 
     Args:
         reference_latents: r, (B, C, h, w) or (1, C, h, w); None where the pipeline knows them.
     """
 
     tensor_inputs = ["latents"]  # noqa: RUF012
-    reference_latents: Tensor | None = None
     _reference: Tensor | None = None  # of the current run
 
     def __init__(self, reference_latents: Tensor | None = None) -> None:
@@ -38,11 +34,11 @@ class Guide(PipelineCallback):
         self.reference_latents = None if reference_latents is None else reference_latents.detach()
 
     def guide_x0(self, x0: Tensor, *, progress: float, timestep: float) -> Tensor:
-        """Return the guided clean estimate of one step, as a new tensor; `x0` itself leaves the step as it is.
+        """Return the guided clean estimate of a step as a new tensor; returning `x0` itself leaves the step as it is.
 
         Args:
             x0: `pred_original_sample`, (B, C, h, w) float32; it must not be changed in place.
-            progress: share of the run's steps already done, from 0 in the first step to 1 in the last.
+            progress: 0 in the first step of the run, 1 in the last.
             timestep: as passed to `scheduler.step`.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement `guide_x0`.")
@@ -55,62 +51,49 @@ class Guide(PipelineCallback):
         """Raise ValueError if this guide cannot act on `pipeline`; called before each run."""
 
     def start(self, reference: Tensor, num_steps: int) -> None:
-        """Begin a run.
-
-        Args:
-            reference: the pipeline's reference latents, (B, C, h, w); the guide's own ones come first.
-            num_steps: number of calls of `scheduler.step` in the whole run.
-        """
+        """Begin a run of `num_steps` steps; the guide's own reference latents, if any, replace the pipeline's."""
         own = self.reference_latents
         self._reference = (reference if own is None else own.to(reference.device)).detach().float()
 
     def end(self) -> None:
-        """End the run: nothing of it is kept."""
+        """End the run, and let go of its tensors."""
         self._reference = None
 
-    def reference_for(self, x0: Tensor) -> Tensor:
-        """Return the reference latents of the current run, in the shape of `x0` and on its device.
-
-        Raises:
-            RuntimeError: outside a run.
-            ValueError: if the reference latents do not fit `x0`.
-        """
+    @property
+    def reference(self) -> Tensor:
+        """Reference latents of the current run, (B or 1, C, h, w) float32; RuntimeError outside a run."""
         if self._reference is None:
             raise RuntimeError(
                 "Expected a run to be going on, got none. Pass `callback_on_step_end=guide` to DiffBIRPipeline, or use "
                 "`with guide.attach(pipe):`. A guide serves one run at a time."
             )
-        return match_reference(self._reference, x0)
+        return self._reference
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the guided x0, or, if called with the four arguments of diffusers' callbacks, what those return."""
+        """Return the guided x0, or serve as a callback if called with a callback's four arguments."""
         return self.guide_x0(*args, **kwargs) if len(args) == 1 else self.callback_fn(*args, **kwargs)
 
     @contextmanager
     def attach(self, pipeline: DiffusionPipeline) -> Iterator[Self]:
-        """Guide every step of any pipeline called inside this block, by a hook before its scheduler's `step`.
-
-        Args:
-            pipeline: with a `scheduler`; it is left as it was, also when a call fails.
+        """Guide every step of the pipeline inside this block, which leaves it as it was, also when a call fails.
 
         Raises:
             ValueError: without reference latents, for an unknown scheduler, a pipeline that this guide cannot act on,
                 or a scheduler to which this guide is attached already.
         """
-        scheduler = pipeline.scheduler
-        left = find_attached(self, scheduler)
-        if left is not None and not left.plain:
+        scheduler, hook = pipeline.scheduler, find_hook(pipeline.scheduler)
+        if hook and self in hook.passing:  # a run that failed left it behind
+            hook.remove(self)
+        elif hook and self in hook.guides:
             raise ValueError(
                 f"Expected a scheduler without this {type(self).__name__}, got one that it is attached to already, "
                 "so it would pull twice. Attach once, and to one at a time of the pipelines that share a scheduler."
             )
-        if left is not None:  # a run that failed left it behind
-            left.detach()
-        attached = self._attach(pipeline)
+        hook = self._attach(pipeline)
         try:
             yield self
         finally:
-            attached.detach()
+            hook.remove(self)
             if pipeline.scheduler is not scheduler:
                 warnings.warn(
                     "The scheduler was replaced inside `with guide.attach(pipe):`, so the new one was not guided. "
@@ -121,15 +104,12 @@ class Guide(PipelineCallback):
     def callback_fn(
         self, pipeline: DiffusionPipeline, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Guide the steps that follow this one; do nothing if the guide is attached to the pipeline.
-
-        Arguments, returned value and moment are those of diffusers' callbacks; errors are those of `attach`.
-        """
-        attached = find_attached(self, pipeline.scheduler)
-        over = step_index >= pipeline.num_timesteps - 1 or getattr(pipeline, "_interrupt", False)
-        if over and attached is not None and attached.plain:
-            attached.detach()
-        elif not over and attached is None:
+        """Guide the steps after this one, unless the guide is attached; arguments and result are diffusers'."""
+        hook = find_hook(pipeline.scheduler)
+        if step_index >= pipeline.num_timesteps - 1 or getattr(pipeline, "_interrupt", False):
+            if hook and self in hook.passing:
+                hook.remove(self)
+        elif not hook or self not in hook.guides:
             warnings.warn(
                 f"As a plain callback {type(self).__name__} acts from the second step on. "
                 "Use `with guide.attach(pipe):`.",
@@ -138,73 +118,36 @@ class Guide(PipelineCallback):
             self._attach(pipeline, done=step_index + 1)
         return callback_kwargs
 
-    def _attach(self, pipeline: DiffusionPipeline, *, done: int = 0) -> Attached:
+    def _attach(self, pipeline: DiffusionPipeline, *, done: int = 0) -> SchedulerHook:
         if self.reference_latents is None:
             raise ValueError(
                 "Expected `reference_latents` for a pipeline that knows none, got none. "
-                f"Pass them to {type(self).__name__}, which encodes none by itself."
+                f"Pass them to {type(self).__name__}, which encodes nothing."
             )
         check_scheduler(pipeline.scheduler)
         self.bind(pipeline)
-        return attach_guide(self, pipeline, done=done)
+        hook = find_hook(pipeline.scheduler) or SchedulerHook(pipeline)
+        hook.add(self, done=done)
+        return hook
 
 
 def split_guides(callback: Any, pipeline: DiffusionPipeline) -> tuple[list[Any], Any]:
-    """Part the guides from the other callbacks that a pipeline was given, and check that they can act on it.
+    """Part the guides from the other callbacks, for pipelines that guide their steps themselves.
 
     Args:
-        callback: `callback_on_step_end`: a guide, another callback, or several as a list or `MultiPipelineCallbacks`.
-        pipeline: that calls this, to guide its steps itself.
+        callback: a guide, another callback, or several as a list or `MultiPipelineCallbacks`.
+        pipeline: ValueError is raised for guides that cannot act on it; those attached to it are left out.
 
     Returns:
-        The guides, without those that are attached to the pipeline and so act already, and the other callbacks: None,
-        one, or `MultiPipelineCallbacks`.
-
-    Raises:
-        ValueError: if one of them cannot guide `pipeline`.
+        The guides, and the other callbacks: None, one, or `MultiPipelineCallbacks`.
     """
     several = callback.callbacks if isinstance(callback, MultiPipelineCallbacks) else callback
-    callbacks = list(several) if isinstance(several, list | tuple) else [callback]
+    callbacks = [each for each in (several if isinstance(several, list) else [several]) if each is not None]
     guides = [each for each in callbacks if callable(getattr(each, "start", None))]
-    others = [each for each in callbacks if each not in guides and each is not None]
-    if guides:
-        check_scheduler(pipeline.scheduler)
+    others = [each for each in callbacks if each not in guides]
     for guide in guides:
-        if hasattr(guide, "bind"):
-            guide.bind(pipeline)
-    attached = [find_attached(guide, pipeline.scheduler) for guide in guides]
-    guides = [guide for guide, each in zip(guides, attached, strict=True) if each is None or each.plain]
+        check_scheduler(pipeline.scheduler)
+        getattr(guide, "bind", lambda pipeline: None)(pipeline)
+    hook = find_hook(pipeline.scheduler)
+    guides = [each for each in guides if not hook or each not in hook.guides or each in hook.passing]
     return guides, MultiPipelineCallbacks(others) if len(others) > 1 else next(iter(others), None)
-
-
-@contextmanager
-def guided_run(guides: Iterable[Any], reference_latents: Tensor, num_steps: int) -> Iterator[None]:
-    """Start the guides, and end them with this block, in which `guide_model_output` calls them.
-
-    Args:
-        guides: of a run.
-        reference_latents: r, (B, C, h, w).
-        num_steps: number of calls of `scheduler.step` in the whole run.
-    """
-    try:
-        for guide in guides:
-            guide.start(reference_latents, num_steps)
-        yield
-    finally:
-        for guide in guides:
-            if hasattr(guide, "end"):
-                guide.end()
-
-
-def check_scheduler(scheduler: SchedulerMixin) -> None:
-    """Raise ValueError unless `scheduler` is known; warn if it clips the clean estimate after guidance."""
-    scheduler_family(scheduler)
-    active = [name for name in CLIPPING if scheduler.config.get(name)]
-    if active:
-        off = ", ".join(f"{name}=False" for name in active)
-        name = type(scheduler).__name__
-        warnings.warn(
-            f"{name} has {' and '.join(active)} on, which clips the clean estimate after guidance; latents reach "
-            f"beyond that range. Switch it off: pipe.scheduler = {name}.from_config(pipe.scheduler.config, {off}).",
-            stacklevel=4,
-        )

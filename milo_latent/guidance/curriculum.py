@@ -8,9 +8,11 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from milo_latent.checks import check_batch, check_choice, check_range
 
+GRAY = (0.2989, 0.5870, 0.1140)  # weights of R, G and B in DiffBIR's official code
 LEVELS = 4  # of MILO: its mask lies in (0, LEVELS)
 Schedule = Literal["constant", "linear", "cosine"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
@@ -78,3 +80,22 @@ def curriculum_weight(mask: Tensor, progress: float, *, schedule: AnySchedule = 
     mean = weight.mean(dim=(1, 2, 3), keepdim=True)
     # far-off inputs drive the mask wholly to 0 or to LEVELS, which leaves nothing to prefer: then all weigh alike
     return torch.where(mean > 0, weight / mean.clamp(min=torch.finfo(mean.dtype).tiny), torch.ones_like(weight))
+
+
+def flatness(image: Tensor) -> Tensor:
+    """Return 1 where an image is flat and 0 at strong edges: 1 - tanh(sum of Sobel magnitudes in each 2x2 block).
+
+    Args:
+        image: (B, 3, H, W), in [0, 1].
+
+    Returns:
+        Weight, (B, 1, H, W), constant in each block.
+
+    Source: DiffBIR, equation 6.
+    """
+    gray = (image * image.new_tensor(GRAY).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    smooth, slope = image.new_tensor([1.0, 2.0, 1.0]), image.new_tensor([1.0, 0.0, -1.0])
+    kernels = torch.stack([torch.outer(smooth, slope), torch.outer(slope, smooth)])[:, None]  # (2, 1, 3, 3)
+    gradient = F.conv2d(F.pad(gray, (1, 1, 1, 1), mode="replicate"), kernels)
+    edges = F.avg_pool2d(gradient.norm(dim=1, keepdim=True), 2, ceil_mode=True, divisor_override=1).tanh()
+    return 1.0 - F.interpolate(edges, scale_factor=2)[..., : image.shape[2], : image.shape[3]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from numbers import Real
@@ -15,7 +14,7 @@ from torch import Tensor
 from milo_latent.checks import check_batch, check_choice, check_finite, check_range, check_region
 from milo_latent.guidance.base import Guide
 from milo_latent.guidance.curriculum import AnySchedule, check_schedule, curriculum_weight
-from milo_latent.guidance.reference import check_latent_space, encode_reference, match_region
+from milo_latent.guidance.reference import check_latent_space, encode_reference, match_reference, match_region
 from milo_latent.guidance.trace import GuidanceTrace
 from milo_latent.guidance.x0 import OBJECTIVES, Objective, gradient_push, masked_pull
 from milo_latent.metric.network import MILO, check_metric
@@ -27,31 +26,27 @@ MODES: tuple[str, ...] = get_args(Mode)
 class MILOGuidance(Guide):
     """Pull the clean estimate of every denoising step to reference latents, where and when MILO's curriculum says.
 
-    Give it as `callback_on_step_end` to `DiffBIRPipeline`, which knows its reference latents and guides every step.
-    Around a stock pipeline use `with guide.attach(pipe):`. As a plain callback of a stock pipeline it misses the first
-    step. Nothing is decoded.
+    Give it as `callback_on_step_end` to `DiffBIRPipeline`, which knows its reference latents; around other pipelines
+    use `with guide.attach(pipe):`. Nothing is decoded.
 
     Args:
         metric: MILO_L for the pipeline's latents; it is moved to the latents' device, and computes in float32.
-        milo_scale: s, or a function of the timestep. Mode *mask*: in [0, 1], the mean fraction of the way to the
-            reference latents in each step; mode *metric*: >= 0, the length of the push in lengths of that way. 0
-            changes no bit.
-        schedule: of the curriculum: "constant", "linear", "cosine", or a function from progress to alpha in [0, 1].
-        start: fraction of the denoising steps at which guidance begins.
-        stop: fraction at which it ends.
+        milo_scale: s, or a function of the timestep: in the mode *mask* the mean fraction of the way to r in each step,
+            in [0, 1]; in the mode *metric* the length of the push in lengths of that way, >= 0. 0 changes no bit.
+        schedule: "constant", "linear", "cosine", or a function from progress to alpha in [0, 1].
+        start, stop: guided interval, as fractions of the denoising steps.
         reference_latents: r, (B, C, h, w) or (1, C, h, w); may be left out for `DiffBIRPipeline`.
         mode: "mask", x0 + min(s * W, 1) * (r - x0), or "metric", x0 - s * n(grad of the objective).
-        objective: of the mode *metric*: "weighted", mean(W * |x0 - r|), or "milo", the raw error E, whose gradient can
-            close the mask instead of the difference.
-        region: where to guide, (B or 1, 1, h, w), >= 0: the change is multiplied by it; None guides everywhere alike.
+        objective: "weighted", mean(W * |x0 - r|), or "milo", the error E, whose gradient can close the mask rather than
+            the difference.
+        region: factor of the change, (B or 1, 1, h, w), >= 0; None guides everywhere alike.
         trace: whether to record each step; `guide.trace` is the record of the latest run.
 
     Raises:
         TypeError: if `metric` is no MILO.
         ValueError: for values outside their range.
 
-    Source: own (design, section 4). The idea of the curriculum is MILO's (ACM TOG 44(6), 2025); `curriculum_weight`
-    says what of it is our reading.
+    Source: own; the idea of the curriculum is MILO's (ACM TOG 44(6), 2025), its formula ours (`curriculum_weight`).
     """
 
     def __init__(
@@ -72,10 +67,9 @@ class MILOGuidance(Guide):
         check_metric(metric)
         check_choice("mode", mode, MODES)
         check_choice("objective", objective, OBJECTIVES)
-        self.mode, self.objective = mode, objective
+        self.mode: Mode = mode
         if not callable(milo_scale):
-            self._check_scale(milo_scale)
-            milo_scale = float(milo_scale)
+            milo_scale = self._checked(milo_scale)
         check_schedule(schedule)
         check_range("start", start, 0.0, 1.0, "It is a fraction of the denoising steps.")
         check_range("stop", stop, start, 1.0, "It is a fraction of the denoising steps, not before `start`.")
@@ -89,7 +83,7 @@ class MILOGuidance(Guide):
             objective=objective,
         )  # fmt: skip
         self.metric, self.region, self.milo_scale, self.schedule = metric, region, milo_scale, schedule
-        self.interval = (start, stop)
+        self.interval, self.objective = (start, stop), objective
         self.trace: GuidanceTrace | None = GuidanceTrace() if trace else None
 
     reference_from_image = staticmethod(encode_reference)
@@ -101,9 +95,7 @@ class MILOGuidance(Guide):
     def start(self, reference: Tensor, num_steps: int) -> None:
         """Begin a run: check the reference latents, move the metric to their device, and empty the trace."""
         super().start(reference, num_steps)
-        assert self._reference is not None
-        check_batch("reference_latents", self._reference, self.metric.config.channels)
-        check_finite("reference_latents", self._reference)
+        check_finite("reference_latents", self.reference)
         with torch.inference_mode(False):  # weights moved inside it could never again take part in a gradient
             self.metric.to(reference.device).float()
         if self.trace is not None:
@@ -117,12 +109,13 @@ class MILOGuidance(Guide):
     def guide_x0(self, x0: Tensor, *, progress: float, timestep: float) -> Tensor:
         """Return the guided x0, (B, C, h, w) float32; `x0` itself outside the interval and at scale 0."""
         start, stop = self.interval
-        scale = self._scale_at(timestep) if start <= progress <= stop else 0.0
+        scale = self.milo_scale if start <= progress <= stop else 0.0
+        scale = self._checked(float(scale(timestep))) if callable(scale) else scale
         if scale == 0.0 and self.trace is None:
             return x0
         within = min(max((progress - start) / (stop - start), 0.0), 1.0) if stop > start else 1.0
         find_weight = partial(curriculum_weight, progress=within, schedule=self.schedule)
-        reference, region = self.reference_for(x0), match_region(self.region, x0)
+        reference, region = match_reference(self.reference, x0), match_region(self.region, x0)
         if self.mode == "mask":
             with torch.no_grad():
                 mask = self.metric.mask(dist=x0, ref=reference)  # (B, 1, h, w)
@@ -130,35 +123,20 @@ class MILOGuidance(Guide):
             guided, applied = masked_pull(x0, reference, weight, milo_scale=scale), (scale * weight).clamp(max=1.0)
         else:
             pushed, mask = gradient_push(
-                x0,
-                reference,
-                find_mask=lambda dist, ref: self.metric.mask(dist=dist, ref=ref),
-                find_weight=find_weight,
-                milo_scale=scale,
+                x0, reference, find_mask=self.metric.mask, find_weight=find_weight, milo_scale=scale,
                 objective=self.objective,
-            )
+            )  # fmt: skip
             guided, applied = x0 + region * (pushed - x0), (scale * region).expand_as(mask)
         if self.trace is not None:
-            self.trace.record(
-                timestep=timestep, scale=scale, pred_original_sample=x0, guided=guided, reference_latents=reference,
-                mask=mask, weight=applied,
-            )  # fmt: skip
+            self.trace.record(timestep, scale, x0=x0, guided=guided, reference=reference, mask=mask, weight=applied)
         return x0 if scale == 0.0 else guided
 
-    def _scale_at(self, timestep: float) -> float:
-        if not callable(self.milo_scale):
-            return self.milo_scale
-        scale = float(self.milo_scale(timestep))
-        self._check_scale(scale)
-        return scale
-
-    def _check_scale(self, scale: float) -> None:
+    def _checked(self, scale: float) -> float:
         if not isinstance(scale, Real):
             raise ValueError(f"Expected `milo_scale` as a number or a function of the timestep, got {scale!r}.")
-        if self.mode == "mask":
-            check_range("milo_scale", scale, 0.0, 1.0, "It is the mean fraction of the way to the reference latents.")
-        elif not (scale >= 0 and math.isfinite(scale)):
-            raise ValueError(f"Expected `milo_scale` of at least 0, got {scale}. It is the length of the push.")
+        high, meaning = (1.0, "mean fraction of") if self.mode == "mask" else (1e6, "length of the push over that of")
+        check_range("milo_scale", scale, 0.0, high, f"It is the {meaning} the way to the reference latents.")
+        return float(scale)
 
 
 def _for_config(value: Any) -> Any:

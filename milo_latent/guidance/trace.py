@@ -63,12 +63,12 @@ class GuidanceTrace:
 
     def record(
         self,
-        *,
         timestep: float,
         scale: float,
-        pred_original_sample: Tensor,
+        *,
+        x0: Tensor,
         guided: Tensor,
-        reference_latents: Tensor,
+        reference: Tensor,
         mask: Tensor,
         weight: Tensor,
     ) -> None:
@@ -77,13 +77,13 @@ class GuidanceTrace:
         Args:
             timestep: as passed to the scheduler.
             scale: the strength in this step.
-            pred_original_sample: x0 before guidance, (B, C, h, w).
-            guided: x0 after it, (B, C, h, w).
-            reference_latents: r, (B, C, h, w).
+            x0: clean estimate before guidance, (B, C, h, w).
+            guided: clean estimate after it, (B, C, h, w).
+            reference: r, (B, C, h, w).
             mask: M, (B, 1, h, w).
             weight: what the difference is multiplied by, (B, 1, h, w).
         """
-        difference = reference_latents - pred_original_sample
+        difference = reference - x0
         way = difference.flatten(1).norm(dim=1).clamp(min=1e-12)
         size = (min(mask.shape[2], THUMBNAIL), min(mask.shape[3], THUMBNAIL))
         self.steps.append(
@@ -93,7 +93,7 @@ class GuidanceTrace:
                 scale=scale,
                 error=pixel_mean(visible_error(mask, dist=pred_original_sample, ref=reference_latents)).cpu(),
                 weight=weight.mean(dim=(1, 2, 3)).cpu(),
-                change=((guided - pred_original_sample).flatten(1).norm(dim=1) / way).cpu(),
+                change=((guided - x0).flatten(1).norm(dim=1) / way).cpu(),
                 mask=(F.adaptive_avg_pool2d(mask, size) / LEVELS).cpu(),
             )
         )

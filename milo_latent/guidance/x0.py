@@ -7,19 +7,23 @@ scheduler is handed the output that predicts the guided x0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Literal, get_args
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
 from milo_latent.checks import check_choice, check_range
-from milo_latent.guidance.coefficients import StepCoefficients, Timestep, step_coefficients
+from milo_latent.guidance.coefficients import StepCoefficients, Timestep, scheduler_family, step_coefficients
 
 Objective = Literal["weighted", "milo"]
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 SMALLEST = 1e-12  # a norm below this is taken as 0, which has no direction
+PROBE = 1e-2  # distance at which a decoder's slope is measured, in lengths of x0
+OFFICIAL_FACTOR = 3000.0  # by which DiffBIR's official code multiplies its scale
 
 
 def guide_model_output(
@@ -57,6 +61,32 @@ def guide_model_output(
     for guide in acting:
         guided = guide(guided, progress=progress, timestep=time)
     return model_output if guided is x0 else shift_model_output(model_output, guided - x0, coefficients)
+
+
+@contextmanager
+def guided_run(guides: Iterable[Any], reference_latents: Tensor, num_steps: int) -> Iterator[None]:
+    """Start the guides for a run of `num_steps` calls of `guide_model_output`, and end them with this block."""
+    try:
+        for guide in guides:
+            guide.start(reference_latents, num_steps)
+        yield
+    finally:
+        for guide in guides:
+            if hasattr(guide, "end"):
+                guide.end()
+
+
+def check_scheduler(scheduler: SchedulerMixin) -> None:
+    """Raise ValueError unless `scheduler` is known; warn if it clips the clean estimate after guidance."""
+    scheduler_family(scheduler)
+    active = [name for name in ("clip_sample", "thresholding") if scheduler.config.get(name)]
+    if active:
+        off, name = ", ".join(f"{each}=False" for each in active), type(scheduler).__name__
+        warnings.warn(
+            f"{name} has {' and '.join(active)} on, which clips the clean estimate after guidance; latents reach "
+            f"beyond that range. Switch it off: pipe.scheduler = {name}.from_config(pipe.scheduler.config, {off}).",
+            stacklevel=4,
+        )
 
 
 def predict_original_sample(model_output: Tensor, sample: Tensor, coefficients: StepCoefficients) -> Tensor:
@@ -125,7 +155,7 @@ def gradient_push(
     pred_original_sample: Tensor,
     reference_latents: Tensor,
     *,
-    find_mask: Callable[[Tensor, Tensor], Tensor],
+    find_mask: Callable[..., Tensor],
     find_weight: Callable[[Tensor], Tensor],
     milo_scale: float,
     objective: Objective = "weighted",
@@ -141,7 +171,7 @@ def gradient_push(
     Args:
         pred_original_sample: x0, (B, C, h, w).
         reference_latents: r, (B, C, h, w).
-        find_mask: MILO's mask M, (B, 1, h, w), of x0 and r.
+        find_mask: MILO's mask M, (B, 1, h, w), of `dist` and `ref`, such as `metric.mask`.
         find_weight: W, (B, 1, h, w), of M.
         milo_scale: s >= 0, the length of the push in lengths of the way to r.
         objective: "weighted", mean(W * |x0 - r|), or "milo", the raw error E = mean(M * |x0 - r|).
@@ -159,12 +189,83 @@ def gradient_push(
     with torch.inference_mode(False), torch.enable_grad():  # tensors made in inference mode take part as copies only
         leaf = pred_original_sample.detach().clone().requires_grad_(True)
         reference = reference_latents.detach().clone()
-        mask = find_mask(leaf, reference)
+        mask = find_mask(dist=leaf, ref=reference)
         weight = find_weight(mask) if objective == "weighted" else mask
         error = (weight * (leaf - reference).abs()).mean(dim=(1, 2, 3))
         (gradient,) = torch.autograd.grad(error.sum(), leaf)
     difference = reference - leaf.detach()
     gradient = gradient * difference.abs()
-    way, length = (each.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for each in (difference, gradient))
+    way, length = _norm(difference), _norm(gradient)
     push = torch.where(length > SMALLEST, gradient * (way / length.clamp(min=SMALLEST)), 0.0)
     return leaf.detach() - milo_scale * push, mask.detach()
+
+
+def decoder_push(
+    x0: Tensor,
+    target: Tensor,
+    weight: Tensor | float,
+    *,
+    decode: Callable[[Tensor], Tensor],
+    scale: float,
+    official: bool = False,
+) -> Tensor:
+    """Return what moves x0 downhill in mean(weight * (target - decode(x0))^2), through the decoder.
+
+    Args:
+        x0: (B, C, h, w).
+        target: image, (B or 1, 3, H, W), in the range of `decode`.
+        weight: (B or 1, 1, H, W), or 1.
+        decode: from latents to images.
+        scale: fraction of the step that would minimise the loss if the decoder were linear, or the official s.
+        official: whether to step as far as the official code does.
+
+    Returns:
+        (B, C, h, w). Gradients are taken in `torch.inference_mode` too.
+
+    Source: DiffBIR, diffbir/utils/cond_fn.py of release v2.0.0; the length of the step without `official` is own.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = x0.detach().clone().requires_grad_(True)
+        decoded = decode(leaf)
+        way = (target.clone() - decoded).detach()
+        wanted = official_step(way, weight, scale) if official else weight * way
+        (push,) = torch.autograd.grad(decoded, leaf, wanted)  # the decoder's transposed Jacobian times `wanted`
+    if official:
+        return push
+    probe = PROBE * _norm(x0) / _norm(push).clamp(min=SMALLEST)
+    with torch.no_grad():
+        slope = (decode(x0 + probe * push) - decoded.detach()) / probe.clamp(min=SMALLEST)
+    curvature = (weight * slope.square()).sum(dim=(1, 2, 3), keepdim=True)
+    return push * (scale * _norm(push).square() / curvature.clamp(min=SMALLEST))
+
+
+def official_step(way: Tensor, weight: Tensor | float, scale: float) -> Tensor:
+    """Return minus the official gradient, 3000 * scale times that of mean(weight * way^2), for each item of a batch.
+
+    Args:
+        way: target - estimate, (B, C, H, W).
+        weight: (B, 1, H, W), or 1.
+        scale: s.
+    """
+    return (2.0 * OFFICIAL_FACTOR * scale / way[0].numel()) * weight * way
+
+
+def posterior_mean_coefficient(scheduler: Any, timestep: int) -> float:
+    """Return the factor of x0 in the mean of DDPM's posterior of the next sample (Ho et al. 2020, equation 7).
+
+    Raises:
+        ValueError: for a scheduler without `previous_timestep`.
+    """
+    if not hasattr(scheduler, "previous_timestep"):
+        raise ValueError(
+            f"Expected a DDPM scheduler for the official scaling, got {type(scheduler).__name__}. "
+            "Leave `compatibility` out, or set `pipe.scheduler` to SpacedScheduler."
+        )
+    previous = int(scheduler.previous_timestep(timestep))
+    signal = float(scheduler.alphas_cumprod[timestep])
+    signal_next = float(scheduler.alphas_cumprod[previous]) if previous >= 0 else 1.0
+    return signal_next**0.5 * (1.0 - signal / signal_next) / (1.0 - signal)
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    return tensor.flatten(1).norm(dim=1).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
