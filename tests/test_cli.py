@@ -235,7 +235,7 @@ def test_bad_files_give_one_line_and_no_output(restore, tmp_path, capsys, kind):
     ("arguments", "match"),
     [
         (["-o", "absent/a.png"], "absent, which does not exist"),
-        (["-o", "a.txt"], "image suffix"),
+        (["-o", "a.txt"], "ends in one of"),
         (["--guidance", "2"], "`milo_scale` in [0, 1]"),
         (["--guidance", "nan"], "`milo_scale` in [0, 1]"),
         (["--steps", "0"], "at least 1"),

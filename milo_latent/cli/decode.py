@@ -26,8 +26,9 @@ def run(options: argparse.Namespace) -> str:
     from milo_latent.latents.files import decode_file, decode_folder, load_vae
 
     hide_loading_bar()
+    vae = load_vae(options.model)
     if options.input.is_dir():
-        count, skipped = decode_folder(load_vae(options.model), options.input, options.output, tile=options.tile)
+        count, skipped = decode_folder(vae, options.input, options.output, tile=options.tile)
         return f"decode: {count} latents of {options.input} -> {options.output} ({skipped} were there already)"
-    width, height = decode_file(load_vae(options.model), options.input, options.output, tile=options.tile)
+    width, height = decode_file(vae, options.input, options.output, tile=options.tile)
     return f"decode: {options.input} -> {options.output} ({width}x{height})"

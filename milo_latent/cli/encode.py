@@ -34,17 +34,9 @@ def run(options: argparse.Namespace) -> str:
     from milo_latent.latents.files import encode_file, encode_folder, load_vae
 
     hide_loading_bar()
+    vae, how = load_vae(options.model), {"vae_name": options.model, "tile": options.tile}
     if options.input.is_dir():
-        count, skipped = encode_folder(
-            load_vae(options.model),
-            options.input,
-            options.output,
-            suffix=options.format,
-            vae_name=options.model,
-            tile=options.tile,
-        )
+        count, skipped = encode_folder(vae, options.input, options.output, suffix=options.format, **how)
         return f"encode: {count} photos of {options.input} -> {options.output} ({skipped} were there already)"
-    shape = encode_file(
-        load_vae(options.model), options.input, options.output, vae_name=options.model, tile=options.tile
-    )
+    shape = encode_file(vae, options.input, options.output, **how)
     return f"encode: {options.input} -> {options.output} {shape}"

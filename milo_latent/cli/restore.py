@@ -64,14 +64,17 @@ def _add_diffusion_settings(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> str:
     """Restore; return the line to print."""
-    from milo_latent.restoration.files import check_files, restore_file, restore_folder
+    from milo_latent.files import IMAGE_SUFFIXES, check_output
+    from milo_latent.restoration.files import restore_file, restore_folder
     from milo_latent.restoration.restore import restore
     from milo_latent.restoration.restorer import load_restorer
 
     folder = options.input.is_dir()
     output = options.output or _beside(options.input, folder=folder)
     if not folder:
-        check_files(options.input, output)
+        if not options.input.is_file():
+            raise FileNotFoundError(f"Expected a photo or a folder, got {options.input}, which does not exist.")
+        check_output(output, IMAGE_SUFFIXES)
     hide_loading_bar()
     pipe = load_restorer(options.model, device=options.device, dtype=to_dtype(options.dtype), metric=options.metric)
     settings = _settings(options).resolve(pipe)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -40,7 +39,12 @@ class YuNet:
             raise FileNotFoundError(
                 f"Expected YuNet's .onnx file, got {path}, which does not exist. It is at {WEIGHTS}."
             )
-        cv2 = _import_opencv()
+        try:
+            cv2 = importlib.import_module("cv2")
+        except ImportError as error:
+            raise ImportError(
+                f"Finding faces needs OpenCV ({error}). {INSTALL}. Or pass any function from an image to faces."
+            ) from error
         try:
             self._network = cv2.FaceDetectorYN.create(str(path), "", (320, 320), score_threshold=score_threshold)
         except cv2.error as error:
@@ -68,12 +72,3 @@ def to_face(row: np.ndarray) -> Face:
     left, top, width, height = (float(value) for value in row[:4])
     landmarks = torch.from_numpy(np.array(row[4:14], dtype=np.float64).reshape(5, 2))
     return Face((left, top, width, height), landmarks, float(row[14]))
-
-
-def _import_opencv() -> ModuleType:
-    try:
-        return importlib.import_module("cv2")
-    except ImportError as error:
-        raise ImportError(
-            f"Finding faces needs OpenCV ({error}). {INSTALL}. Or pass any detector: a function from an image to faces."
-        ) from error

@@ -8,24 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from milo_latent.files import ALPHA_SUFFIXES, IMAGE_SUFFIXES, process_folder, read_photo, write_image
+from milo_latent.files import ALPHA_SUFFIXES, IMAGE_SUFFIXES, check_output, process_folder, read_photo, write_image
 from milo_latent.pictures import LUMA
 from milo_latent.restoration.faces import Restore
-
-
-def check_files(photo: Path, output: Path) -> None:
-    """Raise unless there is a photo, and an image can be written to `output`, before anything is computed.
-
-    Raises:
-        FileNotFoundError: if there is no such photo, or no folder for `output`.
-        ValueError: if the suffix of `output` is not that of an image.
-    """
-    if not photo.is_file():
-        raise FileNotFoundError(f"Expected a photo or a folder of photos, got {photo}, which does not exist.")
-    if output.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"Expected an image suffix, one of {sorted(IMAGE_SUFFIXES)}, got {output.name!r}.")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"Expected a folder to write into, got {output.parent}, which does not exist.")
 
 
 def restore_file(photo: Path, output: Path, restore: Restore) -> tuple[str, str]:
@@ -43,7 +28,7 @@ def restore_file(photo: Path, output: Path, restore: Restore) -> tuple[str, str]
         FileNotFoundError: if there is no such photo, or no folder for `output`.
         ValueError: if the photo is damaged, or the suffix of `output` not that of an image.
     """
-    check_files(photo, output)
+    check_output(output, IMAGE_SUFFIXES)
     image, alpha = read_photo(photo)
     restored = restore(image)
     if torch.equal(image, image[:, :1].expand_as(image)):  # a grey photo

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -22,44 +22,34 @@ from milo_latent.guidance.milo import MILOGuidance
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
 from milo_latent.restoration.faces import Detector
 
-STEPS, MILO_SCALE, SCHEDULE = 4, 0.5, "cosine"
+# an official DiffBIR has its own steps and options, those of its README's commands
+DEFAULTS: Mapping[str, Any] = {
+    "milo_scale": 0.5, "schedule": "cosine", "steps": 4, "guidance_scale": 1.0, "rescale_cfg": False,
+    "guidance_rescale": 0.0, "controlnet_conditioning_scale": 1.0, "start_point": "noise", "noise_aug": 0,
+    "color_fix": "wavelet", "eta": 0.0,
+}  # fmt: skip
 # the fields used here; `DiffBIRPipeline.__call__` is given all others by their names
 OWN = frozenset({"task", "milo_scale", "schedule", "steps", "upscale", "seed", "tile", "detector"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class RestorationSettings:
-    """How photos are restored.
-
-    None stands for the default. A converted official DiffBIR takes the settings of its README's commands; other models
-    take the values below, and the defaults of `DiffBIRPipeline.__call__`.
+    """How photos are restored; None stands for the default.
 
     Args:
         task: "denoise" keeps the size, "sr" enlarges, "face" takes an aligned face, as in FFHQ, "unaligned_face" a
             photo with faces in it; the default is the task that the model was converted for, or "denoise".
-        milo_scale: strength of MILO guidance, in [0, 1]; 0 switches it off. The default is 0.5, or 0 where the model
-            has no metric.
-        schedule: curriculum of the guidance, "constant", "linear" or "cosine" (the default).
-        steps: denoising steps; the default is 4.
+        milo_scale: strength of MILO guidance, in [0, 1]; 0 switches it off, the default where the model has no metric.
+        schedule: curriculum of the guidance, "constant", "linear" or "cosine".
+        steps: denoising steps.
         upscale: how much larger the result is; the default is 4 for "sr", 2 for "unaligned_face", else 1.
         seed: the same seed gives the same result; each image of a batch is restored as it would be alone. A sequence
             holds one seed for each image.
         tile: side in pixels of the tiles that larger images are restored in, at least 320; by default they are restored
             whole, or as the pipeline's `enable_tiling` says.
         detector: finds the faces of "unaligned_face", such as `milo_latent.restoration.face_detector.YuNet(path)`.
-        prompt: what the photo shows, for models with a text encoder.
-        negative_prompt: what the result should not be.
-        prompt_embeds: instead of `prompt`, (B or 1, tokens, width).
-        negative_prompt_embeds: instead of `negative_prompt`.
-        guidance_scale: of classifier-free guidance; 1 switches it off.
-        rescale_cfg: whether `guidance_scale` is reached only at the end of sampling, from 1 at its start.
-        guidance_rescale: share of the standard deviation added by classifier-free guidance that is removed, in [0, 1].
-        controlnet_conditioning_scale: how strictly the result follows the cleaned image.
-        start_point: "noise", or "cond": the noised latents of the cleaned image.
-        noise_aug: timestep to which the condition is noised.
-        color_fix: "wavelet", "adain" or "none": how the result takes its colors from the cleaned image.
-        eta: of DDIM.
-        compatibility: "official" computes as the official DiffBIR does, where this package has other rules.
+
+    All other fields are options of `DiffBIRPipeline.__call__`, whose docstring explains them.
     """
 
     task: TaskName | None = None
@@ -88,10 +78,10 @@ class RestorationSettings:
         """Fill in the defaults for a pipeline, and refuse what cannot work with it.
 
         Args:
-            pipe: that is to restore the photos. Its prompts are encoded and kept.
+            pipe: that is to restore the photos. The prompts are encoded and kept in it.
 
         Returns:
-            The settings, checked, in which the options of `OWN` have values.
+            The settings with a value for everything that has a default.
 
         Raises:
             ValueError: for values out of their range, a task that is unknown or not the model's, guidance where the
@@ -100,8 +90,9 @@ class RestorationSettings:
         release = pipe.release
         task = self.task or ("denoise" if release is None else release.task)
         check_choice("task", task, UPSCALE)
-        defaults: dict[str, Any] = {"task": task, "upscale": UPSCALE[task], "steps": STEPS}
-        defaults |= {"milo_scale": 0.0 if pipe.metric is None else MILO_SCALE, "schedule": SCHEDULE}
+        defaults = {**DEFAULTS, "task": task, "upscale": UPSCALE[task]}
+        if pipe.metric is None:
+            defaults["milo_scale"] = 0.0
         if release is not None:
             release.check_task(task)
             defaults |= release.call_arguments
@@ -118,11 +109,21 @@ class RestorationSettings:
                 "`milo_latent.restoration.face_detector`, or --detector FILE."
             )
         with pipe.tiling(self.tile):  # refuses tiles that do not fit
-            _check_call(pipe, self.guide(pipe), self.call_arguments | {"upscale": self.upscale})
+            split_guides(self.guide(pipe), pipe)
+        names = inspect.signature(check_call).parameters.keys()
+        arguments: dict[str, Any] = {
+            "output_type": "pt",
+            "num_images_per_prompt": 1,
+            "upscale": self.upscale,
+        } | self.call_arguments
+        arguments["total_timesteps"] = pipe.scheduler.config.num_train_timesteps
+        check_call(**{name: arguments[name] for name in names})
+        check_scheduler(pipe.scheduler, arguments["num_inference_steps"])
+        pipe.check_inputs(arguments["guidance_scale"], ["latents"])
         pipe.encode_prompt(
             self.prompt,
             self.negative_prompt,
-            guided=(self.guidance_scale or 1.0) > 1.0,
+            guided=arguments["guidance_scale"] > 1.0,
             prompt_embeds=self.prompt_embeds,
             negative_prompt_embeds=self.negative_prompt_embeds,
         )
@@ -130,8 +131,8 @@ class RestorationSettings:
     @property
     def call_arguments(self) -> dict[str, Any]:
         """What `DiffBIRPipeline.__call__` is given besides image, upscale, generators and guide."""
-        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in OWN}
-        return {"num_inference_steps": self.steps} | {k: value for k, value in given.items() if value is not None}
+        options = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in OWN}
+        return {"num_inference_steps": self.steps} | options
 
     def guide(self, pipe: DiffBIRPipeline) -> MILOGuidance | None:
         """Return the guidance by the pipeline's metric; None where it is switched off.
@@ -165,16 +166,3 @@ class RestorationSettings:
         if len(self.seed) != count:
             raise ValueError(f"Expected one seed, or {count}, one for each image, got {len(self.seed)}.")
         return [int(seed) for seed in self.seed]
-
-
-def _check_call(pipe: DiffBIRPipeline, guide: MILOGuidance | None, given: dict[str, Any]) -> None:
-    arguments = {
-        "output_type": "pt", "color_fix": "wavelet", "start_point": "noise", "compatibility": None, "noise_aug": 0,
-        "num_images_per_prompt": 1, "guidance_rescale": 0.0, "guidance_scale": 1.0,
-    } | given  # fmt: skip
-    names = inspect.signature(check_call).parameters.keys() & arguments.keys()
-    checked = {name: arguments[name] for name in names}
-    check_call(**checked, total_timesteps=pipe.scheduler.config.num_train_timesteps)
-    check_scheduler(pipe.scheduler, arguments["num_inference_steps"])
-    split_guides(guide, pipe)
-    pipe.check_inputs(arguments["guidance_scale"], ["latents"])
