@@ -110,11 +110,8 @@ class Guide(PipelineCallback):
             if hook and self in hook.passing:
                 hook.remove(self)
         elif not hook or self not in hook.guides:
-            warnings.warn(
-                f"As a plain callback {type(self).__name__} acts from the second step on. "
-                "Use `with guide.attach(pipe):`.",
-                stacklevel=2,
-            )
+            message = "As a plain callback a guide acts from the second step on. Use `with guide.attach(pipe):`."
+            warnings.warn(message, stacklevel=2)
             self._attach(pipeline, done=step_index + 1)
         return callback_kwargs
 

@@ -26,9 +26,9 @@ class SchedulerHook:
         self.started: list[Any] = []  # those that know of the current run
         self.passing: list[Any] = []  # those that leave with the current run
         self.done = self.num_steps = 0  # of the current run
-        replacements = {"step": self._guided_step(), "set_timesteps": self._watched_set_timesteps()}
-        self.methods = {name: (vars(self.scheduler).get(name), method) for name, method in replacements.items()}
-        vars(self.scheduler).update(replacements)
+        own, replacements = vars(self.scheduler), self._replacements()
+        self.methods = {name: (own.get(name), method) for name, method in replacements.items()}
+        own.update(replacements)
 
     def add(self, guide: Any, *, done: int = 0) -> None:
         """Let `guide` act on the coming steps: on those of the current run only where `done` of its steps are over."""
@@ -49,10 +49,10 @@ class SchedulerHook:
             if not self.guides and own.get(name) is method:
                 own.update({name: previous}) if previous else own.pop(name)
 
-    def _guided_step(self) -> Callable[..., Any]:
-        original = self.scheduler.step
+    def _replacements(self) -> dict[str, Callable[..., Any]]:
+        scheduler_step, scheduler_set_timesteps = self.scheduler.step, self.scheduler.set_timesteps
 
-        @functools.wraps(original)  # pipelines inspect the signature
+        @functools.wraps(scheduler_step)  # pipelines inspect the signature
         def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self.guides and kwargs.get("s_churn"):
                 raise ValueError(
@@ -60,20 +60,15 @@ class SchedulerHook:
                     "the clean estimate after guidance. Use an ancestral scheduler for noise."
                 )
             model_output = self._guide(model_output, timestep, sample) if self.guides else model_output
-            return original(model_output, timestep, sample, *args, **kwargs)
+            return scheduler_step(model_output, timestep, sample, *args, **kwargs)
 
-        step._milo_hook = self  # type: ignore[attr-defined]
-        return step
-
-    def _watched_set_timesteps(self) -> Callable[..., Any]:
-        original = self.scheduler.set_timesteps
-
-        @functools.wraps(original)
+        @functools.wraps(scheduler_set_timesteps)
         def set_timesteps(*args: Any, **kwargs: Any) -> Any:
             self._end_run()
-            return original(*args, **kwargs)
+            return scheduler_set_timesteps(*args, **kwargs)
 
-        return set_timesteps
+        step._milo_hook = self  # type: ignore[attr-defined]
+        return {"step": step, "set_timesteps": set_timesteps}
 
     def _guide(self, model_output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
         if self.done >= self.num_steps:

@@ -91,7 +91,7 @@ class GuidanceTrace:
                 step=len(self.steps),
                 timestep=timestep,
                 scale=scale,
-                error=pixel_mean(visible_error(mask, dist=pred_original_sample, ref=reference_latents)).cpu(),
+                error=pixel_mean(visible_error(mask, dist=x0, ref=reference)).cpu(),
                 weight=weight.mean(dim=(1, 2, 3)).cpu(),
                 change=((guided - x0).flatten(1).norm(dim=1) / way).cpu(),
                 mask=(F.adaptive_avg_pool2d(mask, size) / LEVELS).cpu(),
