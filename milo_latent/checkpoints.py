@@ -1,4 +1,4 @@
-"""Official checkpoints; the only code that opens `.pth` files, and never runs what is in them."""
+"""Read official checkpoints. This is the only code that opens `.pth` files, and it never runs what is in them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INERT_MODULES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omega
 
 
 class _Inert:
-    """Stands for an object of a training program that lies beside the tensors; holds nothing, does nothing."""
+    """Takes the place of a training program's object that is stored beside the tensors; holds and does nothing."""
 
     def __init__(self, *args: Any) -> None:
         pass
@@ -32,15 +32,15 @@ class _Inert:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """Read a dictionary of tensors, `weights_only`; they stay in the file until they are used, where it allows that.
+    """Read a dictionary of tensors, `weights_only` and memory-mapped if the file's format allows it.
 
-    A `state_dict` entry, as training programs write it beside other things, is taken out, and `module.` cut from keys.
+    If the file has a `state_dict` entry, that is the dictionary. The prefix `module.` of keys is removed.
 
     Args:
         path: a file that `torch.save` wrote, or safetensors.
 
     Returns:
-        Name to tensor, on the CPU.
+        Tensors by name, on the CPU.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -69,10 +69,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_pickled(path: Path) -> Any:
     with path.open("rb") as file:
         start = file.read(64)
-    zipped = zipfile.is_zipfile(path)  # an old checkpoint is none, and cannot be mapped
+    zipped = zipfile.is_zipfile(path)  # checkpoints of the old format are not, and cannot be memory-mapped
     if start.startswith(b"PK\x03\x04") and not zipped:
         raise ValueError(
-            f"Expected a complete checkpoint, got {path}, whose end is missing: {path.stat().st_size} bytes are there. "
+            f"Expected a complete checkpoint, got {path}, whose end is missing after {path.stat().st_size} bytes. "
             "It was downloaded or copied in part; fetch it again."
         )
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"version https://git-lfs")):
@@ -82,13 +82,13 @@ def _read_pickled(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if first_line.startswith("Weights only load failed"):  # torch goes on to advise running what is in there
+        if first_line.startswith("Weights only load failed"):  # torch then advises to run the code in the file
             first_line = "it is damaged, or holds other objects than tensors. Nothing of it was run"
         raise ValueError(f"Expected a checkpoint of tensors in {path}, which cannot be read: {first_line}") from error
 
 
 def _nothing_runs(path: Path) -> AbstractContextManager:
-    """Let stand-ins take the place of what training programs leave in a checkpoint; nothing of it is imported."""
+    """Replace the objects that training programs leave in a checkpoint by `_Inert`; their classes are not imported."""
     if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):  # torch before 2.6 refuses such files
         return nullcontext()
     named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -96,7 +96,7 @@ def _nothing_runs(path: Path) -> AbstractContextManager:
 
 
 def rename_keys(state: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, Tensor]:
-    """Return `state` with the prefixes of its keys replaced; keys without one of them stay."""
+    """Return `state` with the prefixes of its keys replaced; keys without any of them stay."""
     renamed = {}
     for key, value in state.items():
         prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), "")

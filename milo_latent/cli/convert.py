@@ -15,7 +15,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "convert",
         help="convert official DiffBIR checkpoints to a pipeline folder",
-        description="Turn official checkpoints into a folder that DiffBIRPipeline opens, offline from then on.",
+        description="Convert official checkpoints to a folder that DiffBIRPipeline opens without a network.",
     )
     actions = command.add_subparsers(dest="action", metavar="ACTION", required=True)
     diffbir = actions.add_parser("diffbir", help="convert files that you have")
@@ -25,20 +25,20 @@ def add(commands: argparse._SubParsersAction) -> None:
     diffbir.add_argument("--cleaner", type=Path, required=True, metavar="FILE", help="SwinIR, SCUNet or BSRNet")
     diffbir.add_argument("--background", type=Path, metavar="FILE", help="cleaner around the faces of unaligned_face")
     diffbir.add_argument(
-        "--ignore", action="append", default=[], metavar="REGEX", help="keys of --sd that may have no place"
+        "--ignore", action="append", default=[], metavar="REGEX", help="further keys of --sd that are not needed"
     )
-    pull = actions.add_parser("pull", help="fetch the official files, and convert them")
+    pull = actions.add_parser("pull", help="fetch the official files, check and convert them")
     pull.set_defaults(run=run_pull)
-    pull.add_argument("--downloads", type=Path, metavar="FOLDER", help="keep the fetched files there (default: cache)")
+    pull.add_argument("--downloads", type=Path, metavar="FOLDER", help="where fetched files are kept (default: cache)")
     for action in (diffbir, pull):
         action.add_argument("--version", choices=VERSIONS, required=True, help="release of DiffBIR", dest="release")
         action.add_argument("--task", choices=TASKS, required=True)
         action.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
-        action.add_argument("--dtype", choices=DTYPES, help="of the files written (default: as they are)")
+        action.add_argument("--dtype", choices=DTYPES, help="of the files written (default: the checkpoints')")
         action.add_argument(
             "--tokenizer",
             metavar="FOLDER|HUB ID|FILE|none",
-            help="CLIP's tokenizer, or bpe_simple_vocab_16e6.txt.gz (default: from the hub, none where it is away)",
+            help="CLIP's tokenizer, or bpe_simple_vocab_16e6.txt.gz (default: the hub's; none if that fails)",
         )
 
 

@@ -9,9 +9,8 @@ import torch
 from huggingface_hub import constants, hf_hub_download
 
 from milo_latent.convert.diffbir import check_output, convert_diffbir
-from milo_latent.convert.official import sha256
 from milo_latent.diffbir.versions import FILES, TaskName, VersionName, version_of
-from milo_latent.resources import cache_dir
+from milo_latent.resources import cache_dir, sha256
 
 HUB_ADDRESS = re.compile(r"https://huggingface\.co/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 PUBLISHED = {  # the SHA-256 of a file, else its size as the hub writes it; for v1_face and v1_general neither was found
