@@ -12,22 +12,21 @@ import time
 import torch
 
 from milo_latent.metric.network import MILO
-from milo_latent.training.initialise import initialise
-from milo_latent.training.train_metric import OpinionLoss
+from milo_latent.training.train_metric import OpinionLoss, initialize
 
 
 def iteration_times(channels: int, side: int, *, batch: int, repeats: int) -> list[float]:
     torch.manual_seed(0)
     metric = MILO(channels=channels).to(memory_format=torch.channels_last)
-    initialise(metric)
+    initialize(metric)
     loss = OpinionLoss(metric)
     optimizer = torch.optim.AdamW(metric.parameters(), lr=1e-3, weight_decay=1e-6)
     ref = torch.rand(batch, channels, side, side)
-    dist, mos = ref + 0.1 * torch.randn_like(ref), torch.rand(batch)
+    dist, dmos = ref + 0.1 * torch.randn_like(ref), torch.rand(batch)
     times = []
     for _ in range(repeats + 1):
         start = time.process_time()  # of this process alone, so that other work on the machine does not count
-        loss(ref, dist, mos).backward()
+        loss(ref, dist, dmos).backward()
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.process_time() - start)
@@ -37,7 +36,7 @@ def iteration_times(channels: int, side: int, *, batch: int, repeats: int) -> li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5, help="of MILO_I; MILO_L runs ten times as often")
+    parser.add_argument("--repeats", type=int, default=5, help="iterations of MILO_I; MILO_L runs ten times as often")
     options = parser.parse_args()
     image = iteration_times(3, 256, batch=options.batch, repeats=options.repeats)
     latent = iteration_times(4, 32, batch=options.batch, repeats=10 * options.repeats)

@@ -17,7 +17,8 @@ from milo_latent.training.distillation.distill_metric import MatchingLoss, compa
 from milo_latent.training.distillation.encoded_pairs import EncodedPairs, half_encoded
 from milo_latent.training.distillation.latent_distortions import DISTORTIONS, draw_latent_pairs
 from milo_latent.training.distillation.latent_fields import (
-    coloured_noise,
+    REGIONS,
+    colored_noise,
     encode_randomly,
     encoder_kernels,
     piecewise_constant,
@@ -30,7 +31,7 @@ def seeded(seed=0):
 
 
 def test_coloured_noise_has_the_spectrum_asked_for():
-    fields = coloured_noise(seeded(), (32, 4, 64, 64), torch.full((32,), 1.0))
+    fields = colored_noise(seeded(), (32, 4, 64, 64), torch.full((32,), 1.0))
     power = torch.fft.rfft2(fields).abs().square().mean(dim=(0, 1))
     low, high = power[4, 0], power[16, 0]  # four times the frequency: a sixteenth of the power
     assert (low / high).item() == pytest.approx(16, rel=0.3)
@@ -38,7 +39,7 @@ def test_coloured_noise_has_the_spectrum_asked_for():
 
 
 def test_flat_regions_are_flat_and_random_encoders_see_each_image_by_themselves():
-    assert len(piecewise_constant(seeded(), (1, 1, 32, 32), cells=5).unique()) <= 5
+    assert len(piecewise_constant(seeded(), (1, 1, 32, 32)).unique()) <= REGIONS
     photos = torch.rand(2, 3, 64, 64, generator=seeded(1))
     kernels = encoder_kernels(seeded(2), 2, stride=4)
     both = encode_randomly(photos, kernels, stride=4)
@@ -77,7 +78,7 @@ def encoded(tmp_path):
     ref = torch.randn(6, 4, 32, 32, generator=seeded(3)) * torch.tensor([2.0, 1.0, 0.5, 0.1]).view(1, 4, 1, 1)
     dist = ref + torch.cat([torch.ones(3), torch.zeros(3)]).view(6, 1, 1, 1)
     tensors = {"ref_latents": ref, "dist_latents": dist, "ref_index": torch.arange(6)}
-    tensors |= {"mos": torch.zeros(6), "condition": torch.ones(6, dtype=torch.long)}
+    tensors |= {"dmos": torch.zeros(6)}
     save_file(tensors, tmp_path / "shard-00000.safetensors")
     (tmp_path / "dataset.json").write_text('{"shards": 1}')
     return tmp_path

@@ -1,4 +1,4 @@
-"""Agreement with people: correlations, the logistic, layouts of rated sets, conditions, tables and plots."""
+"""Agreement with people: correlations, the logistic, layouts of rated sets, distortion settings, tables, figures."""
 
 import csv
 import sys
@@ -8,55 +8,74 @@ import pytest
 import torch
 from PIL import Image
 
-from milo_latent.evaluation import conditions as conditions_module
-from milo_latent.evaluation.agreement import agreement, agreement_per_kind, score_ratings
-from milo_latent.evaluation.conditions import CONDITIONS, read_condition_means, rising_share, score_conditions
-from milo_latent.evaluation.correlation import kendall, pearson, ranks, spearman
+from milo_latent.evaluation.agreement import (
+    Logistic,
+    agreement,
+    agreement_per_kind,
+    fit_logistic,
+    kendall,
+    measure_ratings,
+    pearson,
+    spearman,
+)
+from milo_latent.evaluation.distortion_settings import (
+    SETTINGS,
+    measure_settings,
+    read_setting_opinions,
+    rising_share,
+)
 from milo_latent.evaluation.iqa_datasets import LOADERS
-from milo_latent.evaluation.logistic import Logistic, fit_logistic
 from milo_latent.evaluation.metrics import FullReference, by_name, psnr, structural
 from milo_latent.evaluation.reports import agreement_rows, format_rows, level_study, rising_rows, scatter, write_rows
 from milo_latent.testing import tiny_metric, tiny_pipeline
 
-stats = pytest.importorskip("scipy.stats")
+pytest.importorskip("scipy", reason='agreement needs pip install "milo_latent[eval]"')
 PSNR = FullReference("psnr", psnr, True)
+SPEARMAN, KENDALL, PEARSON = -0.9318774886236406, -0.8183942350829396, -0.8793016838562481
+BEST_FIT = 13.709148582871094  # squared error
 
 
 @pytest.fixture(scope="module")
-def scores():
+def rated():
+    """Errors with ties, and opinions."""
     rng = np.random.default_rng(0)
-    quality = rng.uniform(1, 5, 80)
-    damage = np.round(np.exp(-quality) + 0.02 * rng.standard_normal(80), 2)  # with ties
-    return torch.from_numpy(damage), torch.from_numpy(quality)
+    opinions = rng.uniform(1, 5, 80)
+    errors = np.round(np.exp(-opinions) + 0.02 * rng.standard_normal(80), 2)
+    return torch.from_numpy(errors), torch.from_numpy(opinions)
 
 
-def test_correlations_are_those_of_scipy(scores):
-    damage, quality = scores
-    assert torch.equal(ranks(damage), torch.from_numpy(stats.rankdata(damage)))
-    assert spearman(damage, quality) == pytest.approx(stats.spearmanr(damage, quality)[0], abs=1e-12)
-    assert kendall(damage, quality) == pytest.approx(stats.kendalltau(damage, quality)[0], abs=1e-12)
-    assert pearson(damage, quality) == pytest.approx(stats.pearsonr(damage, quality)[0], abs=1e-12)
+def test_correlations_have_their_recorded_values(rated):
+    """As recorded from implementations of our own before scipy's took their place; ties share their mean rank."""
+    errors, opinions = rated
+    assert spearman(errors, opinions) == pytest.approx(SPEARMAN, abs=1e-12)
+    assert kendall(errors, opinions) == pytest.approx(KENDALL, abs=1e-12)
+    assert pearson(errors, opinions) == pytest.approx(PEARSON, abs=1e-12)
+
+
+@pytest.mark.parametrize("correlation", [spearman, kendall, pearson])
+def test_the_correlation_of_a_constant_is_undefined_without_a_warning(correlation, recwarn):
+    assert np.isnan(correlation(torch.ones(9), torch.arange(9.0)))
+    assert np.isnan(correlation(torch.ones(1), torch.ones(1)))
+    assert not recwarn.list
+
+
+def test_missing_scipy_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(ImportError, match=r"milo_latent\[eval\]"):
+        spearman(torch.arange(9.0), torch.arange(9.0))
 
 
 def test_the_logistic_finds_its_own_parameters_back():
-    curve = Logistic(high=4.6, low=1.2, centre=0.3, scale=-0.07)
-    damage = torch.linspace(0, 1, 60, dtype=torch.float64)
-    fitted = fit_logistic(damage, curve(damage))
-    assert torch.allclose(fitted(damage), curve(damage), atol=1e-5)
+    curve = Logistic(high=4.6, low=1.2, center=0.3, scale=-0.07)
+    errors = torch.linspace(0, 1, 60, dtype=torch.float64)
+    fitted = fit_logistic(errors, curve(errors))
+    assert torch.allclose(fitted(errors), curve(errors), atol=1e-5)
 
 
-def test_the_logistic_fits_as_well_as_scipy(scores):
-    damage, quality = scores
-    from scipy.optimize import curve_fit
-
-    def logistic(x, high, low, centre, scale):
-        return low + (high - low) / (1 + np.exp(-(x - centre) / scale))
-
-    start = [5, 1, 0.1, -0.1]
-    expected = curve_fit(logistic, damage.numpy(), quality.numpy(), p0=start, maxfev=20_000)[0]
-    best = ((logistic(damage.numpy(), *expected) - quality.numpy()) ** 2).sum()
-    ours = (fit_logistic(damage, quality)(damage) - quality).square().sum().item()
-    assert ours <= best * 1.001
+def test_the_logistic_is_the_best_fit(rated):
+    """The recorded value is that of an implementation of our own and of scipy's `curve_fit`, which agreed."""
+    errors, opinions = rated
+    assert (fit_logistic(errors, opinions)(errors) - opinions).square().sum().item() <= BEST_FIT * 1.001
 
 
 def test_what_no_curve_fits_is_refused():
@@ -66,24 +85,24 @@ def test_what_no_curve_fits_is_refused():
         fit_logistic(torch.ones(9), torch.rand(9))
 
 
-def test_agreement_is_positive_for_a_metric_that_agrees_and_its_interval_holds_it(scores):
-    damage, quality = scores
-    result = agreement(damage, quality, resamples=200)
+def test_agreement_is_positive_for_a_metric_that_agrees_and_its_interval_holds_it(rated):
+    errors, opinions = rated
+    result = agreement(errors, opinions, resamples=200)
     assert result.srcc > 0.8
     assert result.srcc_interval[0] < result.srcc < result.srcc_interval[1]
     assert result.plcc_interval[0] < result.plcc < result.plcc_interval[1]
-    assert agreement(damage, quality, resamples=200) == result
-    grouped = agreement(damage, quality, groups=[str(index // 20) for index in range(80)], resamples=200)
+    assert agreement(errors, opinions, resamples=200) == result
+    grouped = agreement(errors, opinions, groups=[str(index // 20) for index in range(80)], resamples=200)
     assert grouped.srcc == result.srcc
     assert grouped.srcc_interval != result.srcc_interval
 
 
-def test_agreement_per_kind_leaves_out_what_says_nothing(scores):
-    damage, quality = scores
+def test_agreement_per_kind_leaves_out_what_says_nothing(rated):
+    errors, opinions = rated
     kinds = ["many"] * 70 + ["few"] * 3 + ["flat"] * 7
-    flat = damage.clone()
+    flat = errors.clone()
     flat[73:] = 1.0
-    table = agreement_per_kind(flat, quality, kinds)
+    table = agreement_per_kind(flat, opinions, kinds)
     assert list(table) == ["many"]
     assert table["many"].count == 70
 
@@ -135,11 +154,11 @@ def pipal(folder):
 def test_published_layouts_are_read_and_scored(tmp_path, name, write):
     write(tmp_path)
     ratings = LOADERS[name](tmp_path)
-    damage, scored = score_ratings([PSNR], ratings)
-    assert scored == ratings
-    quality = torch.tensor([rating.quality for rating in ratings], dtype=torch.float64)
+    errors, measured = measure_ratings([PSNR], ratings)
+    assert measured == ratings
+    opinions = torch.tensor([rating.opinion for rating in ratings], dtype=torch.float64)
     assert len(ratings) >= 5
-    assert spearman(-damage["psnr"], quality) > 0.95  # all were made so that more damage has a worse score
+    assert spearman(-errors["psnr"], opinions) > 0.95  # all were made so that larger errors have worse opinions
 
 
 @pytest.mark.parametrize(
@@ -147,7 +166,7 @@ def test_published_layouts_are_read_and_scored(tmp_path, name, write):
     [
         ("kadid10k", kadid10k, "dmos.csv", "I01_01_01.png", "Expected 3 values in each row of .*dmos.csv"),
         ("kadid10k", kadid10k, "dmos.csv", "photo.png,I01.png,4.0", "names such as .*dmos.csv, got 'photo.png'"),
-        ("kadid10k", kadid10k, "dmos.csv", "I01_01_01.png,I01.png,good", "a score in .*dmos.csv, got 'good'"),
+        ("kadid10k", kadid10k, "dmos.csv", "I01_01_01.png,I01.png,good", "an opinion score in .*dmos.csv, got 'good'"),
         ("tid2013", tid2013, "mos_with_names.txt", "5.1", "Expected 2 values"),
         ("csiq", csiq, "csiq.DMOS.csv", ",,,1600,3,awgn,1,0.1,0.2", "dst_type in .*csiq.DMOS.csv, got 'awgn'"),
         ("csiq", csiq, "csiq.DMOS.csv", ",,,1600,3", "Expected 9 values"),
@@ -177,8 +196,8 @@ def test_missing_scores_and_images_are_named(tmp_path):
     kadid10k(tmp_path)
     (tmp_path / "images" / "I01_01_01.png").write_bytes(b"no image")
     told = []
-    _, scored = score_ratings([PSNR], LOADERS["kadid10k"](tmp_path), report=told.append)
-    assert len(scored) == 5
+    _, measured = measure_ratings([PSNR], LOADERS["kadid10k"](tmp_path), report=told.append)
+    assert len(measured) == 5
     assert "I01_01_01.png" in told[0]
 
 
@@ -191,10 +210,10 @@ def test_metrics_have_names_and_one_direction(tmp_path):
     near, far = (ref + amount * torch.randn(ref.shape, generator=generator) for amount in (0.01, 0.2))
     names = ["psnr", "mae", "ssim", "ms-ssim", "vif", "latent-l1", f"milo:{tmp_path / 'image'}"]
     for metric in [by_name(name, vae=vae) for name in [*names, f"milo-latent:{tmp_path / 'latent'}"]]:
-        damage = metric.damage(ref=ref, dist=near.clamp(0, 1)), metric.damage(ref=ref, dist=far.clamp(0, 1))
-        assert damage[0].shape == (2,)
+        errors = metric.error(ref=ref, dist=near.clamp(0, 1)), metric.error(ref=ref, dist=far.clamp(0, 1))
+        assert errors[0].shape == (2,)
         if not metric.name.startswith("milo"):  # whose weights are random here
-            assert (damage[0] < damage[1]).all(), metric.name
+            assert (errors[0] < errors[1]).all(), metric.name
     with pytest.raises(ValueError, match="Pass --vae"):
         by_name("latent-l1")
     with pytest.raises(ValueError, match="pyiqa:NAME"):
@@ -209,24 +228,23 @@ def test_missing_torchmetrics_names_the_extra(monkeypatch):
         structural("ssim")
 
 
-def test_condition_means_are_read_in_order(shared, tmp_path):
-    means = read_condition_means(shared / "data" / "iqa_conditions" / "kadid10k_conditions.csv")
-    assert len(means) == 125
-    assert means[CONDITIONS.index(("JPEG", 5))].item() == pytest.approx(1.350247)
+def test_opinions_of_settings_are_read_in_order(shared, tmp_path):
+    opinions = read_setting_opinions(shared / "data" / "iqa_conditions" / "kadid10k_conditions.csv")
+    assert len(opinions) == 125
+    assert opinions[SETTINGS.index(("JPEG", 5))].item() == pytest.approx(1.350247)
     (tmp_path / "few.csv").write_text("distortion,level,dmos_mean\n1,1,4.5\n")
-    with pytest.raises(ValueError, match="125 conditions"):
-        read_condition_means(tmp_path / "few.csv")
+    with pytest.raises(ValueError, match="125 settings"):
+        read_setting_opinions(tmp_path / "few.csv")
 
 
-def test_conditions_are_scored_per_photo(tmp_path, monkeypatch):
+def test_settings_are_measured_per_photo(tmp_path):
     picture(tmp_path / "a.png", 90)
     picture(tmp_path / "b.png", 190)
-    scores = score_conditions([PSNR], [tmp_path / "a.png", tmp_path / "b.png"], side=64)
-    assert scores.damage["psnr"].shape == (2, 125)
-    noise = [scores.damage["psnr"][:, CONDITIONS.index(("white noise", level))] for level in (1, 3, 5)]
+    errors = measure_settings([PSNR], [tmp_path / "a.png", tmp_path / "b.png"], side=64)["psnr"]
+    assert errors.shape == (2, 125)
+    noise = [errors[:, SETTINGS.index(("white noise", level))] for level in (1, 3, 5)]
     assert (noise[0] < noise[1]).all()
     assert (noise[1] < noise[2]).all()
-    assert conditions_module.centred_crop(torch.zeros(1, 3, 70, 50), 64).shape == (1, 3, 64, 50)
 
 
 def test_levels_are_ordered_as_people_ordered_them():
@@ -241,20 +259,20 @@ def test_levels_are_ordered_as_people_ordered_them():
     assert rows[0] == {"metric": "good", "kind": "all", "rising_share": 1.0}
     assert rows[26:28] == [
         {"metric": "mixed", "kind": "all", "rising_share": 0.96},
-        {"metric": "mixed", "kind": CONDITIONS[0][0], "rising_share": 0.0},
+        {"metric": "mixed", "kind": SETTINGS[0][0], "rising_share": 0.0},
     ]
 
 
-def test_tables_and_plots_hold_what_was_measured(tmp_path, scores):
-    damage, quality = scores
+def test_tables_and_plots_hold_what_was_measured(tmp_path, rated):
+    errors, opinions = rated
     kinds = ["a"] * 40 + ["b"] * 40
-    rows = agreement_rows("psnr", agreement(damage, quality), agreement_per_kind(damage, quality, kinds))
+    rows = agreement_rows("psnr", agreement(errors, opinions), agreement_per_kind(errors, opinions, kinds))
     write_rows(tmp_path / "rows.csv", rows)
     with (tmp_path / "rows.csv").open() as file:
         assert [row["kind"] for row in csv.DictReader(file)] == ["all", "a", "b"]
     assert str(rows[0]["srcc"]) in format_rows(rows)
-    figure = scatter(damage, quality, kinds, title="psnr")
+    figure = scatter(errors, opinions, kinds, title="psnr")
     assert len(figure.axes[0].lines) == 3  # two kinds and the curve
-    study = level_study(torch.rand(3, 125, dtype=torch.float64), torch.linspace(5, 1, 125).double(), ["x", "y", "z"])
+    study = level_study(torch.rand(3, 125, dtype=torch.float64), torch.linspace(5, 1, 125).double())
     assert len(study.axes) == 25
     assert len(study.axes[0].lines) == 4  # three photos and people

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from milo_latent import MILO, MILOLoss, read_image, read_latents
 from milo_latent.convert.official import describe
 from milo_latent.testing import latent_pair, tiny_metric
-from milo_latent.training.train_metric import initialise
+from milo_latent.training.train_metric import initialize
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_no_candidates_get_no_scores(metric):
 
 def test_the_mos_falls_with_noise_and_is_highest_for_identical_inputs():
     metric = tiny_metric()
-    initialise(metric)  # a scaler that rises, as a trained one does
+    initialize(metric)  # a scaler that rises, as a trained one does
     scores = []
     for noise in (0.0, 0.3, 3.0):
         ref, dist = latent_pair(noise=noise)

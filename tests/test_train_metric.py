@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from milo_latent import MILO
 from milo_latent.testing import tiny_metric
 from milo_latent.training import train_metric
-from milo_latent.training.engine.loop import RunConfig, _is_due
+from milo_latent.training.engine.csv_log import append_row, drop_rows_after, read_log
 from milo_latent.training.engine.optimizers import build_optimizer
 from milo_latent.training.engine.recipe import Recipe, read_recipe
-from milo_latent.training.engine.run_logs import RunLogs, read_log
+from milo_latent.training.engine.run import Run, RunConfig
 from milo_latent.training.train_metric import OpinionLoss, mirrored, new_metric, scale_map
 
 PAIRS = 24
-PER_PAIR = ("dist_latents", "ref_index", "mos", "condition", "maps")  # entries of a shard
+PER_PAIR = ("dist_latents", "ref_index", "dmos", "setting", "maps")  # entries of a shard
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def dataset(tmp_path_factory):
         index = torch.arange(PAIRS // 2) % 3
         amount = torch.rand(PAIRS // 2, 1, 1, 1, generator=generator)
         dist = ref[index] + amount * torch.randn(PAIRS // 2, 4, 16, 16, generator=generator)
-        tensors = {"ref_latents": ref, "dist_latents": dist, "ref_index": index, "mos": 0.8 * amount.flatten()}
-        tensors |= {"condition": index + 1, "maps": 0.8 * amount.expand(-1, 1, 16, 16).contiguous()}
+        tensors = {"ref_latents": ref, "dist_latents": dist, "ref_index": index, "dmos": 0.8 * amount.flatten()}
+        tensors |= {"setting": index + 1, "maps": 0.8 * amount.expand(-1, 1, 16, 16).contiguous()}
         save_file(tensors, folder / f"shard-{shard:05d}.safetensors")
     (folder / "config.json").write_text(f'{{"vae": "{folder / "vae"}"}}')
     (folder / "dataset.json").write_text('{"shards": 2}')
@@ -135,8 +135,8 @@ def test_a_process_whose_clock_is_early_saves_when_another_s_is_late(tmp_path):
     fellow = SimpleNamespace(
         num_processes=2, device=torch.device("cpu"), reduce=lambda value, reduction: torch.tensor(next(means))
     )
-    config, never = RunConfig(output=tmp_path, steps=10), float("inf")
-    assert [_is_due(fellow, config, 5, never) for _ in range(2)] == [True, False]
+    run = Run(fellow, RunConfig(output=tmp_path, steps=10, checkpoint_minutes=float("inf")))
+    assert [run.is_checkpoint_due(5) for _ in range(2)] == [True, False]
 
 
 def test_a_label_that_breaks_the_loss_stops_and_keeps_the_good_checkpoint(dataset, tmp_path, monkeypatch):
@@ -144,8 +144,8 @@ def test_a_label_that_breaks_the_loss_stops_and_keeps_the_good_checkpoint(datase
     draw = train_metric.PairSet.pairs
 
     def broken(pairs, indices):
-        ref, dist, mos = draw(pairs, indices)
-        return ref, dist, mos * (torch.nan if len(read_log(tmp_path / "run" / "validation.csv")) else 1.0)
+        ref, dist, dmos = draw(pairs, indices)
+        return ref, dist, dmos * (torch.nan if len(read_log(tmp_path / "run" / "validation.csv")) else 1.0)
 
     monkeypatch.setattr(train_metric.PairSet, "pairs", broken)
     with pytest.raises(FloatingPointError, match="last checkpoint is good"):
@@ -182,10 +182,9 @@ def interrupted_at(last, fit):
 
 
 def test_an_undefined_correlation_is_never_the_best(tmp_path):
-    logs = RunLogs(tmp_path)
     for step, srcc in enumerate([float("nan"), 0.9, float("nan"), 0.1]):
         train_metric.keep_best(tiny_metric(seed=step), tmp_path, {"srcc": srcc})
-        logs.write("validation.csv", {"step": step, "srcc": srcc})
+        append_row(tmp_path / "validation.csv", {"step": step, "srcc": srcc})
     expected = tiny_metric(seed=1).state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in weights(tmp_path, "best").items())
     assert train_metric.best_srcc(tmp_path) == 0.9
@@ -275,9 +274,9 @@ def test_recipes_are_read_and_unknown_fields_refused(tmp_path):
 def test_the_map_adds_to_the_loss(dataset):
     metric = new_metric(dataset, space="latents", latent_space=None)
     ref, dist = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    mos, target = torch.zeros(2), torch.ones(2, 1, 16, 16)
-    plain = OpinionLoss(metric)(ref, dist, mos, target)
-    assert OpinionLoss(metric, map_weight=1.0)(ref, dist, mos, target) > plain
+    dmos, target = torch.zeros(2), torch.ones(2, 1, 16, 16)
+    plain = OpinionLoss(metric)(ref, dist, dmos, target)
+    assert OpinionLoss(metric, map_weight=1.0)(ref, dist, dmos, target) > plain
     assert plain.item() == pytest.approx(
         metric.error_map(ref=ref, dist=dist).mean(dim=(1, 2, 3)).square().mean().item()
     )
@@ -293,11 +292,12 @@ def test_maps_are_scaled_to_the_label_and_mirrors_are_eight():
 
 
 def test_logs_forget_what_came_after_the_checkpoint(tmp_path):
-    logs = RunLogs(tmp_path)
+    log = tmp_path / "log.csv"
     for step in (50, 100, 150):
-        logs.write("log.csv", {"step": step, "loss": 1 / step})
-    logs.keep_until(100)
-    logs.write("log.csv", {"step": 150, "loss": 0.5})
-    assert [row["loss"] for row in read_log(tmp_path / "log.csv")] == [0.02, 0.01, 0.5]
-    RunLogs(tmp_path / "silent", active=False).write("log.csv", {"step": 1})
-    assert not (tmp_path / "silent").exists()
+        append_row(log, {"step": step, "loss": 1 / step})
+    drop_rows_after(log, 100)
+    append_row(log, {"step": 150, "loss": 0.5})
+    assert [row["loss"] for row in read_log(log)] == [0.02, 0.01, 0.5]
+    log.write_text(log.read_text() + "20")  # a row that a kill cut off
+    drop_rows_after(log, 100)
+    assert [row["step"] for row in read_log(log)] == [50, 100]

@@ -6,12 +6,13 @@ import subprocess
 import sys
 import types
 from importlib.metadata import version
-from pathlib import Path
 from types import SimpleNamespace
 
+import accelerate
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import LoggerType
 from torch import nn
 
 from milo_latent import load_restorer
@@ -26,7 +27,7 @@ from milo_latent.training import (
 )
 from milo_latent.training.data.crops import ImageCrops, list_images, spread_over
 from milo_latent.training.data.degradations import add_noise, blur, compress_jpeg, degrade, downscale_and_back
-from milo_latent.training.engine import run_logs
+from milo_latent.training.engine.csv_log import read_log
 from milo_latent.training.engine.loop import RunConfig, add_run_options, fit, learning_rate_factor, run_config
 
 
@@ -84,16 +85,12 @@ def test_a_run_records_what_it_is(tmp_path):
 def test_what_a_command_trains_on_is_part_of_the_run(images, tmp_path):
     parser = argparse.ArgumentParser()
     add_run_options(parser)
-    parser.add_argument("--encoded", type=Path, nargs=2)
-    parser.add_argument("--noise-levels", type=int, default=4)
     given = ["--images", str(images), "--output", str(tmp_path / "run"), "--steps", "2", "--precision", "no"]
-    plain, other, fewer = (
-        run_config(parser.parse_args([*given, *more]))
-        for more in ([], ["--encoded", str(tmp_path), str(tmp_path)], ["--noise-levels", "1"])
-    )
-    fit(Quadratic(), draw_target, plain)
-    fit(Quadratic(), draw_target, plain)
-    for config, name in ((other, "encoded"), (fewer, "noise_levels")):
+    options, smaller = (parser.parse_args([*given, *more]) for more in ([], ["--crop-size", "32"]))
+    fit(Quadratic(), draw_target, run_config(options, data={"noise_levels": 4}))
+    fit(Quadratic(), draw_target, run_config(options, data={"noise_levels": 4}))
+    fewer = run_config(options, data={"noise_levels": 1})
+    for config, name in ((run_config(smaller, data={"noise_levels": 4}), "crop_size"), (fewer, "noise_levels")):
         with pytest.raises(ValueError, match=rf"data\.{name} is"):
             fit(Quadratic(), draw_target, config)
 
@@ -111,20 +108,33 @@ def test_a_run_goes_on_with_its_own_settings_only(tmp_path):
     assert [(start["step"], start["learning_rate"]) for start in record["starts"]] == [(0, 0.1), (4, 0.01)]
 
 
-def test_time_and_tensorboard_go_on_where_the_checkpoint_was(tmp_path, monkeypatch):
-    boards = []
+def test_time_and_tensorboard_continue_at_the_checkpoint(tmp_path, monkeypatch):
+    boards, written = [], []
     module = types.ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = lambda folder, purge_step: (
-        boards.append(purge_step) or SimpleNamespace(add_scalar=lambda *arguments: None, close=lambda: None)
+        boards.append(purge_step)
+        or SimpleNamespace(
+            add_scalar=lambda key, value, global_step: written.append((key, global_step)),
+            flush=lambda: None,
+            close=lambda: None,
+        )
     )
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    monkeypatch.setattr(run_logs, "find_spec", lambda name: object())
-    (tmp_path / "log.csv").write_text("step,loss,minutes\n50,0.5,7.5\n100,0.4,9.0\n")
-    logs = run_logs.RunLogs(tmp_path)
-    logs.keep_until(60)
-    assert logs.minutes == 7.5
-    logs.write("log.csv", {"step": 110, "loss": 0.3, "minutes": 8.0})
-    assert boards == [61]  # what was written after the checkpoint is hidden
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [LoggerType.TENSORBOARD])
+    train(tmp_path / "run", 60, checkpoint_minutes=1.0)
+    log = tmp_path / "run" / "log.csv"
+    log.write_text("step,loss,minutes\n50,0.5,7.5\n100,0.4,9.0\n")  # the last row came after the checkpoint
+    train(tmp_path / "run", 110, checkpoint_minutes=1.0)
+    assert boards == [1, 61]  # TensorBoard hides what was written after the checkpoint
+    assert ("log/loss", 100) in written
+    rows = read_log(log)
+    assert [row["step"] for row in rows] == [50, 100]
+    assert 7.5 <= rows[1]["minutes"] < 8.5
+
+
+def test_trackers_that_are_missing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"installed .*, got \['nothing'\]"):
+        train(tmp_path / "run", 2, trackers=("nothing",))
 
 
 def test_a_training_program_ends_in_one_line(tmp_path):

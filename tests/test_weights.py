@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 
 from milo_latent import MILO, load_restorer, read_image
 from milo_latent.distortions import DISTORTIONS, distort
-from milo_latent.evaluation.correlation import spearman
+from milo_latent.evaluation.agreement import spearman
 from milo_latent.latents.codec import encode_image
 from milo_latent.resources import available_weights, weights_dir
 from milo_latent.restoration.restore import restore_image

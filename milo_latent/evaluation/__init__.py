@@ -1,1 +1,1 @@
-"""Evaluation: how well metrics agree with people, and how well restorers restore."""
+"""Evaluation: how well metrics agree with people."""

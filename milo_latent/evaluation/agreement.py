@@ -1,23 +1,114 @@
-"""How well a metric agrees with people: correlations with confidence, overall and per distortion."""
+"""How well a metric agrees with people: correlations with confidence intervals, overall and per distortion."""
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from milo_latent.evaluation.correlation import kendall, pearson, spearman
 from milo_latent.evaluation.iqa_datasets import Rating
-from milo_latent.evaluation.logistic import fit_logistic
 from milo_latent.evaluation.metrics import FullReference
 from milo_latent.files import read_image
 
 RESAMPLES = 500  # of the bootstrap
-SMALLEST_GROUP = 5  # ratings of a distortion, under which a correlation says nothing
+SMALLEST_GROUP = 5  # a correlation of fewer ratings says nothing
+
+
+def import_scipy(module: str) -> Any:
+    """Import a module of scipy, which correlations and the logistic fit need.
+
+    Raises:
+        ImportError: if scipy is not installed, with the command that installs it.
+    """
+    try:
+        return importlib.import_module(f"scipy.{module}")
+    except ImportError as error:
+        raise ImportError('Agreement with people needs scipy: pip install "milo_latent[eval]".') from error
+
+
+def pearson(first: Tensor, second: Tensor) -> float:
+    """Return Pearson's linear correlation of two tensors of one shape; NaN if one of them is constant."""
+    return _correlation("pearsonr", first, second)
+
+
+def spearman(first: Tensor, second: Tensor) -> float:
+    """Return Spearman's rank correlation of two tensors of one shape; NaN if one of them is constant."""
+    return _correlation("spearmanr", first, second)
+
+
+def kendall(first: Tensor, second: Tensor) -> float:
+    """Return Kendall's tau-b of two tensors of one shape; NaN if one of them is constant."""
+    return _correlation("kendalltau", first, second)
+
+
+def _correlation(name: str, first: Tensor, second: Tensor) -> float:
+    stats = import_scipy("stats")
+    if first.numel() < 2:
+        return float("nan")
+    values = [each.detach().double().flatten().cpu().numpy() for each in (first, second)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # NaN already says that a tensor is constant
+        return float(getattr(stats, name)(*values).statistic)
+
+
+@dataclass(frozen=True)
+class Logistic:
+    """The four-parameter logistic `low + (high - low) * sigmoid((error - center) / scale)`.
+
+    Args:
+        high: limit on one side.
+        low: limit on the other side.
+        center: error at which the curve is halfway between the limits.
+        scale: width of the transition; the curve falls from `high` to `low` if it is negative.
+
+    Source: VQEG's mapping, which the MILO supplement (section 2.1) calls the four-parameter logistic.
+    """
+
+    high: float
+    low: float
+    center: float
+    scale: float
+
+    def __call__(self, errors: Tensor) -> Tensor:
+        """Map errors, of any shape, to opinions."""
+        return self.low + (self.high - self.low) * torch.sigmoid((errors - self.center) / self.scale)
+
+
+def fit_logistic(errors: Tensor, opinions: Tensor) -> Logistic:
+    """Fit the logistic from errors to opinions by least squares (Levenberg-Marquardt).
+
+    Args:
+        errors: (n,), not all equal.
+        opinions: (n,).
+
+    Raises:
+        ValueError: for fewer than 5 pairs, values that are not finite, or errors that are all equal.
+        ImportError: if scipy is not installed.
+    """
+    errors, opinions = errors.double().flatten(), opinions.double().flatten()
+    if len(errors) != len(opinions) or len(errors) < 5:
+        raise ValueError(f"Expected as many errors as opinions, 5 or more, got {len(errors)} and {len(opinions)}.")
+    if not (torch.isfinite(errors).all() and torch.isfinite(opinions).all()) or errors.std() == 0:
+        raise ValueError("Expected finite opinions, and finite errors that are not all equal, to fit a curve to.")
+    middle, spread = errors.mean().item(), errors.std().item()
+    standardized, target = ((errors - middle) / spread).numpy(), opinions.numpy()
+    sigmoid = import_scipy("special").expit
+
+    def residuals(parameters: np.ndarray) -> np.ndarray:
+        high, low, center, slope = parameters
+        return low + (high - low) * sigmoid(slope * (standardized - center)) - target
+
+    start = [target.max(), target.min(), np.median(standardized), np.sign(standardized @ (target - target.mean())) or 1]
+    least_squares = import_scipy("optimize").least_squares
+    high, low, center, slope = least_squares(residuals, start, method="lm", ftol=1e-12, xtol=1e-12, gtol=1e-12).x
+    return Logistic(float(high), float(low), float(center * spread + middle), float(spread / slope))
 
 
 @dataclass(frozen=True)
@@ -25,12 +116,12 @@ class Agreement:
     """Correlations of a metric with opinions; 1 is perfect.
 
     Args:
-        srcc: Spearman's.
-        krcc: Kendall's.
-        plcc: Pearson's after the four-parameter logistic.
-        srcc_interval: of 95 %, from the bootstrap.
-        plcc_interval: likewise.
-        count: ratings.
+        srcc: Spearman's correlation.
+        krcc: Kendall's correlation.
+        plcc: Pearson's correlation after the four-parameter logistic.
+        srcc_interval: 95 % confidence interval of `srcc`, from the bootstrap.
+        plcc_interval: 95 % confidence interval of `plcc`, from the bootstrap.
+        count: number of ratings.
     """
 
     srcc: float
@@ -42,41 +133,39 @@ class Agreement:
 
 
 def agreement(
-    damage: Tensor, quality: Tensor, *, groups: Sequence[str] | None = None, resamples: int = RESAMPLES, seed: int = 0
+    errors: Tensor, opinions: Tensor, *, groups: Sequence[str] | None = None, resamples: int = RESAMPLES
 ) -> Agreement:
-    """Compare scores with opinions.
+    """Compare a metric's errors with opinions.
 
     Args:
-        damage: scores of which higher means worse, (n,).
-        quality: opinions of which higher means better, (n,).
-        groups: what is drawn together in the bootstrap, such as the reference of each rating, since ratings of one
-            photo are not independent; None draws each for itself.
-        resamples: of the bootstrap; 0 leaves the intervals empty.
-        seed: of the bootstrap.
+        errors: (n,), lower is better.
+        opinions: (n,), higher is better.
+        groups: what the bootstrap draws together, such as the reference of each rating, since the ratings of one photo
+            are not independent; None draws each rating by itself.
+        resamples: draws of the bootstrap; the intervals are NaN for 0.
 
     Returns:
-        Correlations, positive where the metric agrees. The logistic is fitted once, over all.
+        Correlations, positive where the metric agrees. The logistic is fitted once, over all ratings.
 
     Raises:
-        ValueError: for fewer than 5 ratings, lengths that differ, or scores that are all equal or not finite.
+        ValueError: for fewer than 5 ratings, lengths that differ, or errors that are all equal or not finite.
+        ImportError: if scipy is not installed.
     """
-    damage, quality = damage.double().flatten(), quality.double().flatten()
-    mapped = fit_logistic(damage, quality)(damage)
-    draws = list(_resample(groups or [str(index) for index in range(len(damage))], resamples, seed))
-    ranked = [spearman(-damage[draw], quality[draw]) for draw in draws]
-    linear = [pearson(mapped[draw], quality[draw]) for draw in draws]
+    errors, opinions = errors.double().flatten(), opinions.double().flatten()
+    predicted = fit_logistic(errors, opinions)(errors)
+    draws = list(_resample(groups or [str(index) for index in range(len(errors))], resamples))
     return Agreement(
-        srcc=spearman(-damage, quality),
-        krcc=kendall(-damage, quality),
-        plcc=pearson(mapped, quality),
-        srcc_interval=_interval(ranked),
-        plcc_interval=_interval(linear),
-        count=len(damage),
+        srcc=spearman(-errors, opinions),
+        krcc=kendall(-errors, opinions),
+        plcc=pearson(predicted, opinions),
+        srcc_interval=_interval([spearman(-errors[draw], opinions[draw]) for draw in draws]),
+        plcc_interval=_interval([pearson(predicted[draw], opinions[draw]) for draw in draws]),
+        count=len(errors),
     )
 
 
-def _resample(groups: Sequence[str], resamples: int, seed: int) -> Iterator[Tensor]:
-    rng = np.random.default_rng(seed)
+def _resample(groups: Sequence[str], resamples: int) -> Iterator[Tensor]:
+    rng = np.random.default_rng(0)
     _, members = np.unique(np.asarray(groups), return_inverse=True)
     lists = [np.flatnonzero(members == group) for group in range(members.max() + 1)]
     for _ in range(resamples):
@@ -92,35 +181,35 @@ def _interval(values: list[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def agreement_per_kind(damage: Tensor, quality: Tensor, kinds: Sequence[str]) -> dict[str, Agreement]:
-    """Return `agreement` for each kind of distortion with enough ratings and scores that are not all equal."""
+def agreement_per_kind(errors: Tensor, opinions: Tensor, kinds: Sequence[str]) -> dict[str, Agreement]:
+    """Return `agreement` for each kind of distortion with enough ratings and with values that are not all equal."""
     table = {}
     for kind in sorted(set(kinds)):
         members = torch.tensor([index for index, each in enumerate(kinds) if each == kind])
-        if len(members) >= SMALLEST_GROUP and damage[members].std() > 0 and quality[members].std() > 0:
-            table[kind] = agreement(damage[members], quality[members], resamples=0)
+        if len(members) >= SMALLEST_GROUP and errors[members].std() > 0 and opinions[members].std() > 0:
+            table[kind] = agreement(errors[members], opinions[members], resamples=0)
     return table
 
 
-def score_ratings(
+def measure_ratings(
     metrics: Sequence[FullReference], ratings: Sequence[Rating], *, report: Callable[[str], None] = lambda message: None
 ) -> tuple[dict[str, Tensor], list[Rating]]:
-    """Score every rated pair; files that cannot be read are reported and left out.
+    """Compute the error of every rated pair; pairs that cannot be read are reported and left out.
 
     Args:
-        metrics: any.
+        metrics: metrics with different names.
         ratings: from a loader of `iqa_datasets`.
         report: called with a line for each pair that is left out.
 
     Returns:
-        Damage by metric, (n,) each, and the n ratings that were scored.
+        Errors by metric, (n,) each, and the n ratings that were measured.
 
     Raises:
-        ValueError: if no pair could be scored.
+        ValueError: if no pair can be read.
     """
-    damage: dict[str, list[float]] = {metric.name: [] for metric in metrics}
-    scored = []
-    for rating in tqdm(ratings, desc="Scoring", unit="pair"):
+    errors: dict[str, list[float]] = {metric.name: [] for metric in metrics}
+    measured = []
+    for rating in tqdm(ratings, desc="Measuring", unit="pair"):
         try:
             ref, dist = read_image(rating.ref), read_image(rating.dist)
             if ref.shape != dist.shape:
@@ -129,8 +218,8 @@ def score_ratings(
             report(f"Left out: {error}")
             continue
         for metric in metrics:
-            damage[metric.name].append(metric.damage(ref=ref, dist=dist).item())
-        scored.append(rating)
-    if not scored:
-        raise ValueError(f"Expected images to score, got none that can be read, of {len(ratings)} ratings.")
-    return {name: torch.tensor(values, dtype=torch.float64) for name, values in damage.items()}, scored
+            errors[metric.name].append(metric.error(ref=ref, dist=dist).item())
+        measured.append(rating)
+    if not measured:
+        raise ValueError(f"Expected pairs of images that can be read, got none among {len(ratings)} ratings.")
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in errors.items()}, measured

@@ -1,4 +1,4 @@
-"""Rated image sets in the layouts in which they are published; a user points at the folder."""
+"""Readers of rated image sets in their published layouts."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ class Rating:
     """One rated pair.
 
     Args:
-        ref: file of the reference.
+        ref: file of the reference image.
         dist: file of the distorted image.
-        kind: of distortion.
-        quality: opinion score, of which higher means better.
+        kind: kind of distortion.
+        opinion: opinion score, higher is better, on the scale of its data set.
     """
 
     ref: Path
     dist: Path
     kind: str
-    quality: float
+    opinion: float
 
 
 def _rows(path: Path, delimiter: str = ",") -> list[list[str]]:
@@ -36,11 +36,11 @@ def _rows(path: Path, delimiter: str = ",") -> list[list[str]]:
         return [row for row in rows if any(cell.strip() for cell in row)]
 
 
-def _number(text: str, path: Path) -> float:
+def _opinion(text: str, path: Path) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise ValueError(f"Expected a score in {path}, got {text!r}.") from error
+        raise ValueError(f"Expected an opinion score in {path}, got {text!r}.") from error
 
 
 def _cells(row: list[str], count: int, path: Path) -> list[str]:
@@ -50,7 +50,7 @@ def _cells(row: list[str], count: int, path: Path) -> list[str]:
 
 
 def _kind(name: str, path: Path) -> str:
-    """Return the part of an image's name that says its distortion, such as 01 of I01_01_05.png."""
+    """Return the part of a file name that tells the kind of distortion, such as 01 in I01_01_05.png."""
     parts = re.split(r"[_.]", name)
     if len(parts) < 4:
         raise ValueError(f"Expected names such as I01_01_05.png in {path}, got {name!r}. Is the file whole?")
@@ -58,14 +58,16 @@ def _kind(name: str, path: Path) -> str:
 
 
 def load_kadid10k(folder: Path) -> list[Rating]:
-    """Read KADID-10k: `dmos.csv` (dist_img, ref_img, dmos, var) and `images/`."""
+    """Read KADID-10k: `dmos.csv` (dist_img, ref_img, dmos, var; its DMOS is higher for better images) and `images/`."""
     path, images = folder / "dmos.csv", folder / "images"
     rows = [_cells(row, 3, path) for row in _rows(path)[1:]]
-    return [Rating(images / ref, images / dist, _kind(dist, path), _number(dmos, path)) for dist, ref, dmos, *_ in rows]
+    return [
+        Rating(images / ref, images / dist, _kind(dist, path), _opinion(dmos, path)) for dist, ref, dmos, *_ in rows
+    ]
 
 
 def load_tid2013(folder: Path) -> list[Rating]:
-    """Read TID2013: `mos_with_names.txt`, `reference_images/` and `distorted_images/`, names in any case."""
+    """Read TID2013: `mos_with_names.txt`, `reference_images/` and `distorted_images/`; the case of names is ignored."""
     path = folder / "mos_with_names.txt"
     references = _by_lower_name(folder / "reference_images")
     distorted = _by_lower_name(folder / "distorted_images")
@@ -78,7 +80,7 @@ def load_tid2013(folder: Path) -> list[Rating]:
                 references.get(reference, folder / "reference_images" / reference),
                 distorted.get(name, folder / "distorted_images" / name),
                 _kind(name, path),
-                _number(score, path),
+                _opinion(score, path),
             )
         )
     return ratings
@@ -88,7 +90,7 @@ def _by_lower_name(folder: Path) -> dict[str, Path]:
     return {path.name.lower(): path for path in folder.iterdir()} if folder.is_dir() else {}
 
 
-CSIQ_FOLDERS = {  # tag in the table -> folder under dst_imgs and part of the file name
+CSIQ_FOLDERS = {  # from dst_type in the table to the folder under dst_imgs and a part of the file name
     "noise": ("awgn", "AWGN"),
     "jpeg": ("jpeg", "JPEG"),
     "jpeg 2000": ("jpeg2000", "jpeg2000"),
@@ -96,17 +98,15 @@ CSIQ_FOLDERS = {  # tag in the table -> folder under dst_imgs and part of the fi
     "blur": ("blur", "BLUR"),
     "contrast": ("contrast", "contrast"),
 }
-
-
 CSIQ_COLUMNS = ("image", "dst_type", "dst_lev", "dmos")
 
 
 def load_csiq(folder: Path) -> list[Rating]:
     """Read CSIQ: `csiq.DMOS.csv`, `src_imgs/`, `dst_imgs/`.
 
-    The table is the published workbook's sheet all_by_image, saved as CSV; in that sheet, empty rows and columns come
-    before the header (image, dst_idx, dst_type, dst_lev, dmos_std, dmos). Its DMOS is 0 for the best, so 1 - DMOS is
-    the quality here.
+    The table is the sheet all_by_image of the published workbook, saved as CSV. Empty rows and columns precede the
+    header in that sheet (image, dst_idx, dst_type, dst_lev, dmos_std, dmos). Its DMOS is 0 for the best image, so the
+    opinion is 1 - DMOS.
     """
     path = folder / "csiq.DMOS.csv"
     rows = [[cell.strip() for cell in row] for row in _rows(path)]
@@ -123,14 +123,15 @@ def load_csiq(folder: Path) -> list[Rating]:
             raise ValueError(f"Expected one of {', '.join(CSIQ_FOLDERS)} as dst_type in {path}, got {tag!r}.")
         place, part = CSIQ_FOLDERS[tag.lower()]
         dist = folder / "dst_imgs" / place / f"{image}.{part}.{level}.png"
-        ratings.append(Rating(folder / "src_imgs" / f"{image}.png", dist, tag, 1.0 - _number(dmos, path)))
+        ratings.append(Rating(folder / "src_imgs" / f"{image}.png", dist, tag, 1.0 - _opinion(dmos, path)))
     return ratings
 
 
 def load_pipal(folder: Path) -> list[Rating]:
     """Read PIPAL's training part: `Train_Label/*.txt` (name,score), `Train_Ref/`, and the distorted images.
 
-    The latter come in four archives, `Distortion_1` to `Distortion_4`; folders of any name and depth are searched.
+    The distorted images are published as four archives, `Distortion_1` to `Distortion_4`; they are found in folders of
+    any name and depth.
     """
     labels = sorted((folder / "Train_Label").glob("*.txt"))
     if not labels:
@@ -143,7 +144,7 @@ def load_pipal(folder: Path) -> list[Rating]:
             name, score, *_ = _cells(row, 2, label)
             reference = references / f"{name.split('_')[0]}.bmp"
             ratings.append(
-                Rating(reference, places.get(name, folder / name), _kind(name, label), _number(score, label))
+                Rating(reference, places.get(name, folder / name), _kind(name, label), _opinion(score, label))
             )
     return ratings
 

@@ -1,7 +1,8 @@
-"""Full-reference metrics as plain callables, by name: our own, structural ones of torchmetrics, those of pyiqa."""
+"""Full-reference metrics by name: our own, structural ones of torchmetrics, and those of pyiqa."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,23 +19,23 @@ PYIQA_LICENCE = "pyiqa's licence is non-commercial: labels made with it, and wha
 
 @dataclass(frozen=True)
 class FullReference:
-    """A metric of `ref` and `dist`, images (B, 3, H, W) in [0, 1], to scores (B,).
+    """A metric of `ref` and `dist`, images (B, 3, H, W) in [0, 1], with one direction for all metrics.
 
     Args:
-        name: for tables.
-        score: called with the keywords `ref` and `dist`.
-        higher_is_better: direction of the scores.
+        name: shown in tables.
+        compute: called with the keywords `ref` and `dist`, returns the metric's own values, (B,).
+        higher_is_better: direction of these values.
     """
 
     name: str
-    score: Callable[..., Tensor]
+    compute: Callable[..., Tensor]
     higher_is_better: bool
 
-    def damage(self, *, ref: Tensor, dist: Tensor) -> Tensor:
-        """Return scores of which higher means worse, (B,)."""
+    def error(self, *, ref: Tensor, dist: Tensor) -> Tensor:
+        """Return the metric's values, (B,) float64, negated if higher is better, so that lower is better."""
         with torch.no_grad():
-            score = self.score(ref=ref, dist=dist).double().cpu()
-        return -score if self.higher_is_better else score
+            values = self.compute(ref=ref, dist=dist).double().cpu()
+        return -values if self.higher_is_better else values
 
 
 def psnr(*, ref: Tensor, dist: Tensor) -> Tensor:
@@ -47,92 +48,74 @@ def mean_absolute_error(*, ref: Tensor, dist: Tensor) -> Tensor:
     return (ref - dist).abs().mean(dim=(1, 2, 3))
 
 
-def _torchmetrics() -> Any:
-    try:
-        import torchmetrics.functional.image as functional
-    except ImportError as error:
-        raise ImportError(
-            'The structural metrics need torchmetrics: pip install "milo_latent[eval]", or leave them out.'
-        ) from error
-    return functional
-
-
 def structural(name: str) -> FullReference:
     """Return "ssim", "ms-ssim" or "vif" of torchmetrics (Apache-2.0).
 
     Raises:
-        ImportError: where torchmetrics is missing.
+        ImportError: if torchmetrics is not installed.
     """
-    functional = _torchmetrics()
+    try:
+        functional: Any = importlib.import_module("torchmetrics.functional.image")
+    except ImportError as error:
+        raise ImportError(
+            'The structural metrics need torchmetrics: pip install "milo_latent[eval]", or leave them out.'
+        ) from error
 
-    def score(*, ref: Tensor, dist: Tensor) -> Tensor:
+    def compute(*, ref: Tensor, dist: Tensor) -> Tensor:
         if name == "ssim":
             return functional.structural_similarity_index_measure(dist, ref, data_range=1.0, reduction="none")
         if name == "ms-ssim":
             options = {"data_range": 1.0, "reduction": "none", "normalize": "relu"}
             return functional.multiscale_structural_similarity_index_measure(dist, ref, **options).reshape(-1)
-        each = [
-            functional.visual_information_fidelity(d * 255, r * 255)
-            for d, r in zip(dist[:, None], ref[:, None], strict=True)
-        ]
-        return torch.stack(each)
+        pairs = zip(dist.split(1), ref.split(1), strict=True)
+        return torch.stack([functional.visual_information_fidelity(255 * d, 255 * r) for d, r in pairs])
 
-    return FullReference(name, score, higher_is_better=True)
+    return FullReference(name, compute, higher_is_better=True)
 
 
-def milo_image(source: str | Path, name: str | None = None) -> FullReference:
-    """Return the mean of MILO_I's error map.
+def milo(source: str | Path, vae: VAE | None = None) -> FullReference:
+    """Return the mean of MILO's error map: MILO_I of images or, with `vae`, MILO_L of their latents.
 
     Args:
-        source: as of `MILO.from_pretrained`.
-        name: for tables.
+        source: as in `MILO.from_pretrained`.
+        vae: encodes the images.
 
     Raises:
-        ValueError: if the weights are of MILO_L.
+        ValueError: if the weights are of MILO_L and there is no `vae`.
     """
     metric = MILO.from_pretrained(source)
-    if metric.config.channels != 3:
+    if vae is None and metric.config.channels != 3:
         raise ValueError(f"Expected MILO_I in {source}, got {metric.config.channels} channels. Use milo-latent:…")
 
-    def score(*, ref: Tensor, dist: Tensor) -> Tensor:
+    def compute(*, ref: Tensor, dist: Tensor) -> Tensor:
+        if vae is not None:
+            ref, dist = _encode_pair(vae, ref, dist)
         return metric.error_map(ref=ref, dist=dist).mean(dim=(1, 2, 3))
 
-    return FullReference(name or f"milo:{Path(source).stem}", score, higher_is_better=False)
-
-
-def milo_latent(source: str | Path, vae: VAE, name: str | None = None) -> FullReference:
-    """Return the mean of MILO_L's error map of the latents of images.
-
-    Args:
-        source: as of `MILO.from_pretrained`.
-        vae: encodes the images.
-        name: for tables.
-    """
-    metric = MILO.from_pretrained(source)
-
-    def score(*, ref: Tensor, dist: Tensor) -> Tensor:
-        latents = encode_image(vae, torch.cat([ref, dist])).float()
-        ref_latents, dist_latents = latents.chunk(2)
-        return metric.error_map(ref=ref_latents, dist=dist_latents).mean(dim=(1, 2, 3))
-
-    return FullReference(name or f"milo-latent:{Path(source).name}", score, higher_is_better=False)
+    name = f"milo:{Path(source).stem}" if vae is None else f"milo-latent:{Path(source).name}"
+    return FullReference(name, compute, higher_is_better=False)
 
 
 def latent_l1(vae: VAE) -> FullReference:
     """Return the mean absolute difference of latents."""
 
-    def score(*, ref: Tensor, dist: Tensor) -> Tensor:
-        ref_latents, dist_latents = encode_image(vae, torch.cat([ref, dist])).float().chunk(2)
+    def compute(*, ref: Tensor, dist: Tensor) -> Tensor:
+        ref_latents, dist_latents = _encode_pair(vae, ref, dist)
         return mean_absolute_error(ref=ref_latents, dist=dist_latents)
 
-    return FullReference("latent-l1", score, higher_is_better=False)
+    return FullReference("latent-l1", compute, higher_is_better=False)
+
+
+def _encode_pair(vae: VAE, ref: Tensor, dist: Tensor) -> tuple[Tensor, Tensor]:
+    ref_latents, dist_latents = encode_image(vae, torch.cat([ref, dist])).float().chunk(2)
+    return ref_latents, dist_latents
 
 
 def pyiqa_metric(name: str) -> FullReference:
-    """Return a metric of pyiqa, where the user has installed it.
+    """Return a metric of pyiqa, if the user has installed it.
 
     Raises:
-        ImportError: where it is missing; with a note on its licence.
+        ImportError: if pyiqa is not installed; the message tells its licence.
     """
     try:
         import pyiqa
@@ -140,30 +123,30 @@ def pyiqa_metric(name: str) -> FullReference:
         raise ImportError(f"Expected pyiqa for {name!r}: pip install pyiqa. {PYIQA_LICENCE}") from error
     metric = pyiqa.create_metric(name, as_loss=False)
 
-    def score(*, ref: Tensor, dist: Tensor) -> Tensor:
+    def compute(*, ref: Tensor, dist: Tensor) -> Tensor:
         return metric(dist, ref).reshape(-1)
 
-    return FullReference(f"pyiqa:{name}", score, higher_is_better=not metric.lower_better)
+    return FullReference(f"pyiqa:{name}", compute, higher_is_better=not metric.lower_better)
 
 
 def by_name(text: str, *, vae: VAE | None = None) -> FullReference:
-    """Open a metric by what a command line says.
+    """Open a metric by the name that a command line gives.
 
     Args:
         text: psnr, mae, ssim, ms-ssim, vif, milo:WEIGHTS, milo-latent:WEIGHTS, latent-l1 or pyiqa:NAME.
-        vae: for the metrics on latents.
+        vae: autoencoder for the metrics on latents.
 
     Raises:
         ValueError: for another name, or a metric on latents without `vae`.
-        ImportError: where a metric's package is missing.
+        ImportError: if the package of a metric is not installed.
     """
     kind, _, source = text.partition(":")
     if kind in ("milo-latent", "latent-l1"):
         if vae is None:
             raise ValueError(f"Expected an autoencoder for {text!r}. Pass --vae.")
-        return latent_l1(vae) if kind == "latent-l1" else milo_latent(source, vae)
+        return latent_l1(vae) if kind == "latent-l1" else milo(source, vae)
     if kind == "milo":
-        return milo_image(source)
+        return milo(source)
     if kind == "pyiqa":
         return pyiqa_metric(source)
     if kind in ("ssim", "ms-ssim", "vif"):
@@ -171,7 +154,7 @@ def by_name(text: str, *, vae: VAE | None = None) -> FullReference:
     simple = {"psnr": FullReference("psnr", psnr, True), "mae": FullReference("mae", mean_absolute_error, False)}
     if kind not in simple:
         raise ValueError(
-            f"Expected psnr, mae, ssim, ms-ssim, vif, milo:WEIGHTS, milo-latent:WEIGHTS, latent-l1 or pyiqa:NAME, "
+            "Expected psnr, mae, ssim, ms-ssim, vif, milo:WEIGHTS, milo-latent:WEIGHTS, latent-l1 or pyiqa:NAME, "
             f"got {text!r}."
         )
     return simple[kind]

@@ -1,4 +1,4 @@
-"""Tables and plots of a metric's agreement with people; plots need matplotlib and are returned as figures."""
+"""Tables and figures of a metric's agreement with people; figures need matplotlib."""
 
 from __future__ import annotations
 
@@ -12,47 +12,35 @@ import torch
 from torch import Tensor
 
 from milo_latent.distortions import DISTORTIONS, LEVELS
-from milo_latent.evaluation.agreement import Agreement
-from milo_latent.evaluation.conditions import rising_share
-from milo_latent.evaluation.logistic import fit_logistic
+from milo_latent.evaluation.agreement import Agreement, fit_logistic
+from milo_latent.evaluation.distortion_settings import rising_share
 from milo_latent.files import write_text
 
 Row = dict[str, str | float | int]
 
 
 def agreement_rows(metric: str, overall: Agreement, per_kind: dict[str, Agreement]) -> list[Row]:
-    """Return a row for all ratings and one per kind of distortion."""
+    """Return a row for all ratings and one for each kind of distortion."""
     rows: list[Row] = []
     for kind, each in {"all": overall, **per_kind}.items():
-        low, high = each.srcc_interval
-        plcc_low, plcc_high = each.plcc_interval
-        rows.append(
-            {
-                "metric": metric,
-                "kind": kind,
-                "srcc": round(each.srcc, 4),
-                "srcc_low": round(low, 4),
-                "srcc_high": round(high, 4),
-                "krcc": round(each.krcc, 4),
-                "plcc": round(each.plcc, 4),
-                "plcc_low": round(plcc_low, 4),
-                "plcc_high": round(plcc_high, 4),
-                "count": each.count,
-            }
-        )
+        (srcc_low, srcc_high), (plcc_low, plcc_high) = each.srcc_interval, each.plcc_interval
+        figures = {"srcc": each.srcc, "srcc_low": srcc_low, "srcc_high": srcc_high, "krcc": each.krcc}
+        figures |= {"plcc": each.plcc, "plcc_low": plcc_low, "plcc_high": plcc_high}
+        rounded = {name: round(value, 4) for name, value in figures.items()}
+        rows.append({"metric": metric, "kind": kind, **rounded, "count": each.count})
     return rows
 
 
-def rising_rows(damage: dict[str, Tensor], means: Tensor) -> list[Row]:
-    """Return how often each metric orders neighbouring levels as people do: a row over all kinds, and one per kind.
+def rising_rows(errors: dict[str, Tensor], opinions: Tensor) -> list[Row]:
+    """Return how often each metric orders neighboring levels as people do: a row for all kinds, then one for each.
 
     Args:
-        damage: of each metric, (photos, 125).
-        means: of people, (125,), higher is better.
+        errors: by metric, (photos, 125).
+        opinions: mean opinions, (125,), higher is better.
     """
     rows: list[Row] = []
-    for metric, scores in damage.items():
-        shares = rising_share(scores, means)
+    for metric, values in errors.items():
+        shares = rising_share(values, opinions)
         overall = sum(shares.values()) / len(shares)
         for kind, share in [("all", overall), *sorted(shares.items(), key=lambda item: item[1])]:
             rows.append({"metric": metric, "kind": kind, "rising_share": round(share, 4)})
@@ -76,56 +64,54 @@ def format_rows(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _pyplot() -> Any:
+def _new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('Plots need matplotlib: pip install "milo_latent[plots]".') from error
-    return Figure
+        raise ImportError('Figures need matplotlib: pip install "milo_latent[plots]".') from error
+    return Figure(figsize=(width, height), layout="constrained")
 
 
-def scatter(damage: Tensor, quality: Tensor, kinds: Sequence[str], *, title: str) -> Any:
-    """Return a figure of opinions over scores, a colour per kind, with the four-parameter logistic.
+def scatter(errors: Tensor, opinions: Tensor, kinds: Sequence[str], *, title: str) -> Any:
+    """Return a figure of opinions over errors, a color per kind, with the four-parameter logistic.
 
     Args:
-        damage: (n,), higher means worse.
-        quality: opinions, (n,), higher means better.
-        kinds: of distortion, n of them.
-        title: of the figure.
+        errors: (n,), lower is better.
+        opinions: (n,), higher is better.
+        kinds: kind of distortion of each pair.
+        title: label of the horizontal axis, such as the metric's name.
 
     Raises:
-        ImportError: where matplotlib is missing.
+        ImportError: if matplotlib or scipy is not installed.
     """
-    figure = _pyplot()(figsize=(7, 5), layout="constrained")
+    figure = _new_figure(7, 5)
     axes = figure.add_subplot()
-    names = list(dict.fromkeys(kinds))
-    for index, name in enumerate(names):
+    for index, name in enumerate(dict.fromkeys(kinds)):
         members = torch.tensor([each == name for each in kinds])
-        colour, marker = f"C{index % 10}", "osD^v"[index // 10 % 5]
-        axes.plot(damage[members].tolist(), quality[members].tolist(), marker, color=colour, markersize=4, label=name)
-    line = torch.linspace(damage.min().item(), damage.max().item(), 200, dtype=torch.float64)
-    axes.plot(line.tolist(), fit_logistic(damage, quality)(line).tolist(), color="black", linewidth=1)
+        color, marker = f"C{index % 10}", "osD^v"[index // 10 % 5]
+        axes.plot(errors[members].tolist(), opinions[members].tolist(), marker, color=color, markersize=4, label=name)
+    line = torch.linspace(errors.min().item(), errors.max().item(), 200, dtype=torch.float64)
+    axes.plot(line.tolist(), fit_logistic(errors, opinions)(line).tolist(), color="black", linewidth=1)
     axes.set(xlabel=f"{title} (higher is worse)", ylabel="opinion (higher is better)")
     figure.legend(loc="outside right upper", fontsize=6)
     return figure
 
 
-def level_study(damage: Tensor, quality: Tensor, photos: Sequence[str]) -> Any:
-    """Return a figure of predicted opinion against level, a panel per distortion, a line per photo.
+def level_study(errors: Tensor, opinions: Tensor) -> Any:
+    """Return a figure of predicted opinion against level, a panel per kind of distortion, a line per photo.
 
     Args:
-        damage: (photos, 125), in the order of `CONDITIONS`.
-        quality: mean opinions of people, (125,), drawn as a dashed line.
-        photos: names.
+        errors: (photos, 125), in the order of `SETTINGS`.
+        opinions: mean opinions, (125,), drawn as a dashed line.
 
     Raises:
-        ImportError: where matplotlib is missing.
+        ImportError: if matplotlib or scipy is not installed.
 
     Source: supplement, section 2.2, Fig. 1.
     """
-    predicted = fit_logistic(damage.mean(dim=0), quality)(damage).reshape(len(photos), len(DISTORTIONS), len(LEVELS))
-    people = quality.reshape(len(DISTORTIONS), len(LEVELS))
-    figure = _pyplot()(figsize=(13, 12), layout="constrained")
+    predicted = fit_logistic(errors.mean(dim=0), opinions)(errors).reshape(-1, len(DISTORTIONS), len(LEVELS))
+    people = opinions.reshape(len(DISTORTIONS), len(LEVELS))
+    figure = _new_figure(13, 12)
     for index, kind in enumerate(DISTORTIONS):
         axes = figure.add_subplot(5, 5, index + 1)
         for row in predicted[:, index].tolist():

@@ -1,4 +1,4 @@
-"""Build the training set: images -> distorted pairs -> labels -> latents; in shards, in parallel, resumable."""
+"""Build a training set: images, distorted pairs, labels, latents; in shards, in parallel, resumable."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from milo_latent.evaluation.conditions import CONDITIONS
+from milo_latent.evaluation.distortion_settings import SETTINGS
 from milo_latent.files import write_text
 from milo_latent.latents.codec import vae_scale_factor
 from milo_latent.programs import run_program
@@ -26,11 +26,11 @@ from milo_latent.training.data.shards import CONFIG_FILE, SUMMARY_FILE, read_sha
 from milo_latent.training.pseudo_mos import format_agreement, member_agreement
 from milo_latent.training.shard_worker import RECORD, DatasetConfig, Worker, shard_path
 
-SPARE = 1.2  # times the estimated size must be free
+SPARE = 1.2  # this multiple of the estimated size must be free on the disk
 
 
 def estimated_bytes(config: DatasetConfig) -> int:
-    """Return about how much the dataset will take on the disk."""
+    """Return the approximate size of the training set on the disk."""
     cells = (config.side // 8) ** 2
     pair = 4 * (len(config.members) + 4)
     pair += 3 * config.side**2 if config.keep_images else 0
@@ -48,9 +48,14 @@ def _start_worker(config: DatasetConfig, paths: Sequence[Path], output: Path) ->
     _worker = Worker(config, paths, output)
 
 
+def _make_shard(index: int) -> None:
+    assert _worker is not None
+    _worker.make(index)
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute on one thread, as each of several workers does: sums over more threads round differently."""
+    """Compute on one thread, as each of several workers does, since sums over more threads round differently."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -59,41 +64,33 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _make_shard(index: int) -> Path:
-    assert _worker is not None
-    return _worker.make(index)
-
-
 def build(config: DatasetConfig, paths: Sequence[Path], output: Path, *, workers: int = 1) -> dict[str, Any]:
-    """Build, or finish, a training set.
+    """Build a training set, or finish one.
 
     Args:
-        config: what it is; its images are the names of `paths`.
+        config: its configuration, whose images are the names of `paths`.
         paths: image files.
-        output: folder; shards that are there already are kept.
-        workers: processes.
+        output: its folder; shards that exist are kept.
+        workers: number of processes.
 
     Returns:
         The summary that is also written to `dataset.json`: counts, skipped images, agreement of the members.
 
     Raises:
-        ValueError: if `output` was begun with another configuration or other files, the side is no whole number of
-            cells of the latents, or no image could be read.
-        OSError: if there is too little space on the disk, before anything is made; or if it fills up: what is complete
-            stays, and the same command goes on from there.
+        ValueError: if `output` was started with another configuration or other files, if the side is not a multiple of
+            the autoencoder's factor, or if no image can be read.
+        OSError: if the disk has too little space, before anything is made, or if it fills up. Complete shards stay, and
+            the same command continues.
     """
     with one_thread():
-        worker = Worker(config, paths, output)  # opened first: what cannot be opened leaves no trace
+        worker = Worker(config, paths, output)  # before the folder is made, so that a mistyped name leaves no trace
     _check_side(config, worker)
     output.mkdir(parents=True, exist_ok=True)
     _check_config(config, paths, output)
-    (output / SUMMARY_FILE).unlink(missing_ok=True)  # which says that a set is whole
+    (output / SUMMARY_FILE).unlink(missing_ok=True)  # its presence tells that a set is complete
     count = -(-len(paths) // config.images_per_shard)
     missing = [index for index in range(count) if not shard_path(output, index).is_file()]
-    needed = int(SPARE * estimated_bytes(config) * len(missing) / max(count, 1))
-    free = shutil.disk_usage(output).free
-    if needed > free:
-        raise OSError(f"Expected {needed / 1e9:.1f} GB free for {output}, found {free / 1e9:.1f} GB. Lower per_image.")
+    _check_space(int(SPARE * estimated_bytes(config) * len(missing) / max(count, 1)), output)
     with tqdm(total=count, initial=count - len(missing), desc=output.name, unit="shard", mininterval=5) as progress:
         if workers <= 1:
             with one_thread():
@@ -106,7 +103,7 @@ def build(config: DatasetConfig, paths: Sequence[Path], output: Path, *, workers
             with context.Pool(workers, _start_worker, (config, paths, output)) as pool:
                 for _ in pool.imap_unordered(_make_shard, missing):
                     progress.update()
-    return _summarise(config, output, count)
+    return _summarize(config, output, count)
 
 
 def _check_side(config: DatasetConfig, worker: Worker) -> None:
@@ -123,17 +120,22 @@ def _check_config(config: DatasetConfig, paths: Sequence[Path], output: Path) ->
     record = json.loads(json.dumps(asdict(config) | {"sources": sources}))
     path = output / CONFIG_FILE
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else record
-    before = {"sources": sources} | before  # older sets do not tell
     differing = sorted(name for name in record | before if record.get(name) != before.get(name))
     if differing:
         raise ValueError(
-            f"{output} was begun with another configuration: {', '.join(differing)} differ (see {CONFIG_FILE}). "
+            f"{output} was started with another configuration: {', '.join(differing)} differ (see {CONFIG_FILE}). "
             "Choose another folder."
         )
     write_text(path, json.dumps(record, indent=2) + "\n")
 
 
-def _summarise(config: DatasetConfig, output: Path, count: int) -> dict[str, Any]:
+def _check_space(needed: int, output: Path) -> None:
+    free = shutil.disk_usage(output).free
+    if needed > free:
+        raise OSError(f"Expected {needed / 1e9:.1f} GB free for {output}, found {free / 1e9:.1f} GB. Lower per_image.")
+
+
+def _summarize(config: DatasetConfig, output: Path, count: int) -> dict[str, Any]:
     labels, skipped, images = [], [], 0
     for index in range(count):
         tensors, metadata = read_shard(shard_path(output, index), keys={"labels"})
@@ -157,20 +159,20 @@ def _summarise(config: DatasetConfig, output: Path, count: int) -> dict[str, Any
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Build a training set and say what it holds."""
+    """Build a training set and print what it holds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", nargs="+", required=True, help="folders of clean images")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument(
         "--members", nargs="+", required=True, help="metrics that label: milo:MILO.pth ssim ms-ssim vif"
     )
-    parser.add_argument("--calibrations", help="JSON of their curves, from milo_latent.training.pseudo_mos")
+    parser.add_argument("--calibrations", help="JSON of their calibrations, from milo_latent.training.pseudo_mos")
     parser.add_argument("--vae", help="keep latents of this autoencoder: nano, or a folder")
     parser.add_argument("--keep-images", action="store_true", help="keep the images too, for MILO_I")
     parser.add_argument("--map-teacher", help="MILO_I weights whose error maps are kept as a second label")
     parser.add_argument("--side", type=int, default=256)
-    parser.add_argument("--cut", dest="resize", action="store_false", help="cut the centre out in place of resizing")
-    parser.add_argument("--per-image", type=int, default=len(CONDITIONS), help="conditions drawn per image, of 125")
+    parser.add_argument("--cut", dest="resize", action="store_false", help="cut out the central square unresized")
+    parser.add_argument("--per-image", type=int, default=len(SETTINGS), help="distortion settings per image, of 125")
     parser.add_argument("--images-per-shard", type=int, default=8)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)

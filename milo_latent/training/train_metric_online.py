@@ -1,4 +1,4 @@
-"""Train MILO_L without a training set on disk: pairs drawn, labelled by a MILO_I and encoded on the fly."""
+"""Train MILO_L without a training set on disk: pairs are drawn, labeled by MILO_I and encoded for each step."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from milo_latent.evaluation.correlation import spearman
+from milo_latent.evaluation.agreement import import_scipy, spearman
 from milo_latent.latents.codec import VAE, encode_image
 from milo_latent.metric.network import MILO
 from milo_latent.programs import run_program
 from milo_latent.training.data.crops import ImageCrops
 from milo_latent.training.data.image_pairs import draw_image_pairs
 from milo_latent.training.engine.loop import add_run_options, fit, run_config, training_state
-from milo_latent.training.initialise import initialise
+from milo_latent.training.train_metric import initialize
 
-MAP_WEIGHT = 1.0  # of the error map's loss beside that of the score
+MAP_WEIGHT = 1.0  # of the loss of the error map, relative to that of its mean
 
 
-class DistillationLoss(nn.Module):
-    """Squared error of MILO_L's score and error map against those of MILO_I on the same pairs.
+class TeacherLoss(nn.Module):
+    """Squared error of MILO_L's error map, and of its mean, against MILO_I's for the same pairs.
 
     Args:
         metric: MILO_L, trained.
         teacher: MILO_I, frozen.
-        vae: whose latents MILO_L learns, frozen.
+        vae: autoencoder whose latents MILO_L learns, frozen.
     """
 
     def __init__(self, metric: MILO, *, teacher: MILO, vae: VAE) -> None:
@@ -44,22 +44,22 @@ class DistillationLoss(nn.Module):
         ref_latents, dist_latents = latents.chunk(2)  # (B, C, h, w) each
         target = F.interpolate(teacher_map, size=ref_latents.shape[2:], mode="area")  # (B, 1, h, w)
         predicted = self.metric.error_map(dist=dist_latents, ref=ref_latents).float()
-        score_error = (predicted.mean(dim=(1, 2, 3)) - target.mean(dim=(1, 2, 3))).square().mean()
-        return score_error + MAP_WEIGHT * (predicted - target).square().mean()
+        mean_error = (predicted.mean(dim=(1, 2, 3)) - target.mean(dim=(1, 2, 3))).square().mean()
+        return mean_error + MAP_WEIGHT * (predicted - target).square().mean()
 
 
 @torch.no_grad()
-def agreement(metric: MILO, teacher: MILO, vae: VAE, folder: Path, *, crop_size: int, batches: int = 12) -> float:
-    """Return the Spearman correlation of the mean error maps of MILO_L and the teacher over crops of `folder`."""
+def teacher_agreement(loss: TeacherLoss, folder: Path, *, crop_size: int, batches: int = 12) -> float:
+    """Return Spearman's correlation of MILO_L's and the teacher's mean error over distorted crops of `folder`."""
     draw = draw_image_pairs(ImageCrops([folder], crop_size=crop_size, seed=10_000), 16)
-    pairs = []
-    device = metric.device  # where training has taken all three
+    metric, vae = loss.metric, loss.vae
+    means = []
     for step in range(batches):
-        ref, dist = (each.to(device) for each in draw(step, 0))
-        student_map = metric.error_map(dist=encode_image(vae, dist).float(), ref=encode_image(vae, ref).float())
-        scores = (student_map.mean(dim=(1, 2, 3)), teacher.error_map(dist=dist, ref=ref).mean(dim=(1, 2, 3)))
-        pairs.append(torch.stack(scores))
-    return spearman(*torch.cat(pairs, dim=1))
+        ref, dist = (each.to(metric.device) for each in draw(step, 0))
+        latents = {"ref": encode_image(vae, ref).float(), "dist": encode_image(vae, dist).float()}
+        maps = (metric.error_map(**latents), loss.teacher.error_map(ref=ref, dist=dist))
+        means.append(torch.stack([each.mean(dim=(1, 2, 3)) for each in maps]))
+    return spearman(*torch.cat(means, dim=1))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -69,8 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--validation", type=Path, required=True, help="folder of clean validation images")
     parser.add_argument("--vae", type=Path, required=True, help="folder of the autoencoder")
     parser.add_argument("--teacher", required=True, help="MILO_I weights, such as the official MILO.pth")
-    parser.add_argument("--latent-space", required=True, help="name of the autoencoder, kept in the configuration")
+    parser.add_argument("--latent-space", required=True, help="name of the autoencoder in the configuration")
     options = parser.parse_args(arguments)
+    import_scipy("stats")  # before the first step, not at the first validation
     torch.manual_seed(options.seed)
     vae = AutoencoderTiny.from_pretrained(options.vae).eval()
     metric = MILO(
@@ -78,18 +79,18 @@ def main(arguments: list[str] | None = None) -> None:
         latent_space=options.latent_space,
         scaling_factor=vae.config.scaling_factor,
     )
-    initialise(metric)
+    initialize(metric)
     teacher = MILO.from_pretrained(options.teacher)
     for network in (vae, teacher):
         network.to(memory_format=torch.channels_last)
-    loss = DistillationLoss(metric, teacher=teacher, vae=vae)
+    loss = TeacherLoss(metric, teacher=teacher, vae=vae)
     crops = ImageCrops(options.images, crop_size=options.crop_size, seed=options.seed)
 
     draw = draw_image_pairs(crops, options.batch_size)
     config = run_config(options, weight_decay=1e-6)
 
     def validate(trained: nn.Module) -> dict[str, float]:
-        return {"srcc": agreement(metric, teacher, vae, options.validation, crop_size=options.crop_size)}
+        return {"srcc": teacher_agreement(loss, options.validation, crop_size=options.crop_size)}
 
     fit(loss, draw, config, validate=validate)
     if not training_state().is_main_process:

@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
         timestep = torch.from_numpy(rng.integers(0, scheduler.config.num_train_timesteps, draws))
         return clean, degraded, noise, timestep
 
-    config = run_config(options, decay=0.4)
+    config = run_config(options, data={"noise_levels": options.noise_levels}, decay=0.4)
     fit(loss, draw, config)
     if not training_state().is_main_process:
         return

@@ -1,4 +1,4 @@
-"""Image folders as random crops; a batch follows from (seed, step, process), so a resumed run draws the same."""
+"""Random crops of image folders; a batch depends on seed, step and process alone, so that resumed runs are exact."""
 
 from __future__ import annotations
 
@@ -6,21 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from milo_latent.files import IMAGE_SUFFIXES, read_image
+from milo_latent.files import IMAGE_SUFFIXES, is_hidden, read_image
+from milo_latent.pictures import from_8bit, to_8bit
 
 
 def list_images(folders: Sequence[str | Path]) -> list[Path]:
-    """List the image files of `folders`, sorted by name within each folder.
-
-    Args:
-        folders: folders to look in, not recursive.
-
-    Returns:
-        Paths of all files whose suffix is that of an image.
+    """Return the image files of folders, not of their subfolders, sorted by name within each folder.
 
     Raises:
         FileNotFoundError: if a folder does not exist or none holds an image.
@@ -29,7 +23,8 @@ def list_images(folders: Sequence[str | Path]) -> list[Path]:
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise FileNotFoundError(f"Expected a folder of images, got {folder}, which is not a folder.")
-        paths += sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        images = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        paths += sorted(path for path in images if not is_hidden(path))
     if not paths:
         raise FileNotFoundError(
             f"Found no image in {', '.join(map(str, folders))}; looked for {sorted(IMAGE_SUFFIXES)}."
@@ -38,7 +33,7 @@ def list_images(folders: Sequence[str | Path]) -> list[Path]:
 
 
 def spread_over(paths: Sequence[Path], count: int | None) -> list[Path]:
-    """Return `count` of `paths`, spread evenly over them; all for None, or where there are fewer.
+    """Return `count` of `paths`, spread evenly over them; all for None, or if there are fewer.
 
     Raises:
         ValueError: for a count below 1.
@@ -51,12 +46,12 @@ def spread_over(paths: Sequence[Path], count: int | None) -> list[Path]:
 
 
 class ImageCrops:
-    """Random square crops, flipped and transposed, from images held in memory as bytes.
+    """Random square crops, flipped and transposed, of images held in memory in 8 bit.
 
     Args:
         folders: folders of images.
         crop_size: side of a crop in pixels; smaller images are left out.
-        seed: start of every random draw.
+        seed: seed of every random draw.
     """
 
     def __init__(self, folders: Sequence[str | Path], *, crop_size: int, seed: int = 0) -> None:
@@ -65,7 +60,7 @@ class ImageCrops:
         for path in tqdm(list_images(folders), desc="Reading images", unit="image"):
             image = read_image(path)[0]
             if min(image.shape[1:]) >= crop_size:
-                self.images.append((image * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+                self.images.append(to_8bit(image))
         if not self.images:
             raise ValueError(f"Expected images of at least {crop_size} px, got none. Pass a smaller `crop_size`.")
 
@@ -78,20 +73,18 @@ class ImageCrops:
 
         Args:
             rng: from `generator`.
-            batch_size: how many.
+            batch_size: number of crops.
 
         Returns:
             Images, (B, 3, crop_size, crop_size), in [0, 1].
         """
-        return torch.stack([self._crop(rng) for _ in range(batch_size)]).float().div(255.0)
+        return from_8bit(np.stack([self._crop(rng) for _ in range(batch_size)]))
 
-    def _crop(self, rng: np.random.Generator) -> Tensor:
+    def _crop(self, rng: np.random.Generator) -> np.ndarray:
         image = self.images[rng.integers(len(self.images))]
         top = rng.integers(image.shape[0] - self.crop_size + 1)
         left = rng.integers(image.shape[1] - self.crop_size + 1)
         crop = image[top : top + self.crop_size, left : left + self.crop_size]
         if rng.random() < 0.5:
             crop = crop[:, ::-1]
-        if rng.random() < 0.5:
-            crop = crop.transpose(1, 0, 2)
-        return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))
+        return crop.transpose(1, 0, 2) if rng.random() < 0.5 else crop

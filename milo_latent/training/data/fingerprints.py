@@ -1,4 +1,4 @@
-"""Fingerprints of what a training set is made from, so that one set is never made from two versions of it."""
+"""Fingerprints of data and weights, so that a resumed build or run uses the same ones as when it started."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from milo_latent.resources import sha256
 
 
 def source_digest(source: str | Path) -> str | None:
-    """Return the SHA-256 of a file, or of a folder's configurations and weights; None where `source` is neither.
+    """Return the SHA-256 of a file, or of a folder's configurations and weights; None if `source` is neither.
 
     Args:
         source: a file, a folder, or the name of weights.
@@ -22,24 +22,24 @@ def source_digest(source: str | Path) -> str | None:
     if not path.is_dir():
         return None
     if not (path / "config.json").is_file() and (path / "metric").is_dir():
-        path = path / "metric"  # of a pipeline's folder
+        path = path / "metric"  # the folder is a pipeline's
     files = sorted(file for file in path.iterdir() if file.suffix in {".json", ".safetensors", ".bin"})
     lines = (f"{file.name} {sha256(file)}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def files_digest(paths: Sequence[Path]) -> str:
-    """Return the SHA-256 of names and sizes, which is enough to tell other photos of the same names."""
+    """Return the SHA-256 of names and sizes, which is enough to tell apart photos of the same names."""
     lines = (f"{path.name} {path.stat().st_size}\n" for path in paths)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def shards_digest(folder: Path) -> str:
-    """Return the SHA-256 of the names and sizes of a set's shards, which building it again leaves as they are."""
+    """Return the SHA-256 of the names and sizes of a training set's shards."""
     return files_digest(sorted(folder.glob("shard-*.safetensors")))
 
 
 def metric_digests(names: Iterable[str]) -> dict[str, str]:
-    """Return the SHA-256 of the weights of those metrics, named as of `full_reference.by_name`, that have any."""
+    """Return the SHA-256 of weights by metric, for names as in `evaluation.metrics.by_name` that name any."""
     found = {name: source_digest(name.partition(":")[2]) for name in names if ":" in name}
     return {name: digest for name, digest in found.items() if digest is not None}

@@ -1,4 +1,4 @@
-"""Random pairs of photos and distorted photos, drawn anew for every step."""
+"""Random pairs of photos and distorted photos, drawn for every step."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from milo_latent.distortions import DISTORTIONS, LEVELS
+from milo_latent.pictures import round_to_8bit
 from milo_latent.training.data.crops import ImageCrops
 
-SECOND = 0.15  # share of the pairs with a second distortion on top
-BETWEEN = 0.3  # share of the pairs that go only part of the way, so that errors between the levels are met
+SECOND = 0.15  # share of the pairs with a second distortion
+BETWEEN = 0.3  # share of the pairs that are blended with the photo, so that errors between the levels occur too
 
 
 def draw_distorted(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Distort one image, (1, 3, H, W), in [0, 1], by a random kind and level, a part of them by two, or in part."""
+    """Distort one image, (1, 3, H, W), in [0, 1], by one or two random distortion settings, in whole or in part."""
     dist = image
     for _ in range(2 if rng.random() < SECOND else 1):
         distortion = list(DISTORTIONS.values())[rng.integers(len(DISTORTIONS))]
@@ -24,7 +25,7 @@ def draw_distorted(image: Tensor, rng: np.random.Generator) -> Tensor:
         dist = distortion.apply(dist, distortion.amounts[rng.integers(len(LEVELS))], generator).clamp(0, 1)
     if rng.random() < BETWEEN:
         dist = image + float(rng.uniform(0.1, 1.0)) * (dist - image)
-    return dist.mul(255).round().div(255)
+    return round_to_8bit(dist)
 
 
 def draw_image_pairs(crops: ImageCrops, batch_size: int) -> Callable[[int, int], tuple[Tensor, Tensor]]:

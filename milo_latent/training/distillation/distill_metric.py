@@ -1,40 +1,42 @@
-"""Distil MILO from a teacher: MILO_L over synthetic latents where the autoencoder is not at hand, MILO_I over photos.
+"""Distil MILO from a teacher: MILO_L on synthetic latents, without their autoencoder, or MILO_I on photos.
 
-The student starts from its own random weights and learns from what the teacher puts out (masks of all levels, raw
-error, scaler); neither the teacher's weights nor its hidden layers are read.
+The student starts from random weights of its own and learns from the teacher's outputs: the masks of all levels, the
+error and the scaler. Neither the teacher's weights nor its hidden layers are read.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from milo_latent.evaluation.correlation import pearson, spearman
+from milo_latent.evaluation.agreement import import_scipy, pearson, spearman
 from milo_latent.files import read_latents
 from milo_latent.metric.network import MILO
 from milo_latent.programs import run_program
 from milo_latent.training.data.crops import ImageCrops
+from milo_latent.training.data.fingerprints import shards_digest
 from milo_latent.training.data.image_pairs import draw_image_pairs
 from milo_latent.training.distillation.encoded_pairs import half_encoded
 from milo_latent.training.distillation.latent_distortions import draw_latent_pairs
 from milo_latent.training.distillation.perturbations import perturb_pair
 from milo_latent.training.engine.loop import add_run_options, fit, run_config, training_state
 
-# raw error per pixel up to which the scaler is learned: latents differ by 3 at most, the mask is < 4
-LARGEST_ERROR = 6.0
-DIVERGENCE_WEIGHT = 4.0  # beside the mask's error in units of its spread
-LEAST_VARIANCE = 0.003  # of a mask, under which flat masks would weigh too much
+Draw = Callable[[int, int], tuple[Tensor, Tensor]]
+LARGEST_ERROR = 6.0  # error per pixel up to which the scaler is learned: latents rarely differ by more than 3
+DIVERGENCE_WEIGHT = 4.0  # of the levels' divergence, relative to the mask's squared error over its variance
+LEAST_VARIANCE = 0.003  # added to a mask's variance, so that flat masks do not weigh too much
 
 
 def levels_and_mask(metric: MILO, *, ref: Tensor, dist: Tensor) -> tuple[list[Tensor], Tensor]:
     """Return the mask finder's logits at each level, coarse to fine, (B, 1, h_l, w_l) each, and the mask.
 
-    `MILO.mask` gives the same mask, and no logits.
+    The mask is that of `MILO.mask`, which does not return the logits.
     """
     layers = list(metric.mask_finder)[:-1]  # without the sigmoid
     pyramid = [torch.cat([dist, ref], dim=1).contiguous(memory_format=torch.channels_last)]
@@ -55,10 +57,10 @@ def levels_and_mask(metric: MILO, *, ref: Tensor, dist: Tensor) -> tuple[list[Te
 
 
 class MatchingLoss(nn.Module):
-    """Distance between student and teacher in all that they put out.
+    """Distance between the outputs of student and teacher.
 
     Args:
-        student: trained.
+        student: the metric to train.
         teacher: frozen.
     """
 
@@ -81,7 +83,7 @@ class MatchingLoss(nn.Module):
         return loss + self._scaler_loss(target_mask * difference)
 
     def _scaler_loss(self, error: Tensor) -> Tensor:
-        """Compare the scalers at the errors met, and evenly over their range, also relative to what they say of 0."""
+        """Compare the scalers, as differences from their value at 0, at errors per pixel and over the whole range."""
         grid = torch.linspace(0, 1, 256, device=error.device).pow(4) * LARGEST_ERROR
         values = torch.cat([grid, error.flatten()[:1024]]).view(1, 1, 1, -1)
         with torch.no_grad():
@@ -91,7 +93,10 @@ class MatchingLoss(nn.Module):
 
 
 def _divergence(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean divergence of two sigmoids given before them; unlike a squared error it pulls from saturation."""
+    """Return the mean divergence between the sigmoids of two tensors.
+
+    Unlike the squared error it has a gradient where the student's sigmoid is saturated.
+    """
     share = targets.sigmoid()
     at_best = F.binary_cross_entropy_with_logits(targets, share)
     return DIVERGENCE_WEIGHT * (F.binary_cross_entropy_with_logits(logits, share) - at_best)
@@ -99,90 +104,110 @@ def _divergence(logits: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def compare(student: MILO, teacher: MILO, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Return how well `student` stands in for `teacher` over pairs of latents.
+    """Return how closely `student` agrees with `teacher` on pairs of latents or images.
 
     Args:
         student: a metric.
-        teacher: the metric it should equal.
+        teacher: the metric that it should equal.
         pairs: `ref` and `dist`, (1, C, h, w) each.
 
     Returns:
-        `srcc` and `relative_error` (median) of the error E, the same of the mean of the error map with `map_` before,
-        `mask_correlation` over all pixels of all pairs, and `mask_correlation_worst`, the lowest of a pair.
+        `srcc` and the median `relative_error` of the error E; `map_srcc` and `map_relative_error`, the same for the
+        mean of the error map; `mask_correlation` over all pixels of all pairs, and `mask_correlation_worst`, the lowest
+        correlation within a pair.
     """
     errors, means, masks, worst = [], [], [], 1.0
-    device = student.device  # where training has taken both
+    device = student.device  # fit() has moved both metrics there
     for pair in pairs:
         ref, dist = (each.to(device) for each in pair)
-        first, second = (metric.compare(ref=ref, dist=dist) for metric in (student, teacher))
-        errors.append(torch.cat([first.error, second.error]))
-        means.append(torch.cat([each.error_map.mean(dim=(1, 2, 3)) for each in (first, second)]))
-        masks.append(torch.stack([first.mask.flatten(), second.mask.flatten()]))
+        outputs = [metric.compare(ref=ref, dist=dist) for metric in (student, teacher)]
+        errors.append(torch.cat([each.error for each in outputs]))
+        means.append(torch.cat([each.error_map.mean(dim=(1, 2, 3)) for each in outputs]))
+        masks.append(torch.stack([each.mask.flatten() for each in outputs]))
         worst = min(worst, pearson(*masks[-1]))
-    error, mean = torch.stack(errors, dim=1), torch.stack(means, dim=1)  # (2, n)
     return {
-        "srcc": spearman(error[0], error[1]),
-        "relative_error": ((error[0] - error[1]).abs() / error[1]).median().item(),
-        "map_srcc": spearman(mean[0], mean[1]),
-        "map_relative_error": ((mean[0] - mean[1]).abs() / mean[1]).median().item(),
+        **_agreement(torch.stack(errors, dim=1), prefix=""),
+        **_agreement(torch.stack(means, dim=1), prefix="map_"),
         "mask_correlation": pearson(*torch.cat(masks, dim=1)),
         "mask_correlation_worst": worst,
     }
 
 
+def _agreement(values: Tensor, *, prefix: str) -> dict[str, float]:
+    student, teacher = values  # (n,) each
+    relative = ((student - teacher).abs() / teacher).median().item()
+    return {f"{prefix}srcc": spearman(student, teacher), f"{prefix}relative_error": relative}
+
+
 def describe(figures: dict[str, float], count: int) -> str:
-    """Return `figures` of `compare` as lines."""
+    """Return the figures of `compare` as lines."""
     return "\n".join(f"{name:24s} {value:.4f}" for name, value in (figures | {"pairs": float(count)}).items())
 
 
+def draw_pairs(folder: Path | None, images: list[Path], seed: int, channels: int, options: argparse.Namespace) -> Draw:
+    """Return the function from (step, process) to a batch of `ref` and `dist`.
+
+    Args:
+        folder: training set for every other batch of latents; None draws from `images` alone.
+        images: folders of photos.
+        seed: seed of the draw.
+        channels: 3 for images, others for latents.
+        options: batch and crop size.
+    """
+    crops = ImageCrops(images, crop_size=options.crop_size, seed=seed)
+    draw = (draw_image_pairs if channels == 3 else draw_latent_pairs)(crops, options.batch_size)
+    if folder is None:
+        return draw
+    return half_encoded(draw, folder, channels=channels, batch_size=options.batch_size, seed=seed)
+
+
+def distil(teacher: MILO, options: argparse.Namespace) -> MILO:
+    """Train a student of `teacher`, or resume its training, and return it."""
+    config = teacher.config
+    student = MILO(channels=config.channels, latent_space=config.latent_space, scaling_factor=config.scaling_factor)
+    student.to(memory_format=torch.channels_last)
+    training, validation = options.encoded or (None, None)
+    draw = draw_pairs(training, options.images, options.seed, config.channels, options)
+    unseen = draw_pairs(validation, [options.validation], 10_000, config.channels, options)
+    pairs = [pair for step in range(12) for pair in zip(*(each.split(1) for each in unseen(step, 0)), strict=True)]
+    pairs = [pair for pair in pairs if not torch.equal(*pair)]
+
+    def validate(_: nn.Module) -> dict[str, float]:
+        student.save_pretrained(options.output / "metric")  # so that it can be evaluated during training
+        return compare(student, teacher, pairs)
+
+    data = {"encoded": shards_digest(training)} if training else {}
+    run = run_config(options, data=data, decay=0.6, warmup=200, weight_decay=1e-6)
+    fit(MatchingLoss(student, teacher), draw, run, validate=validate)
+    return student
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Distil and save, or evaluate what is there."""
+    """Distil and save a metric, or evaluate one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_options(parser, steps=40_000, crop_size=128, learning_rate=4e-3, optimizer="soap")
     parser.add_argument("--teacher", required=True, help="MILO weights, such as the official MILO_latent.pth")
-    parser.add_argument("--validation", type=Path, required=True, help="folder of photos that are not trained on")
+    parser.add_argument("--validation", type=Path, required=True, help="folder of other photos")
     parser.add_argument(
         "--encoded",
         type=Path,
         nargs=2,
         metavar=("TRAINING", "VALIDATION"),
-        help="sets of build_dataset, for every other batch of latents",
+        help="training sets of build_dataset, for every other batch of latents",
     )
     parser.add_argument(
-        "--held-out", type=Path, nargs=2, metavar=("REF", "DIST"), help="real latents, for the test only"
+        "--held-out", type=Path, nargs=2, metavar=("REF", "DIST"), help="a pair of real latents, for the test only"
     )
     parser.add_argument("--evaluate", type=Path, metavar="METRIC", help="compare this metric with the teacher and stop")
     options = parser.parse_args(arguments)
+    import_scipy("stats")  # before the first step, not at the first validation
     torch.manual_seed(options.seed)
     teacher = MILO.from_pretrained(options.teacher)
     held_out = perturb_pair(*map(read_latents, options.held_out)) if options.held_out else []
     if options.evaluate:
         print(describe(compare(MILO.from_pretrained(options.evaluate), teacher, held_out), len(held_out)))
         return
-    space, factor = teacher.config.latent_space, teacher.config.scaling_factor
-    channels = teacher.config.channels
-    student = MILO(channels=channels, latent_space=space, scaling_factor=factor).to(memory_format=torch.channels_last)
-    draw_pairs = draw_image_pairs if channels == 3 else draw_latent_pairs
-    encoded = options.encoded or (None, None)
-    draws = []
-    for folders, folder, seed in (
-        (options.images, encoded[0], options.seed),
-        ([options.validation], encoded[1], 10_000),
-    ):
-        drawn = draw_pairs(ImageCrops(folders, crop_size=options.crop_size, seed=seed), options.batch_size)
-        if folder is not None:
-            drawn = half_encoded(drawn, folder, channels=channels, batch_size=options.batch_size, seed=seed)
-        draws.append(drawn)
-    draw, unseen = draws
-    batches = [unseen(step, 0) for step in range(12)]
-    pairs = [(ref[index : index + 1], dist[index : index + 1]) for ref, dist in batches for index in range(len(ref))]
-
-    def validate(_: nn.Module) -> dict[str, float]:
-        student.save_pretrained(options.output / "metric")  # so that it can be evaluated while it trains
-        return compare(student, teacher, [pair for pair in pairs if not torch.equal(*pair)])
-
-    config = run_config(options, decay=0.6, warmup=200, weight_decay=1e-6)
-    fit(MatchingLoss(student, teacher), draw, config, validate=validate)
+    student = distil(teacher, options)
     if not training_state().is_main_process:
         return
     student.save_pretrained(options.output / "metric")

@@ -1,4 +1,4 @@
-"""Pairs for distillation whose distortions went through a trained encoder: another one's, its channels mixed."""
+"""Pairs for distillation from the latents of another trained autoencoder, with their channels mixed at random."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from milo_latent.training.data.shards import PairSet
 from milo_latent.training.distillation.latent_distortions import LARGEST, distort_latents
 from milo_latent.training.distillation.latent_fields import LatentStatistics, uniform
 
-BETWEEN, SECOND = 0.4, 0.25  # shares of the pairs that go another part of the way, and that are distorted once more
-FURTHEST = 1.5  # of the way
+RESCALED, SECOND = 0.4, 0.25  # shares of the pairs whose difference is rescaled, or that are distorted a second time
+LARGEST_FACTOR = 1.5  # of the rescaled differences
 
 
 class EncodedPairs:
-    """Latents of photos and distorted photos, whose channels are mixed anew for each pair.
+    """Latents of photos and distorted photos, whose channels are mixed differently for each pair.
 
-    A trained encoder answers noise, blur and codecs in a way that no distortion of latents repeats. Which channel says
-    what differs between autoencoders, so channels are decorrelated by a random part and mixed.
+    A trained encoder responds to noise, blur and codecs in ways that distortions of latents do not reproduce. The
+    meaning of the channels differs between autoencoders, so they are decorrelated by a random degree and mixed.
 
     Args:
         folder: training set of `build_dataset` with latents.
-        channels: of the latents.
+        channels: number of channels of the latents.
 
     Raises:
-        ValueError: if the set's latents have another number of channels.
+        ValueError: if the latents have another number of channels.
     """
 
     def __init__(self, folder: Path, *, channels: int) -> None:
@@ -36,8 +36,8 @@ class EncodedPairs:
         found = self.pairs.ref.shape[1]
         if found != channels:
             raise ValueError(
-                f"Expected latents of {channels} channels in {folder}, got {found}. Build the set with another "
-                "autoencoder, or leave it out."
+                f"Expected latents of {channels} channels in {folder}, got {found}. Build the training set "
+                "with another autoencoder, or leave it out."
             )
         values = self.pairs.ref.transpose(0, 1).flatten(1)
         self.variances, self.axes = torch.linalg.eigh(torch.cov(values))  # (C,), (C, C)
@@ -55,8 +55,10 @@ class EncodedPairs:
         statistics = LatentStatistics(generator, ref, channels=ref.shape[1])
         ref, dist = statistics(ref), statistics(dist)
         chosen = uniform(generator, 0.0, 1.0, count, 1, 1, 1)
-        way = torch.where(chosen < BETWEEN, uniform(generator, 0.05, FURTHEST, count, 1, 1, 1), torch.ones(()))
-        dist = ref + way * (dist - ref)
+        factor = torch.where(
+            chosen < RESCALED, uniform(generator, 0.05, LARGEST_FACTOR, count, 1, 1, 1), torch.ones(())
+        )
+        dist = ref + factor * (dist - ref)
         dist = torch.where(chosen > 1 - SECOND, distort_latents(generator, dist), dist)
         return ref, ref + (dist - ref).clamp(-LARGEST, LARGEST)
 
@@ -64,7 +66,7 @@ class EncodedPairs:
 def half_encoded(
     draw: Callable[[int, int], tuple[Tensor, Tensor]], folder: Path, *, channels: int, batch_size: int, seed: int
 ) -> Callable[[int, int], tuple[Tensor, Tensor]]:
-    """Return a function that draws a batch by `draw` or, every other time, from `EncodedPairs` of `folder`."""
+    """Return a function that draws a batch by `draw` or, half of the time, from the `EncodedPairs` of `folder`."""
     encoded = EncodedPairs(folder, channels=channels)
 
     def draw_either(step: int, process_index: int) -> tuple[Tensor, Tensor]:

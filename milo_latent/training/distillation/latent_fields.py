@@ -1,4 +1,4 @@
-"""Synthetic latents for distillation where the real autoencoder is not at hand: they cover its statistics and more."""
+"""Random fields and encoders for synthetic latents, whose statistics include those of real autoencoders."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-OVERLAPS = (1.0, 1.5, 2.0, 3.0)  # pixels that a random encoder sees around each latent cell, in cells
-FEATURES = 8  # of a random encoder before its last mix, half of them rectified
-SPREAD = (0.4, 1.3)  # standard deviation of a channel: scaled latents of Stable Diffusion have about 0.8 in all
-MEAN = 0.8  # highest spread of the means of a channel over images
+KERNEL_CELLS = (1.0, 1.5, 2.0, 3.0)  # side of a random encoder's kernel, in latent cells
+FEATURES = 8  # of a random encoder before its channels are mixed; half of them are rectified
+STD = (0.4, 1.3)  # standard deviation of a channel; scaled latents of Stable Diffusion have about 0.8
+REGIONS = 6  # of a piecewise constant field
+MEAN_STD = 0.8  # standard deviation over images of the mean of a channel
 
 
 def uniform(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
@@ -21,17 +22,17 @@ def uniform(generator: torch.Generator, low: float, high: float, *shape: int) ->
 
 
 def log_uniform(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
-    """Draw from [low, high) so that every factor is as likely at any size."""
+    """Draw from [low, high) so that the logarithm is uniform."""
     return uniform(generator, math.log(low), math.log(high), *shape).exp()
 
 
-def coloured_noise(generator: torch.Generator, shape: Sequence[int], exponent: Tensor) -> Tensor:
-    """Draw noise fields whose amplitude falls with frequency f as f^-exponent; mean 0, spread 1 per field.
+def colored_noise(generator: torch.Generator, shape: Sequence[int], exponent: Tensor) -> Tensor:
+    """Draw noise fields whose amplitude falls with frequency f as f^-exponent, of mean 0 and standard deviation 1.
 
     Args:
-        generator: of every draw.
+        generator: for every draw.
         shape: (B, C, h, w).
-        exponent: (B,); 0 is white, 1 that of photos.
+        exponent: (B,); 0 gives white noise, 1 the spectrum of photos.
 
     Returns:
         Fields, (B, C, h, w).
@@ -41,26 +42,26 @@ def coloured_noise(generator: torch.Generator, shape: Sequence[int], exponent: T
     radius = (rows.square() + columns.square()).sqrt().clamp_min(0.5 / max(height, width))
     spectrum = torch.fft.rfft2(torch.randn(shape, generator=generator))
     fields = torch.fft.irfft2(spectrum * radius ** -exponent.view(-1, 1, 1, 1), s=(height, width))
-    return standardise(fields)
+    return standardize(fields)
 
 
-def standardise(fields: Tensor) -> Tensor:
-    """Give each channel of each field, (B, C, h, w), mean 0 and spread 1; a constant one stays constant."""
-    centred = fields - fields.mean(dim=(2, 3), keepdim=True)
-    return centred / centred.std(dim=(2, 3), keepdim=True).clamp_min(1e-3)
+def standardize(fields: Tensor) -> Tensor:
+    """Give each channel of (B, C, h, w) mean 0 and standard deviation 1; a constant channel becomes 0."""
+    centered = fields - fields.mean(dim=(2, 3), keepdim=True)
+    return centered / centered.std(dim=(2, 3), keepdim=True).clamp_min(1e-3)
 
 
-def mix_channels(generator: torch.Generator, fields: Tensor, channels: int = 4) -> Tensor:
-    """Mix channels by a random matrix per item, (B, C, h, w) to (B, channels, h, w), so that they correlate anyhow."""
-    matrix = torch.randn(fields.shape[0], channels, fields.shape[1], generator=generator)
+def mix_channels(generator: torch.Generator, fields: Tensor) -> Tensor:
+    """Mix the channels of each image of (B, C, h, w) by a random matrix, so that they are correlated."""
+    matrix = torch.randn(fields.shape[0], fields.shape[1], fields.shape[1], generator=generator)
     return torch.einsum("bij,bjhw->bihw", matrix, fields)
 
 
-def piecewise_constant(generator: torch.Generator, shape: tuple[int, int, int, int], cells: int = 6) -> Tensor:
-    """Draw fields of flat regions with sharp borders (nearest of a few random points), (B, C, h, w)."""
+def piecewise_constant(generator: torch.Generator, shape: tuple[int, int, int, int]) -> Tensor:
+    """Draw fields, (B, C, h, w), of flat regions with sharp borders: each cell takes the value of the nearest point."""
     batch, channels, height, width = shape
-    points = torch.rand(batch, cells, 2, generator=generator)
-    values = torch.randn(batch, cells, channels, generator=generator)
+    points = torch.rand(batch, REGIONS, 2, generator=generator)
+    values = torch.randn(batch, REGIONS, channels, generator=generator)
     rows, columns = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
     grid = torch.stack([rows, columns], dim=-1).view(1, -1, 2)
     nearest = torch.cdist(grid.expand(batch, -1, -1), points).argmin(dim=2)  # (B, h * w)
@@ -69,17 +70,17 @@ def piecewise_constant(generator: torch.Generator, shape: tuple[int, int, int, i
 
 
 def encoder_kernels(generator: torch.Generator, batch: int, *, stride: int) -> Tensor:
-    """Draw random encoders: smooth colour averages first, texture features with falling weight.
+    """Draw random encoders of colors and textures; higher frequencies have lower weights.
 
     Args:
-        generator: of every draw.
-        batch: how many encoders.
-        stride: pixels per latent cell; the kernels see 1 to 3 cells.
+        generator: for every draw.
+        batch: number of encoders.
+        stride: pixels per latent cell.
 
     Returns:
         Kernels, (batch * FEATURES, 3, n, n).
     """
-    size = int(stride * OVERLAPS[int(torch.randint(len(OVERLAPS), (), generator=generator))])
+    size = int(stride * KERNEL_CELLS[int(torch.randint(len(KERNEL_CELLS), (), generator=generator))])
     grid = (torch.arange(size) + 0.5) / size
     orders = torch.arange(4)
     cosines = torch.cos(math.pi * orders[:, None] * grid[None])  # (4, n)
@@ -91,7 +92,7 @@ def encoder_kernels(generator: torch.Generator, batch: int, *, stride: int) -> T
 
 
 def encode_randomly(images: Tensor, kernels: Tensor, *, stride: int) -> Tensor:
-    """Encode each image by its own random encoder, half of whose features are rectified, as networks do.
+    """Encode each image by its own random encoder, half of whose features are rectified, as in networks.
 
     Args:
         images: (B, 3, H, W), in [0, 1].
@@ -112,40 +113,40 @@ def encode_randomly(images: Tensor, kernels: Tensor, *, stride: int) -> Tensor:
 
 
 def bend(fields: Tensor, power: Tensor) -> Tensor:
-    """Raise magnitudes, in units of each channel's spread, to `power`, (B, 1, 1, 1): heavier or lighter tails."""
+    """Raise magnitudes, relative to each channel's standard deviation, to `power`, (B, 1, 1, 1): changes the tails."""
     scale = fields.std(dim=(2, 3), keepdim=True).clamp_min(1e-3)
     return fields.sign() * (fields.abs() / scale) ** power * scale
 
 
 def local_contrast(fields: Tensor) -> Tensor:
-    """Return how much each cell differs from its 3x3 neighbours' mean, smoothed, (B, 1, h, w), mean 1."""
+    """Return the smoothed difference of each cell from the mean of its 3x3 neighborhood, (B, 1, h, w), with mean 1."""
     contrast = (fields - F.avg_pool2d(fields, 3, stride=1, padding=1)).abs().mean(dim=1, keepdim=True)
     contrast = F.avg_pool2d(contrast, 3, stride=1, padding=1)
     return contrast / contrast.mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
 
 
 class LatentStatistics:
-    """Maps fields to the spread and mean of latents, the same way for reference and distorted ones.
+    """Maps fields to the mean and standard deviation of latents, by the same mapping for references and distortions.
 
     Args:
-        generator: of every draw.
-        fields: reference fields, (B, C, h, w), which set the scale.
-        channels: of the latents.
+        generator: for every draw.
+        fields: reference fields, (B, C, h, w), which determine the scale.
+        channels: number of channels of the latents.
     """
 
-    def __init__(self, generator: torch.Generator, fields: Tensor, *, channels: int = 4) -> None:
+    def __init__(self, generator: torch.Generator, fields: Tensor, *, channels: int) -> None:
         batch = fields.shape[0]
         self.matrix = torch.randn(batch, channels, fields.shape[1], generator=generator)
         mixed = self._mix(fields)
-        self.centre = mixed.mean(dim=(2, 3), keepdim=True)
-        overall = log_uniform(generator, *SPREAD, batch, 1, 1, 1)
+        self.center = mixed.mean(dim=(2, 3), keepdim=True)
+        overall = log_uniform(generator, *STD, batch, 1, 1, 1)
         each = log_uniform(generator, 0.7, 1.4, batch, channels, 1, 1)
         self.gain = overall * each / mixed.std(dim=(2, 3), keepdim=True).clamp_min(1e-3)
-        self.mean = MEAN * torch.randn(batch, channels, 1, 1, generator=generator).clamp(-1.5, 1.5)
+        self.mean = MEAN_STD * torch.randn(batch, channels, 1, 1, generator=generator).clamp(-1.5, 1.5)
 
     def _mix(self, fields: Tensor) -> Tensor:
         return torch.einsum("bij,bjhw->bihw", self.matrix, fields)
 
     def __call__(self, fields: Tensor) -> Tensor:
         """Return latents, (B, channels, h, w)."""
-        return (self._mix(fields) - self.centre) * self.gain + self.mean
+        return (self._mix(fields) - self.center) * self.gain + self.mean

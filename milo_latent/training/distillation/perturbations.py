@@ -1,4 +1,4 @@
-"""The test of a distilled metric: one real pair of latents, perturbed in 260 ways that training never saw."""
+"""The test of a distilled metric: one real pair of latents, and 260 perturbations of it that training does not use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def perturb_pair(ref: Tensor, dist: Tensor, *, seed: int = 0) -> list[tuple[Tens
     Args:
         ref: latents, (1, C, h, w).
         dist: latents, (1, C, h, w).
-        seed: of noise and of the crops' places.
+        seed: seed of the noise and of the places of the crops.
 
     Returns:
         Pairs `ref`, `dist`, (1, C, h', w') each.

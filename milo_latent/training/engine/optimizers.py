@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 OptimizerName = Literal["adamw", "soap"]
-SOAP_BETAS = (0.95, 0.95)  # its paper's
+SOAP_BETAS = (0.95, 0.95)  # as in its paper
 
 
 def build_optimizer(
@@ -23,14 +23,14 @@ def build_optimizer(
     """Return the optimizer of that name over `parameters`.
 
     Args:
-        name: "adamw", or "soap": Adam in the eigenbasis of Shampoo's preconditioner, of pytorch-optimizer.
-        parameters: to train.
+        name: "adamw", or "soap" of pytorch-optimizer: Adam in the eigenbasis of Shampoo's preconditioner.
+        parameters: parameters to train.
         lr: learning rate.
         betas: decay of the two moments.
-        weight_decay: decoupled.
+        weight_decay: decoupled weight decay.
 
     Raises:
-        ImportError: for "soap", where pytorch-optimizer is missing.
+        ImportError: for "soap", if pytorch-optimizer is not installed.
         ValueError: for another name.
 
     Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", ICLR 2025.

@@ -4,38 +4,31 @@ from __future__ import annotations
 
 import math
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from milo_latent.training.engine.loop import Precision, RunConfig
 from milo_latent.training.engine.optimizers import SOAP_BETAS, OptimizerName
+from milo_latent.training.engine.run import Precision, RunConfig
 
 ZERO_IS_FINE = ("warmup", "seed")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train; the defaults are the paper's where it states them (supplement, section 1).
+    """How to train a metric; the defaults are the paper's where the supplement (section 1) states them.
+
+    Fields that are not listed here mean what they mean in `RunConfig`.
 
     Args:
-        steps: iterations in all; the paper's cost is stated for 100,000.
-        batch_size: pairs per iteration, over all processes.
-        learning_rate: **own**, the supplement gives none.
-        betas: of AdamW: its defaults; a file that asks for "soap" and names none gets those of its paper.
-        weight_decay: of AdamW.
-        schedule: "step", the paper's MultiStepLR, or "linear".
-        step_size: iterations between two steps of the learning rate.
-        step_factor: of the learning rate at each step; **own**.
-        decay: of "linear": share of the run in which the learning rate falls to zero.
-        warmup: iterations in which the learning rate rises; **own**.
-        max_grad_norm: gradients are clipped to this norm; **own**.
-        map_weight: weight of the loss of the error map, where the training set has maps; 0 as in the paper.
-        mirror: flip and transpose pairs at random, which few images need; **own**, off as in the paper.
-        validate_every: iterations between validations, each with a checkpoint; the paper: 100,000.
-        precision: "no", "bf16" or "fp16".
-        optimizer: "adamw", or "soap".
-        seed: of the initial weights and the order of the pairs.
+        steps: number of optimizer steps; the paper states its cost for 100,000.
+        batch_size: pairs per step, over all processes.
+        learning_rate: highest learning rate; **own**, as are `step_factor`, `warmup` and `max_grad_norm`.
+        betas: of AdamW's defaults; a file that asks for "soap" without betas gets those of SOAP's paper.
+        map_weight: weight of the loss of the error map, which needs a training set with maps; 0 as in the paper.
+        mirror: whether to flip and transpose pairs at random, which helps if there are few; **own**, off as in the
+            paper.
+        validate_every: steps between validations, each with a checkpoint; 100,000 in the paper.
     """
 
     steps: int = 100_000
@@ -57,36 +50,25 @@ class Recipe:
     seed: int = 0
 
     def run(self, output: Path, processes: int, data: dict[str, Any] | None = None) -> RunConfig:
-        """Return the run of the loop, for each of `processes`; `data` settles it too, as of `RunConfig`."""
+        """Return the settings of the run for each of `processes`; `data` as in `RunConfig`.
+
+        Raises:
+            ValueError: if the batch cannot be shared out evenly.
+        """
         if self.batch_size % processes:
             raise ValueError(f"Expected batch_size to be a multiple of {processes} processes, got {self.batch_size}.")
-        return RunConfig(
-            output=output,
-            steps=self.steps,
-            batch_size=self.batch_size // processes,
-            learning_rate=self.learning_rate,
-            betas=self.betas,
-            weight_decay=self.weight_decay,
-            schedule=self.schedule,
-            step_size=self.step_size,
-            step_factor=self.step_factor,
-            decay=self.decay,
-            warmup=self.warmup,
-            max_grad_norm=self.max_grad_norm,
-            checkpoint_steps=self.validate_every,
-            precision=self.precision,
-            optimizer=self.optimizer,
-            seed=self.seed,
-            data=(data or {}) | {"map_weight": self.map_weight, "mirror": self.mirror},
-        )
+        settings = asdict(self) | {"batch_size": self.batch_size // processes}
+        own = {name: settings.pop(name) for name in ("map_weight", "mirror")}
+        every = settings.pop("validate_every")
+        return RunConfig(output=output, checkpoint_steps=every, data=(data or {}) | own, **settings)
 
 
 def read_recipe(path: str | Path | None) -> Recipe:
-    """Read a recipe from TOML; what it leaves out is the paper's, None is all of the paper's.
+    """Read a recipe from TOML; fields that it leaves out, or all for None, are the paper's.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for names that are none of `Recipe`'s, values that are none of theirs, or no TOML.
+        ValueError: if the file is not TOML, names a field that `Recipe` does not have, or gives a field a wrong value.
     """
     if path is None:
         return Recipe()
