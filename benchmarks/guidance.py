@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from PIL import Image
@@ -33,7 +33,7 @@ from milo_latent.diffbir.versions import UPSCALE
 from milo_latent.files import read_image
 from milo_latent.guidance.base import Guide
 from milo_latent.guidance.curriculum import SCHEDULES
-from milo_latent.guidance.milo import MODES, MILOGuidance
+from milo_latent.guidance.milo import MILOGuidance, Mode
 from milo_latent.guidance.region_adaptive import RegionAdaptiveGuidance
 from milo_latent.metric.network import MILO
 from milo_latent.pictures import center_crop, round_to_8bit
@@ -81,7 +81,7 @@ def make_rows(restorer: DiffBIRPipeline, scales: Iterable[float]) -> dict[str, C
     rows: dict[str, Callable[[], Guide | None]] = {NONE: lambda: None}
     for scale in scales:
         rows[f"region-adaptive {scale:g}"] = lambda scale=scale: RegionAdaptiveGuidance(vae, scale, loss="w_mse")
-        for mode in MODES:
+        for mode in get_args(Mode):
             # under the flat weight of "constant" the mode metric is the mode mask: no gradient through the mask
             for schedule in SCHEDULES if mode == "mask" else SCHEDULES[1:]:
                 rows[f"{mode} {schedule} {scale:g}"] = lambda mode=mode, schedule=schedule, scale=scale: MILOGuidance(

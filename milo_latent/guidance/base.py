@@ -63,10 +63,7 @@ class Guide(PipelineCallback):
     def reference(self) -> Tensor:
         """Reference latents of the current run, (B or 1, C, h, w) float32; RuntimeError outside a run."""
         if self._reference is None:
-            raise RuntimeError(
-                "Expected a run to be going on, got none. Pass `callback_on_step_end=guide` to DiffBIRPipeline, or use "
-                "`with guide.attach(pipe):`. A guide serves one run at a time."
-            )
+            raise RuntimeError("Expected a run, got none. Call DiffBIRPipeline, or use `with guide.attach(pipe):`.")
         return self._reference
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -95,16 +92,13 @@ class Guide(PipelineCallback):
         finally:
             hook.remove(self)
             if pipeline.scheduler is not scheduler:
-                warnings.warn(
-                    "The scheduler was replaced inside `with guide.attach(pipe):`, so the new one was not guided. "
-                    "Attach after setting it.",
-                    stacklevel=3,
-                )
+                message = "The scheduler was replaced inside `with guide.attach(pipe):`. Attach after setting it."
+                warnings.warn(message, stacklevel=3)
 
     def callback_fn(
         self, pipeline: DiffusionPipeline, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Guide the steps after this one, unless the guide is attached; arguments and result are diffusers'."""
+        """Guide the steps after this one, unless this guide is attached; takes and returns what callbacks do."""
         hook = find_hook(pipeline.scheduler)
         if step_index >= pipeline.num_timesteps - 1 or getattr(pipeline, "_interrupt", False):
             if hook and self in hook.passing:
@@ -117,10 +111,7 @@ class Guide(PipelineCallback):
 
     def _attach(self, pipeline: DiffusionPipeline, *, done: int = 0) -> SchedulerHook:
         if self.reference_latents is None:
-            raise ValueError(
-                "Expected `reference_latents` for a pipeline that knows none, got none. "
-                f"Pass them to {type(self).__name__}, which encodes nothing."
-            )
+            raise ValueError("Expected `reference_latents` outside DiffBIRPipeline, got none. Pass them to the guide.")
         check_scheduler(pipeline.scheduler)
         self.bind(pipeline)
         hook = find_hook(pipeline.scheduler) or SchedulerHook(pipeline)

@@ -16,8 +16,7 @@ from milo_latent.guidance.x0 import guide_model_output
 class SchedulerHook:
     """Guides the steps of a pipeline's scheduler by replacing its `step` and `set_timesteps`, on this object only.
 
-    A run begins with the first step after `set_timesteps`, and with the step after the last one of a run, since loops
-    may set timesteps once for several runs.
+    A run begins after `set_timesteps`, and after the last step of a run: loops may set timesteps once for several.
     """
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:

@@ -20,7 +20,6 @@ from milo_latent.guidance.x0 import OBJECTIVES, Objective, gradient_push, masked
 from milo_latent.metric.network import MILO, check_metric
 
 Mode = Literal["mask", "metric"]
-MODES: tuple[str, ...] = get_args(Mode)
 
 
 class MILOGuidance(Guide):
@@ -65,11 +64,10 @@ class MILOGuidance(Guide):
     ) -> None:
         super().__init__(reference_latents)
         check_metric(metric)
-        check_choice("mode", mode, MODES)
+        check_choice("mode", mode, get_args(Mode))
         check_choice("objective", objective, OBJECTIVES)
         self.mode: Mode = mode
-        if not callable(milo_scale):
-            milo_scale = self._checked(milo_scale)
+        milo_scale = milo_scale if callable(milo_scale) else self._checked(milo_scale)
         check_schedule(schedule)
         check_range("start", start, 0.0, 1.0, "It is a fraction of the denoising steps.")
         check_range("stop", stop, start, 1.0, "It is a fraction of the denoising steps, not before `start`.")
@@ -103,8 +101,7 @@ class MILOGuidance(Guide):
 
     def active(self, progress: float, timestep: float) -> bool:
         """Return whether the step is guided, or recorded in the trace."""
-        start, stop = self.interval
-        return self.trace is not None or (self.milo_scale != 0.0 and start <= progress <= stop)
+        return self.trace is not None or (self.milo_scale != 0.0 and self.interval[0] <= progress <= self.interval[1])
 
     def guide_x0(self, x0: Tensor, *, progress: float, timestep: float) -> Tensor:
         """Return the guided x0, (B, C, h, w) float32; `x0` itself outside the interval and at scale 0."""

@@ -101,9 +101,8 @@ class RegionAdaptiveGuidance(Guide):
             with torch.no_grad():
                 image = self._decode(self.reference) / 2 + 0.5
         if self.loss == "w_mse":
-            self._weight = flatness(image)  # (B, 1, H, W)
-            if self.space == "latent":
-                self._weight = F.adaptive_avg_pool2d(self._weight, (reference.shape[2], reference.shape[3]))
+            weight, size = flatness(image), list(reference.shape[2:])  # (B, 1, H, W)
+            self._weight = weight if self.space == "rgb" else F.interpolate(weight, size, mode="area")
         if self.space == "rgb":
             self._target = image * 2 - 1
 
