@@ -8,7 +8,7 @@ from milo_latent.files import read_image, read_latents, read_latents_metadata, w
 from milo_latent.latents.codec import decode_latents, encode_image, pad_image, vae_scale_factor
 from milo_latent.latents.files import decode_file, encode_file, load_vae
 
-# channels, scaling factor, shift factor, quantising convolutions, as the published configurations say
+# channels, scaling factor, shift factor, quantizing convolutions, as the published configurations say
 FAMILIES = {
     "sd1": (4, 0.18215, None, True),
     "sd2": (4, 0.18215, None, True),
@@ -27,11 +27,11 @@ def make_vae(kind):
             encoder_block_out_channels=widths, decoder_block_out_channels=widths, num_encoder_blocks=blocks,
             num_decoder_blocks=blocks, scaling_factor=0.7,
         ).requires_grad_(False)  # fmt: skip
-    channels, factor, shift, quantises = FAMILIES[kind]
+    channels, factor, shift, quantizes = FAMILIES[kind]
     return AutoencoderKL(
         block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4, norm_num_groups=4,
         up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=channels, scaling_factor=factor, shift_factor=shift,
-        use_quant_conv=quantises, use_post_quant_conv=quantises,
+        use_quant_conv=quantizes, use_post_quant_conv=quantizes,
     ).requires_grad_(False)  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def test_tiles_of_autoencoder_tiny_equal_the_whole(source):
 
 
 @pytest.mark.parametrize("kind", ["sd1", "flux"])
-def test_tiles_of_autoencoder_kl_are_as_near_as_said_and_nearer_than_those_of_diffusers(kind):
+def test_tiles_of_autoencoder_kl_keep_the_stated_tolerances_and_are_closer_than_those_of_diffusers(kind):
     vae = make_vae(kind)
     torch.manual_seed(0)
     image = photo_like()
@@ -167,7 +167,7 @@ def test_encoding_is_deterministic_and_follows_the_dtype():
     assert torch.equal(first, second)
 
 
-def test_what_is_no_image_or_no_latents_is_refused():
+def test_tensors_that_are_no_images_or_latents_are_refused():
     vae = make_vae("tiny")
     with pytest.raises(ValueError, match="3 channels"):
         encode_image(vae, torch.rand(1, 1, 16, 16))

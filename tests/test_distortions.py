@@ -1,4 +1,4 @@
-"""The 25 distortions: seeded, in range, of the published order and levels; families do what they say."""
+"""The 25 distortions: seeded, in range, in the published order and levels, and doing what their names say."""
 
 import numpy as np
 import pytest

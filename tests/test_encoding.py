@@ -65,7 +65,7 @@ def test_an_interrupted_folder_is_resumed(model, photos, tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in latents.iterdir()} == whole
 
 
-def test_a_damaged_photo_is_told_of_and_stops_no_other(model, photos, tmp_path, capsys):
+def test_a_damaged_photo_is_named_and_the_others_are_encoded(model, photos, tmp_path, capsys):
     (photos / "1.png").write_text("no image")
     arguments = ["encode", str(photos), "-o", str(tmp_path / "latents"), "--model", model]
     assert main(arguments) == 1
@@ -73,7 +73,7 @@ def test_a_damaged_photo_is_told_of_and_stops_no_other(model, photos, tmp_path, 
     assert "1 failed: 1.png" in error
     assert sorted(path.name for path in (tmp_path / "latents").iterdir()) == ["0.safetensors", "2.safetensors"]
     assert main([*arguments, "--tile", "100"]) == 1
-    assert "failed" not in (error := capsys.readouterr().err)  # told before the first photo
+    assert "failed" not in (error := capsys.readouterr().err)  # refused before the first photo
     assert "multiple of 8 of at least 320 pixels, got 100" in error
 
 

@@ -28,7 +28,7 @@ def fixed(value):
 
 
 def profile(colorants=None, gamma=2.2):
-    """Return an ICC profile, version 2: of colorants and a gamma, or of greys."""
+    """Return an ICC profile, version 2, of colorants and a gamma, or of grey alone."""
     curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256))
     description = b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(4 + 4 + 2 + 1 + 67)
     tags = {b"desc": description, b"cprt": b"text" + bytes(4) + b"none\0", b"wtpt": xyz(D50)}
@@ -70,7 +70,7 @@ def test_a_wide_profile_is_applied(tmp_path, rgb):
     read = read_image(tmp_path / "wide.png")[0].permute(1, 2, 0).numpy()
     assert np.abs(read - expected).max() < 2.5 / 255
     plain = rgb / 255.0
-    assert np.abs(read - plain).max() > 20 / 255  # the colours are more saturated than their numbers look
+    assert np.abs(read - plain).max() > 20 / 255  # the profile makes the colors more saturated than sRGB would
     with Image.open(tmp_path / "wide.png") as picture:
         assert np.array_equal(picture_to_array(picture), read)
 
@@ -92,10 +92,10 @@ def test_a_profile_of_srgb_changes_no_value(tmp_path, rgb):
 
     own = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     Image.fromarray(rgb).save(tmp_path / "a.png", icc_profile=own)
-    assert np.array_equal((read_image(tmp_path / "a.png")[0].permute(1, 2, 0).numpy() * 255).round(), rgb)
+    assert np.array_equal(to_8bit(read_image(tmp_path / "a.png")[0]), rgb)
 
 
-def test_greys_with_a_profile_of_colours_stay_grey(tmp_path, rgb):
+def test_grey_pictures_with_a_profile_for_colors_stay_grey(tmp_path, rgb):
     Image.fromarray(rgb).convert("L").save(tmp_path / "a.png", icc_profile=profile(WIDE, gamma=1.5))
     read = read_image(tmp_path / "a.png")[0]
     assert torch.equal(read[0], read[1])
@@ -111,7 +111,7 @@ def test_a_profile_named_after_srgb_is_judged_by_what_it_does(tmp_path, rgb):
     assert np.abs(read - encoded(rgb / 255.0)).max() < 2.5 / 255
 
 
-def test_a_profile_of_16_bit_is_told_of(tmp_path):
+def test_the_profile_of_a_16_bit_picture_is_ignored_with_a_warning(tmp_path):
     grey = np.full((8, 8), 20000, dtype=np.uint16)
     Image.fromarray(grey).save(tmp_path / "a.png", icc_profile=profile(None))
     with pytest.warns(UserWarning, match="16-bit picture is ignored"):
@@ -119,11 +119,11 @@ def test_a_profile_of_16_bit_is_told_of(tmp_path):
 
 
 @pytest.mark.parametrize("broken", [b"no profile", profile(None)])
-def test_a_profile_that_cannot_be_applied_is_told_of_and_left_out(tmp_path, rgb, broken):
+def test_a_profile_that_cannot_be_applied_is_ignored_with_a_warning(tmp_path, rgb, broken):
     Image.fromarray(rgb).save(tmp_path / "a.png", icc_profile=broken)
     with pytest.warns(UserWarning, match="color profile is ignored"):
         image = read_image(tmp_path / "a.png")
-    assert np.array_equal((image[0].permute(1, 2, 0).numpy() * 255).round(), rgb)
+    assert np.array_equal(to_8bit(image[0]), rgb)
 
 
 def test_8_bit_and_back_is_the_same_and_clips():
