@@ -36,7 +36,7 @@ from torch import nn
 from milo_latent.convert.mapping import select
 from milo_latent.convert.networks import find_network
 from milo_latent.convert.tokenizer import open_tokenizer
-from milo_latent.diffbir.colour import fix_colour
+from milo_latent.diffbir.color import fix_color
 from milo_latent.diffbir.sampling import controlled_output
 from milo_latent.diffbir.schedulers import official_scheduler
 from milo_latent.diffbir.versions import NEGATIVE_PROMPT, PROMPT
@@ -145,7 +145,7 @@ def stages(official: Any, ours: DiffBIRPipeline, size: int) -> dict[str, tuple[S
         "VAE decoding": (lambda: ldm.vae_decode(hint), lambda: decode_latents(ours.vae, hint)),
         "colour fix": (
             lambda: wavelet_reconstruction(image, image.flip(-1)),
-            lambda: fix_colour(image, image.flip(-1), method="wavelet"),
+            lambda: fix_color(image, image.flip(-1), method="wavelet"),
         ),
     }
 

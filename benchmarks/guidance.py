@@ -28,7 +28,7 @@ from quality import measure
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from milo_latent.diffbir.cleaning import resize
+from milo_latent.diffbir.rules import resize
 from milo_latent.diffbir.versions import UPSCALE
 from milo_latent.files import read_image
 from milo_latent.guidance.base import Guide

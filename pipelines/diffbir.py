@@ -1,9 +1,11 @@
-"""DiffBIR as a diffusers pipeline: cleaner, VAE encoder, IRControlNet and UNet, VAE decoder, colour fix."""
+"""DiffBIR as a diffusers pipeline: cleaner, VAE encoder, IRControlNet and UNet, VAE decoder, color fix."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any, Self
 
 import torch
@@ -15,18 +17,20 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from milo_latent.checks import check_choice, check_range
 from milo_latent.diffbir import sampling, schedulers  # noqa: F401 (saved pipelines name their modules)
 from milo_latent.diffbir.bsrnet import BSRNet
-from milo_latent.diffbir.cleaning import clean_image, resize
-from milo_latent.diffbir.colour import ColorFix
-from milo_latent.diffbir.inputs import check_call, explained_memory, images_to_tensor, scaled_size, to_output, truncate
+from milo_latent.diffbir.cleaning import clean_image
+from milo_latent.diffbir.color import COLOR_FIXES, ColorFix, fix_color
+from milo_latent.diffbir.inputs import OUTPUT_TYPES, explained_memory, images_to_tensor, to_output
 from milo_latent.diffbir.ircontrolnet import IRControlNet
 from milo_latent.diffbir.loading import FolderMixin
-from milo_latent.diffbir.prompt_cache import listed, repeat_prompts
+from milo_latent.diffbir.prompts import listed, repeat_prompts
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner
+from milo_latent.diffbir.rules import COMPATIBILITIES, RULES, Compatibility, Rules, resize
 from milo_latent.diffbir.scunet import SCUNet
-from milo_latent.diffbir.stages import TilingMixin, cleaner_tiles, pad, predict, put_colour
 from milo_latent.diffbir.swinir import SwinIR
+from milo_latent.diffbir.tiles import TilingMixin
 from milo_latent.diffbir.versions import Release, version_of
 from milo_latent.guidance.base import split_guides
 from milo_latent.guidance.x0 import guide_model_output, guided_run
@@ -156,12 +160,22 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
 
     # Inputs
 
-    def check_inputs(self, guidance_scale: float, callback_on_step_end_tensor_inputs: list[str]) -> None:
-        """Refuse arguments that do not fit this pipeline.
-
-        Args:
-            guidance_scale: as in `__call__`.
-            callback_on_step_end_tensor_inputs: as in `__call__`.
+    def check_inputs(
+        self,
+        *,
+        guidance_scale: float = 1.0,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        output_type: str = "pil",
+        color_fix: str = "wavelet",
+        start_point: str = "noise",
+        compatibility: str | None = None,
+        upscale: float = 1.0,
+        num_inference_steps: int = 20,
+        num_images_per_prompt: int = 1,
+        noise_aug: int = 0,
+        guidance_rescale: float = 0.0,
+    ) -> None:
+        """Refuse arguments of `__call__` that cannot work; images and prompts are checked where they are read.
 
         Raises:
             ValueError: naming the argument, what was expected and what came.
@@ -172,9 +186,24 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
                 "MILO guidance is `callback_on_step_end=MILOGuidance(...)`."
             )
         known = self._callback_tensor_inputs
-        unknown = sorted(set(callback_on_step_end_tensor_inputs) - set(known))
+        unknown = sorted(set(callback_on_step_end_tensor_inputs or ()) - set(known))
         if unknown:
             raise ValueError(f"Expected `callback_on_step_end_tensor_inputs` among {known}, got {unknown}.")
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        check_choice("color_fix", color_fix, COLOR_FIXES)
+        check_choice("start_point", start_point, sampling.START_POINTS)
+        check_choice("compatibility", compatibility or "official", COMPATIBILITIES)
+        if not (upscale > 0 and math.isfinite(upscale)):
+            raise ValueError(f"Expected `upscale` above 0, got {upscale}.")
+        counts = {"num_inference_steps": num_inference_steps, "num_images_per_prompt": num_images_per_prompt}
+        for name, count in counts.items():
+            if not isinstance(count, Integral) or count < 1:
+                raise ValueError(f"Expected `{name}` to be a whole number of at least 1, got {count}.")
+        total = self.scheduler.config.num_train_timesteps
+        if not isinstance(noise_aug, Integral) or not 0 <= noise_aug < total:
+            raise ValueError(f"Expected `noise_aug` to be a timestep, 0 to {total - 1}, got {noise_aug}.")
+        check_range("guidance_rescale", guidance_rescale, 0.0, 1.0, "It is a share.")
+        sampling.check_scheduler(self.scheduler, num_inference_steps)
 
     def encode_prompt(
         self,
@@ -191,12 +220,12 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
 
         Args:
             prompt: one for all images, or a list, one for each; None means the empty prompt.
-            negative_prompt: likewise.
+            negative_prompt: one for all images, or a list.
             num_images: the number of images; None means as many as prompts.
             num_images_per_prompt: the number of results for each of them.
             guided: whether classifier-free guidance is on; without it the negative prompt is not encoded.
             prompt_embeds: (num_images or 1, tokens, width), instead of `prompt`.
-            negative_prompt_embeds: likewise.
+            negative_prompt_embeds: (num_images or 1, tokens, width), instead of `negative_prompt`.
 
         Returns:
             Embeddings of prompt and negative prompt, (num_images * num_images_per_prompt, tokens, width) each; None for
@@ -225,7 +254,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
 
     @torch.no_grad()
     def clean(
-        self, image: Tensor, output_size: tuple[int, int] | None = None, *, compatibility: str | None = None
+        self, image: Tensor, output_size: tuple[int, int] | None = None, *, compatibility: Compatibility | None = None
     ) -> Tensor:
         """Run stage 1, the cleaner, alone.
 
@@ -238,14 +267,10 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
             Cleaned image, (B, 3, H', W') float32: what stage 2 works on, at least 512 pixels a side for the official
             cleaners; the resized image itself without a cleaner.
         """
-        official = compatibility == "official"
         if self.cleaner is None:
             return image if output_size is None else resize(image, output_size).clamp(0, 1)
-        enlarges = getattr(self.cleaner, "scale", 1) > 1
-        sides = tuple(image.shape[2:]) if enlarges or output_size is None else output_size  # that the cleaner sees
-        multiple = getattr(self.cleaner, "multiple", 1)
-        tiles = cleaner_tiles(self._tiles.get("cleaner"), sides, multiple, official=official)
-        return clean_image(self.cleaner, image, output_size=output_size, tiles=tiles, official=official)
+        tile, rules = self._tiles.get("cleaner"), RULES[compatibility]
+        return clean_image(self.cleaner, image, output_size=output_size, tile=tile, rules=rules)
 
     def prepare_latents(
         self,
@@ -304,7 +329,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
         rescale_cfg: bool = False,
         start_point: sampling.StartPoint = "noise",
         noise_aug: int = 0,
-        compatibility: sampling.Compatibility | None = None,
+        compatibility: Compatibility | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Restore one image or a batch of images of one size.
 
@@ -316,7 +341,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
             num_inference_steps: denoising steps.
             guidance_scale: of classifier-free guidance; 1 switches it off.
             controlnet_conditioning_scale: how strictly the result follows the cleaned image.
-            color_fix: "wavelet", "adain" or "none": the colours of the cleaned image are put back after decoding.
+            color_fix: "wavelet", "adain" or "none": the colors of the cleaned image are put back after decoding.
             num_images_per_prompt: how many results for each image.
             eta: of DDIM.
             generator: one for the batch, or one for each result; fixes the output.
@@ -345,10 +370,9 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
         guides, callback_on_step_end = split_guides(callback_on_step_end, self)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
-        total, official = self.scheduler.config.num_train_timesteps, compatibility == "official"
-        self.check_inputs(guidance_scale, tensor_inputs)
-        check_call(
+        self.check_inputs(
+            guidance_scale=guidance_scale,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             output_type=output_type,
             color_fix=color_fix,
             start_point=start_point,
@@ -358,130 +382,143 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
             num_images_per_prompt=num_images_per_prompt,
             noise_aug=noise_aug,
             guidance_rescale=guidance_rescale,
-            total_timesteps=total,
         )
-        sampling.check_scheduler(self.scheduler, num_inference_steps)
+        rules = RULES[compatibility]
         self._guidance_scale, self._interrupt = guidance_scale, False
-        device = self._execution_device
 
-        # 1. Stage 1: clean the image, then encode it: the latents that condition the UNet, and that guidance pulls to
-        image = images_to_tensor(image).to(device)  # names are reused, so that no more images are kept than needed
-        size = scaled_size(image, upscale, official=official)
-        image = cleaned = self.clean(image, size, compatibility=compatibility)  # (B, 3, H, W)
-        image = self._pad(cleaned, official=official)
-        condition = encode_image(self.vae, image, tile=self._tile_size("encoder")).float()
-        height, width = condition.shape[2:]
-        condition = self._pad_latents(condition, official=official)
+        # 1. Prepare: clean and encode the image, encode the prompts, draw the noise
+        image = images_to_tensor(image).to(self._execution_device)  # one name, so that the degraded image is let go
+        size = rules.scaled_size(image, upscale)
+        image = self.clean(image, size, compatibility=compatibility)  # (B, 3, H, W)
+        condition, cells = self._encode(image, guides, rules)
         condition = condition.repeat_interleave(num_images_per_prompt, dim=0)  # (B, C, h, w)
-
-        # 2. Prompts, timesteps, noise
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             prompt,
             negative_prompt,
-            num_images=cleaned.shape[0],
+            num_images=image.shape[0],
             num_images_per_prompt=num_images_per_prompt,
             guided=self.do_classifier_free_guidance,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
         )
-        timesteps = sampling.set_timesteps(self.scheduler, num_inference_steps, device)
-        self._num_timesteps = len(timesteps)
-        noise = self.prepare_latents(tuple(condition.shape), device, generator, latents)
-        first = None if official else timesteps[0]
-        latents = sampling.start_latents(noise, condition, self.scheduler, start_point, first)
-        control = condition
-        if noise_aug > 0:
-            drawn = sampling.draw_noise(tuple(condition.shape), generator=generator, device=device)
-            control = sampling.add_noise(condition, drawn, self.scheduler, noise_aug)
-        step_arguments = sampling.step_arguments(self.scheduler, generator, eta)
-        cells = {"pixels": self.vae_scale_factor, "multiple": self._size_multiple(), "official": official}
+        self._num_timesteps = len(sampling.set_timesteps(self.scheduler, num_inference_steps, condition.device))
+        latents = self.prepare_latents(tuple(condition.shape), condition.device, generator, latents)
+        latents = sampling.start_latents(latents, condition, self.scheduler, start_point, rules)
+        told = sampling.augment(condition, self.scheduler, noise_aug, generator)  # what IRControlNet is told
 
-        # 3. Stage 2: denoise
-        rows, columns = (side * self.vae_scale_factor for side in condition.shape[2:])
-        sampling.hand_over(image, guides, size=(rows, columns))
-        steps = self._num_timesteps
-        with guided_run(guides, condition, steps), self.progress_bar(total=steps) as progress_bar:
-            for step_index, timestep in enumerate(timesteps):
-                if self.interrupt:
-                    break
-                scale = self._guidance_scale
-                if rescale_cfg:
-                    scale = sampling.guidance_scale_at(scale, float(timestep), total=total, official=official)
-                networks = partial(
-                    sampling.controlled_output,
-                    self.unet,
-                    self.controlnet,
-                    timestep=timestep,
-                    prompt_embeds=prompt_embeds,
-                    negative_prompt_embeds=negative_prompt_embeds if self.do_classifier_free_guidance else None,
-                    conditioning_scale=controlnet_conditioning_scale,
-                    scale=scale,
-                    rescale=guidance_rescale,
-                )
-                sample = self.scheduler.scale_model_input(latents, timestep)
-                model_output = predict(networks, sample, control, tile=self._tiles.get("diffusion"), **cells)
-                progress = step_index / max(steps - 1, 1)
-                model_output = guide_model_output(
-                    guides, self.scheduler, model_output, timestep, latents, progress=progress
-                )
-                latents = self.scheduler.step(model_output, timestep, latents, **step_arguments, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    tensors = {
-                        "latents": latents,
-                        "prompt_embeds": prompt_embeds,
-                        "negative_prompt_embeds": negative_prompt_embeds,
-                    }
-                    tensors = {name: tensors[name] for name in tensor_inputs}
-                    returned = callback_on_step_end(self, step_index, timestep, tensors)
-                    latents = returned.pop("latents", latents)
-                    prompt_embeds = returned.pop("prompt_embeds", prompt_embeds)
-                    negative_prompt_embeds = returned.pop("negative_prompt_embeds", negative_prompt_embeds)
-                progress_bar.update()
+        # 2. Denoise
+        networks = self._bind_networks(told, controlnet_conditioning_scale, guidance_rescale, rules)
+        with guided_run(guides, condition, self._num_timesteps):
+            latents = self._denoise(
+                {"latents": latents, "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds},
+                networks,
+                guides,
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs or ["latents"],
+                growth=rules if rescale_cfg else None,
+                step_arguments=sampling.step_arguments(self.scheduler, generator, eta),
+            )
 
-        # 4. Decode, give the colours back, cut the padding off
-        latents = latents[..., :height, :width]
-        if not torch.isfinite(latents).all():
-            raise ValueError(f"The latents are not finite in {self.unet.dtype}. Use torch.bfloat16 or torch.float32.")
-        images: Any = latents
-        if output_type != "latent":
-            image = cleaned
-            images = self._to_images(latents, cleaned, size, num_images_per_prompt, color_fix, official=official)
-            images = to_output(images, output_type)
+        # 3. Decode, give the colors back, cut the padding off
+        latents = latents[..., : cells[0], : cells[1]]
+        images = self._decode(latents, image, size, color_fix=color_fix, output_type=output_type, rules=rules)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _pad(self, image: Tensor, *, official: bool) -> Tensor:
-        if official:
-            tiled = bool({"encoder", "diffusion"} & self._tiles.keys())
-            return pad(image, self.vae_scale_factor if tiled else self._size_multiple(), official=True)
-        return pad(image, self._size_multiple(), smallest=SMALLEST_LATENTS * self.vae_scale_factor)
+    def _encode(self, image: Tensor, guides: Sequence[Any], rules: Rules) -> tuple[Tensor, tuple[int, ...]]:
+        """Pad and encode the cleaned image: the latents that condition the networks, and that guidance pulls towards.
 
-    def _pad_latents(self, latents: Tensor, *, official: bool) -> Tensor:
-        """Pad as the official code does, where images were padded less for tiles that are not needed after all."""
-        tile, cell = self._tiles.get("diffusion"), self.vae_scale_factor
-        if not official or (tile is not None and tile.fits(tuple(latents.shape[2:]), cell)):
-            return latents
-        return pad(latents, self._size_multiple() // cell, official=True)
+        Returns:
+            Latents, (B, C, h, w) float32, and the height and width of those that are decoded at the end.
+        """
+        cell, multiple = self.vae_scale_factor, self._size_multiple()
+        unpadded = not rules.pads_tiles and {"encoder", "diffusion"} & self._tiles.keys()
+        padded = rules.pad(image, cell if unpadded else multiple, smallest=SMALLEST_LATENTS * cell)
+        condition = encode_image(self.vae, padded, tile=self._tile_size("encoder")).float()
+        cells, tile = tuple(condition.shape[2:]), self._tiles.get("diffusion")
+        if tile is None or not tile.fits(cells, cell):  # whole latents must be multiples, which they mostly are
+            condition = rules.pad(condition, multiple // cell)
+        rows, columns = (side * cell for side in condition.shape[2:])
+        sampling.show_image(padded, guides, size=(rows, columns))
+        return condition, cells
 
-    def _to_images(
+    def _bind_networks(
+        self, condition: Tensor, conditioning_scale: float, rescale: float, rules: Rules
+    ) -> Callable[..., Tensor]:
+        """Return the networks as a function of what changes from step to step."""
+        tile, multiple = self._tiles.get("diffusion"), self._size_multiple()
+        return partial(
+            sampling.predict,
+            self.unet,
+            self.controlnet,
+            condition,
+            tiles=rules.tiles(tile, condition.shape[2:], multiple=multiple, cell=self.vae_scale_factor),
+            conditioning_scale=conditioning_scale,
+            rescale=rescale,
+        )
+
+    def _denoise(
+        self,
+        tensors: dict[str, Tensor | None],
+        networks: Callable[..., Tensor],
+        guides: Sequence[Any],
+        callback: Callable[..., dict] | None,
+        tensor_inputs: Sequence[str],
+        *,
+        growth: Rules | None,
+        step_arguments: dict[str, Any],
+    ) -> Tensor:
+        """Take all steps, and return the last latents; a callback may exchange any of the `tensors` after each step."""
+        scheduler, total = self.scheduler, self.scheduler.config.num_train_timesteps
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for step_index, timestep in enumerate(scheduler.timesteps):
+                if self.interrupt:
+                    break
+                latents, guided = tensors["latents"], self.do_classifier_free_guidance
+                scale = self._guidance_scale
+                if growth is not None:
+                    scale = sampling.guidance_scale_at(scale, float(timestep), total=total, rules=growth)
+                model_output = networks(
+                    scheduler.scale_model_input(latents, timestep),
+                    timestep=timestep,
+                    prompt_embeds=tensors["prompt_embeds"],
+                    negative_prompt_embeds=tensors["negative_prompt_embeds"] if guided else None,
+                    scale=scale,
+                )
+                progress = step_index / max(self._num_timesteps - 1, 1)
+                model_output = guide_model_output(guides, scheduler, model_output, timestep, latents, progress=progress)
+                step = scheduler.step(model_output, timestep, latents, **step_arguments, return_dict=False)
+                tensors["latents"] = step[0]
+                if callback is not None:
+                    returned = callback(self, step_index, timestep, {name: tensors[name] for name in tensor_inputs})
+                    tensors |= {name: returned.pop(name) for name in tensors if name in returned}
+                progress_bar.update()
+        return tensors["latents"]  # type: ignore[return-value]
+
+    def _decode(
         self,
         latents: Tensor,
         cleaned: Tensor,
         size: tuple[int, int],
-        repeats: int,
-        color_fix: ColorFix,
         *,
-        official: bool,
-    ) -> Tensor:
+        color_fix: ColorFix,
+        output_type: str,
+        rules: Rules,
+    ) -> Any:
+        """Decode, fix the colors, crop the padding and resize to what was asked for."""
+        if not torch.isfinite(latents).all():
+            raise ValueError(f"The latents are not finite in {self.unet.dtype}. Use torch.bfloat16 or torch.float32.")
+        if output_type == "latent":
+            return latents
         if getattr(self, "final_offload_hook", None) is not None:  # make room for the decoder
             self.unet.to("cpu")
             self.controlnet.to("cpu")
-        decoded = decode_latents(self.vae, latents, tile=self._tile_size("decoder"), clip=not official)
+        decoded = decode_latents(self.vae, latents, tile=self._tile_size("decoder"), clip=rules.clips)
         decoded = decoded[..., : cleaned.shape[2], : cleaned.shape[3]]
-        colour = cleaned if repeats == 1 else cleaned.repeat_interleave(repeats, dim=0)
-        images = put_colour(decoded, colour, method=color_fix, tile=self._tiles.get("decoder"))
-        images = resize(images, size).clamp_(0, 1)
-        return truncate(images) if official else images
+        repeats = latents.shape[0] // cleaned.shape[0]
+        colors = cleaned if repeats == 1 else cleaned.repeat_interleave(repeats, dim=0)
+        images = fix_color(decoded, colors, method=color_fix, tile=self._tiles.get("decoder"))
+        return to_output(rules.quantize(resize(images, size).clamp_(0, 1)), output_type)
 
     def _size_multiple(self) -> int:
         """Pixels of which both sides must be multiples for every level of VAE and UNet to halve evenly."""

@@ -1,7 +1,5 @@
 """Stage 1 around the cleaner: the official rules where they apply, any module otherwise."""
 
-import functools
-
 import numpy as np
 import pytest
 import torch
@@ -11,21 +9,16 @@ from test_cleaners import TINY
 from torch import nn
 
 from milo_latent.diffbir.bsrnet import BSRNet
-from milo_latent.diffbir.cleaning import (
-    clean_image,
-    enlarge_short_side,
-    pad_black,
-    resize,
-    resize_8bit,
-    short_side_size,
-)
+from milo_latent.diffbir.cleaning import clean_image, enlarge_short_side, short_side_size
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner
+from milo_latent.diffbir.rules import DEFAULT, OFFICIAL, pad_black, resize, resize_8bit
 from milo_latent.diffbir.scunet import SCUNet
 from milo_latent.diffbir.swinir import SwinIR
+from milo_latent.diffbir.tiles import Tile
 
 
 class Enlarger(nn.Module):
-    """Any upscaler: nearest neighbour, so that its result is known."""
+    """Any upscaler: nearest neighbor, so that its result is known."""
 
     scale = 4
 
@@ -72,7 +65,7 @@ def test_stage_one_is_the_official_one(cleaner, run):
     image = tensors[f"run.{run}.lq"].permute(0, 3, 1, 2) / 255
     expected = tensors[f"run.{run}.cond_img_every8"]
     output_size = tuple(tensors[f"run.{run}.result"].shape[1:3])
-    cleaned = clean_image(network, image, output_size=output_size, official=True)[..., ::8, ::8]
+    cleaned = clean_image(network, image, output_size=output_size, rules=OFFICIAL)[..., ::8, ::8]
     assert cleaned.shape == expected.shape
     assert (cleaned - expected).abs().max() / expected.abs().max() < 1e-5
 
@@ -81,7 +74,7 @@ def test_black_padding_is_what_the_default_avoids():
     network = tiny_cleaner(SwinIR)
     image = torch.full((1, 3, 520, 512), 0.9)
     border = (..., slice(512, 520), slice(64, 448))
-    black, repeated = clean_image(network, image, official=True), clean_image(network, image)
+    black, repeated = clean_image(network, image, rules=OFFICIAL), clean_image(network, image)
     inner = repeated[..., 300:310, 64:448]
     assert (repeated[border].mean() - inner.mean()).abs() < (black[border].mean() - inner.mean()).abs()
 
@@ -130,32 +123,25 @@ def test_an_upscaler_without_a_scale_is_refused_with_the_way_out():
 
 
 @pytest.mark.parametrize("cleaner", [Enlarger(), Recorder()])
-def test_tiles_are_given_the_function_the_image_and_the_scale(cleaner):
-    seen = []
-
-    def in_quarters(function, image, *, scale, multiple, factor):
-        seen.append((image.shape, scale, multiple, factor))
-        rows = [torch.cat([function(part) for part in row.chunk(2, 3)], 3) for row in image.chunk(2, 2)]
-        return torch.cat(rows, 2)
-
-    image = torch.rand(1, 3, 16, 24)
-    tiled = clean_image(cleaner, image, tiles=functools.partial(in_quarters, factor=2))
-    assert torch.equal(tiled, clean_image(cleaner, image))
-    assert seen == [(image.shape, getattr(cleaner, "scale", 1), 1, 2)]
+@pytest.mark.parametrize("rules", [DEFAULT, OFFICIAL])
+def test_tiles_of_an_image_give_what_the_whole_gives(cleaner, rules):
+    sizes, image = [], torch.rand(1, 3, 100, 150)
+    handle = cleaner.register_forward_pre_hook(lambda module, arguments: sizes.append(arguments[0].shape[2:]))
+    tiled = clean_image(cleaner, image, tile=Tile(64, 16), rules=rules)
+    handle.remove()
+    assert torch.allclose(tiled, clean_image(cleaner, image, rules=rules), atol=1e-6)
+    assert sizes == [(64, 64)] * 6
 
 
 def test_swinir_in_official_tiles_is_enlarged_after_it_otherwise_before():
     network, sizes = SwinIR(**TINY[SwinIR]).eval(), []
-
-    def whole(function, image, *, scale, **multiple):
-        sizes.append((*image.shape[2:], multiple))
-        return function(image)
-
+    network.register_forward_pre_hook(lambda module, arguments: sizes.append(tuple(arguments[0].shape[2:])))
     with torch.no_grad():
-        for official in (True, False):
-            cleaned = clean_image(network, torch.rand(1, 3, 128, 128), tiles=whole, official=official)
+        for rules, tiles in ((OFFICIAL, 1), (DEFAULT, 16)):
+            sizes.clear()
+            cleaned = clean_image(network, torch.rand(1, 3, 128, 128), tile=Tile(128, 0), rules=rules)
             assert cleaned.shape == (1, 3, 512, 512)
-    assert sizes == [(128, 128, {}), (512, 512, {"multiple": 64})]
+            assert sizes == [(128, 128)] * tiles
 
 
 def test_the_official_resize_is_pillows_to_the_bit():

@@ -23,8 +23,7 @@ from milo_latent.checkpoints import read_checkpoint
 from milo_latent.cli import main
 from milo_latent.convert.diffbir import convert_diffbir
 from milo_latent.convert.tokenizer import VOCABULARY_SIZE, open_tokenizer
-from milo_latent.diffbir.prompt_cache import tokens_of
-from milo_latent.diffbir.prompts import PROMPT_TOKENS, prompt_tokens, read_prompt_embeds
+from milo_latent.diffbir.prompts import PROMPT_TOKENS, prompt_tokens, read_prompt_embeds, tokens_of
 from milo_latent.diffbir.schedulers import official_scheduler
 from milo_latent.diffbir.versions import NEGATIVE_PROMPT, VERSIONS
 

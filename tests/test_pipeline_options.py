@@ -19,11 +19,10 @@ from milo_latent import DiffBIRPipeline
 from milo_latent.diffbir import sampling
 from milo_latent.diffbir.bsrnet import BSRNet
 from milo_latent.diffbir.foreign_cleaner import ForeignCleaner
-from milo_latent.diffbir.official_tiles import official_tiled
-from milo_latent.diffbir.prompt_cache import PromptCache, listed
+from milo_latent.diffbir.prompts import PromptCache, listed
 from milo_latent.diffbir.schedulers import OFFICIAL_SAMPLERS, SolverScheduler, official_scheduler
-from milo_latent.diffbir.stages import STAGES
 from milo_latent.diffbir.swinir import SwinIR
+from milo_latent.diffbir.tiles import STAGES, official_tiled
 from milo_latent.guidance.milo import MILOGuidance
 from milo_latent.guidance.region_adaptive import RegionAdaptiveGuidance
 from milo_latent.restoration.restore import restore_image
@@ -176,11 +175,11 @@ def test_the_noise_is_drawn_in_a_known_order(pipeline):
         run(pipeline)
 
 
-def test_rescaled_guidance_keeps_the_spread():
+def test_rescaled_guidance_keeps_the_standard_deviation():
     without, with_prompt = (torch.randn(2, 4, 8, 8, generator=generator(index)) for index in range(2))
-    guided = sampling.guide(without, with_prompt, scale=7.0, rescale=1.0)
+    guided = sampling.extrapolate(without, with_prompt, scale=7.0, rescale=1.0)
     assert torch.allclose(guided.std(dim=(1, 2, 3)), with_prompt.std(dim=(1, 2, 3)), rtol=1e-4)
-    assert torch.equal(sampling.guide(without, with_prompt, scale=1.0), without + (with_prompt - without))
+    assert torch.equal(sampling.extrapolate(without, with_prompt, scale=1.0), without + (with_prompt - without))
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ from replay import replayed_noise
 from torch.nn import functional as F
 
 from milo_latent.diffbir.bsrnet import BSRNet
-from milo_latent.diffbir.colour import fix_colour
-from milo_latent.diffbir.official_tiles import gaussian_weights, official_tiled, tile_starts
-from milo_latent.diffbir.sampling import add_noise, controlled_output, guidance_scale_at, step_arguments
+from milo_latent.diffbir.color import fix_color
+from milo_latent.diffbir.rules import OFFICIAL
+from milo_latent.diffbir.sampling import add_noise, guidance_scale_at, predict, step_arguments
 from milo_latent.diffbir.scunet import SCUNet
-from milo_latent.diffbir.stages import Tile, predict
 from milo_latent.diffbir.swinir import SwinIR
+from milo_latent.diffbir.tiles import Tile, gaussian_weights, official_tiled, tile_starts
 
 RUN = 1e-4
 
@@ -34,17 +34,13 @@ def sample(networks, scheduler, inputs, steps, *, scale=4.0, rescale=False, nois
     latents, samples, outputs = inputs["x_T"] * scheduler.init_noise_sigma, [], []
     with replayed_noise(noises):
         for timestep in scheduler.timesteps:
-            grown = guidance_scale_at(scale, float(timestep), official=True) if rescale else scale
-
-            def network(latents, condition, timestep=timestep, grown=grown):
-                return controlled_output(
-                    networks["unet"], networks["controlnet"], latents, condition, timestep=timestep,
-                    prompt_embeds=inputs["c_txt"], negative_prompt_embeds=inputs["uc_txt"] if scale > 1 else None,
-                    conditioning_scale=1.0, scale=grown, rescale=0.0,
-                )  # fmt: skip
-
-            scaled = scheduler.scale_model_input(latents, timestep)
-            output = predict(network, scaled, inputs["c_img"], pixels=8, tile=tile, official=True)
+            grown = guidance_scale_at(scale, float(timestep), rules=OFFICIAL) if rescale else scale
+            output = predict(
+                networks["unet"], networks["controlnet"], inputs["c_img"],
+                scheduler.scale_model_input(latents, timestep), timestep=timestep, prompt_embeds=inputs["c_txt"],
+                negative_prompt_embeds=inputs["uc_txt"] if scale > 1 else None, conditioning_scale=1.0, scale=grown,
+                rescale=0.0, tiles=OFFICIAL.tiles(tile, latents.shape[2:], cell=8),
+            )  # fmt: skip
             arguments = step_arguments(scheduler, None, 0.0)
             latents = scheduler.step(output, timestep, latents, **arguments, return_dict=False)[0]
             samples.append(latents)
@@ -133,10 +129,10 @@ def test_the_default_sampler_with_a_growing_guidance_scale(networks):
 
 def test_the_guidance_scale_grows_as_the_official_one():
     expected = golden("sampler_schedules")["rescaled_cfg_scale_4_by_timestep"].tolist()
-    assert [guidance_scale_at(4.0, each, official=True) for each in range(1000)] == pytest.approx(expected)
+    assert [guidance_scale_at(4.0, each, rules=OFFICIAL) for each in range(1000)] == pytest.approx(expected)
     assert guidance_scale_at(4.0, 0) == pytest.approx(4.0)
     assert guidance_scale_at(4.0, 999) == pytest.approx(1.0)
-    assert guidance_scale_at(1.0, 0, official=True) == 1.0
+    assert guidance_scale_at(1.0, 0, rules=OFFICIAL) == 1.0
 
 
 @pytest.mark.parametrize("parameterization", ["eps", "v_zsnr"])
@@ -204,9 +200,9 @@ def test_the_whole_pipeline_gives_the_official_8_bit_picture(networks, name, cle
     assert (picture != expected["result"]).float().mean() < 0.01
 
 
-def test_the_colour_fix_gives_the_official_picture():
+def test_the_color_fix_gives_the_official_picture():
     tensors = golden("pipeline_tiny")
-    fixed = fix_colour(tensors["apply.plain.out"] / 2 + 0.5, tensors["apply.cond_img"], method="wavelet")
+    fixed = fix_color(tensors["apply.plain.out"] / 2 + 0.5, tensors["apply.cond_img"], method="wavelet")
     assert relative(fixed, tensors["apply.plain.colour_fixed"]) < 1e-5
 
 

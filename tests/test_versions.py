@@ -3,7 +3,7 @@
 import pytest
 from golden import table
 
-from milo_latent.diffbir.versions import COMMAND_LINE, FILES, TILING, UPSCALE, VERSIONS, version_of
+from milo_latent.diffbir.versions import COMMAND_LINE, FILES, UPSCALE, VERSIONS, version_of
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +22,6 @@ def test_the_command_lines_defaults_are_the_official_ones(facts):
     renamed = {"prompt": "pos_prompt", "negative_prompt": "neg_prompt"}
     for name, value in vars(COMMAND_LINE).items():
         assert value == options[renamed.get(name, name)]["default"], name
-    assert TILING.cleaner_size == options["cleaner_tile_size"]["default"]
-    assert TILING.cleaner_stride == options["cleaner_tile_stride"]["default"]
-    assert TILING.vae_encoder_size == options["vae_encoder_tile_size"]["default"]
-    assert TILING.vae_decoder_size == options["vae_decoder_tile_size"]["default"]
-    assert TILING.diffusion_size == options["cldm_tile_size"]["default"]
-    assert TILING.diffusion_stride == options["cldm_tile_stride"]["default"]
     assert UPSCALE["sr"] == options["upscale"]["default"]
     assert set(UPSCALE) == set(options["task"]["choices"])
 

@@ -1,1 +1,1 @@
-"""DiffBIR's parts: cleaners, IRControlNet, colour fixes."""
+"""DiffBIR's parts: cleaners, IRControlNet, color fixes."""

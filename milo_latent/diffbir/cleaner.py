@@ -16,10 +16,13 @@ NAMES_SHOWN = 8
 class Cleaner(ModelMixin, ConfigMixin):
     """A network from images to images whose parameters are named as in the official files.
 
-    Subclasses name in `computed` the buffers of official files that are computed here and so not stored.
+    The class attributes say how the official pipeline treats images around a cleaner; `clean_image` reads them.
     """
 
-    computed: ClassVar[tuple[str, ...]] = ()
+    computed: ClassVar[tuple[str, ...]] = ()  # buffers of official files that are computed here, and so not stored
+    short_side: ClassVar[int] = 512  # of its results at least: stage 2 was trained there, and does poorly on less
+    enlarge_first: ClassVar[bool] = False  # whether smaller images are enlarged to it before they are cleaned
+    outer_multiple: ClassVar[int] = 1  # to which the pipeline pads images, other than the cleaner itself
 
     @property
     def scale(self) -> int:

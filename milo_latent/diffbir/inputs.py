@@ -1,11 +1,9 @@
-"""What a pipeline is given, as one batch of RGB images, and what it refuses; pure functions."""
+"""Images as pipelines are given them and return them, and what is said when memory runs out; pure functions."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from numbers import Integral
 
 import numpy as np
 import PIL.Image
@@ -13,10 +11,7 @@ import torch
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from torch import Tensor
 
-from milo_latent.checks import check_choice, check_range
-from milo_latent.diffbir.colour import COLOR_FIXES
-from milo_latent.diffbir.sampling import COMPATIBILITIES, START_POINTS
-from milo_latent.pictures import picture_to_array
+from milo_latent.pictures import picture_to_array, to_8bit
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 ROUNDING = 0.01  # by which resampled images may leave [0, 1]
@@ -56,19 +51,8 @@ def images_to_tensor(image: PipelineImageInput | None) -> Tensor:
     return tensor.clamp(0, 1)
 
 
-def scaled_size(image: Tensor, factor: float, *, official: bool = False) -> tuple[int, int]:
-    """Return height and width of (B, C, H, W) times `factor`, at least 1; rounded, or cut as the official code does."""
-    height, width = (max(1, int(side * factor) if official else round(side * factor)) for side in image.shape[2:])
-    return height, width
-
-
-def truncate(image: Tensor) -> Tensor:
-    """Cut values in [0, 1] down to the next 255th, as the official code does where others round."""
-    return (image * 255.0).clamp(0, 255).floor() / 255.0
-
-
 def to_output(images: Tensor, output_type: str) -> Tensor | np.ndarray | list[PIL.Image.Image]:
-    """Turn restored images into what was asked for; they are used up.
+    """Turn restored images into what was asked for.
 
     Args:
         images: (B, 3, H, W), in [0, 1].
@@ -81,58 +65,12 @@ def to_output(images: Tensor, output_type: str) -> Tensor | np.ndarray | list[PI
         return images
     if output_type == "np":
         return images.permute(0, 2, 3, 1).cpu().numpy()
-    pixels = images.mul_(255).round_().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [PIL.Image.fromarray(each) for each in pixels]
-
-
-def check_call(
-    *,
-    output_type: str,
-    color_fix: str,
-    start_point: str,
-    compatibility: str | None,
-    upscale: float,
-    num_inference_steps: int,
-    num_images_per_prompt: int,
-    noise_aug: int,
-    guidance_rescale: float,
-    total_timesteps: int,
-) -> None:
-    """Refuse arguments of a pipeline's call that cannot work.
-
-    Args:
-        output_type: as in `DiffBIRPipeline.__call__`, as are the others.
-        color_fix: see there.
-        start_point: see there.
-        compatibility: see there.
-        upscale: see there.
-        num_inference_steps: see there.
-        num_images_per_prompt: see there.
-        noise_aug: see there.
-        guidance_rescale: see there.
-        total_timesteps: number of timesteps that the model was trained with.
-
-    Raises:
-        ValueError: naming the argument, what was expected and what came.
-    """
-    check_choice("output_type", output_type, OUTPUT_TYPES)
-    check_choice("color_fix", color_fix, COLOR_FIXES)
-    check_choice("start_point", start_point, START_POINTS)
-    if compatibility is not None:
-        check_choice("compatibility", compatibility, COMPATIBILITIES)
-    if not (upscale > 0 and math.isfinite(upscale)):
-        raise ValueError(f"Expected `upscale` above 0, got {upscale}.")
-    for name, value in (("num_inference_steps", num_inference_steps), ("num_images_per_prompt", num_images_per_prompt)):
-        if not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"Expected `{name}` to be a whole number of at least 1, got {value}.")
-    if not isinstance(noise_aug, Integral) or not 0 <= noise_aug < total_timesteps:
-        raise ValueError(f"Expected `noise_aug` to be a timestep, 0 to {total_timesteps - 1}, got {noise_aug}.")
-    check_range("guidance_rescale", guidance_rescale, 0.0, 1.0, "It is a share.")
+    return [PIL.Image.fromarray(to_8bit(image)) for image in images]
 
 
 @contextmanager
 def explained_memory() -> Iterator[None]:
-    """Turn a device's lack of memory into a `MemoryError` that names the ways out.
+    """Name the ways out where a device has not enough memory.
 
     Raises:
         MemoryError: if there is not enough memory.

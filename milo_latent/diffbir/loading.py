@@ -12,8 +12,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from milo_latent.diffbir.prompt_cache import PromptCache
-from milo_latent.diffbir.prompts import read_prompt_embeds, write_prompt_embeds
+from milo_latent.diffbir.prompts import PromptCache, read_prompt_embeds, write_prompt_embeds
 from milo_latent.files import make_readable
 
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")

@@ -1,24 +1,30 @@
-"""The official default prompts as tokens, so that they can be encoded where there is no tokenizer."""
+"""Prompts to embeddings: each text encoded once, and the official default prompts without a tokenizer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from milo_latent.diffbir.versions import NEGATIVE_PROMPT, NEGATIVE_PROMPT_V2, PROMPT
 from milo_latent.files import write_atomically
 
+CACHED_PROMPTS = 64
 PROMPT_LENGTH = 77
 PROMPT_EMBEDS_FILE = "prompt_embeds.safetensors"
 _START, _END = 49406, 49407
 
 # fmt: off
-PROMPT_TOKENS: Mapping[str, tuple[int, ...]] = MappingProxyType({
+PROMPT_TOKENS: Mapping[str, tuple[int, ...]] = MappingProxyType({  # of CLIP
     "": (),
     PROMPT: (
         25602, 267, 1400, 18501, 267, 5302, 12609, 267, 2807, 1996, 320, 9310, 17805, 337, 3934, 267, 22146, 12609,
@@ -38,6 +44,88 @@ PROMPT_TOKENS: Mapping[str, tuple[int, ...]] = MappingProxyType({
 # fmt: on
 
 
+class PromptCache:
+    """Keeps the embeddings of the prompts used last, so that a folder of images encodes its prompt once.
+
+    Args:
+        size: the most texts kept.
+    """
+
+    def __init__(self, size: int = CACHED_PROMPTS) -> None:
+        self.size = size
+        self.stored: dict[str, Tensor] = {}  # embeddings, (1, tokens, width), that need no text encoder
+        self._encoder: weakref.ReferenceType[Any] | None = None  # of the embeddings kept; weak, so that it can go
+        self._kept: OrderedDict[tuple[str, torch.dtype], Tensor] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles hold: not what was encoded, which belongs to this process's encoder."""
+        return {"size": self.size, "stored": self.stored, "_encoder": None, "_kept": OrderedDict()}
+
+    def clear(self) -> None:
+        """Forget all embeddings: after the text encoder's weights were changed in place."""
+        self._kept.clear()
+
+    def encode(self, texts: list[str], text_encoder: Any, tokenizer: Any, device: torch.device) -> Tensor:
+        """Return embeddings, (len(texts), tokens, width), of the encoder's last hidden state.
+
+        Args:
+            texts: prompts.
+            text_encoder: CLIP text model; another one than before empties the cache. Without it, or without tokenizer,
+                the `stored` embeddings and those kept are taken.
+            tokenizer: of the text encoder.
+            device: to encode on.
+
+        Raises:
+            ValueError: for a prompt that is not stored, without a text encoder.
+        """
+        if text_encoder is None or tokenizer is None:
+            return torch.cat([each.to(device) for each in self._recall(texts)])
+        known = None if self._encoder is None else self._encoder()
+        if known is None or known is not text_encoder or text_encoder.training:
+            self.clear()
+            self._encoder = weakref.ref(text_encoder)
+        dtype = text_encoder.dtype
+        embeds = {text: self._kept[text, dtype] for text in texts if (text, dtype) in self._kept}
+        new = [text for text in dict.fromkeys(texts) if text not in embeds]
+        if new:
+            encoded = text_encoder(tokens_of(new, tokenizer).to(device))[0]  # (len(new), tokens, width)
+            embeds |= dict(zip(new, encoded, strict=True))
+        for text in dict.fromkeys(texts):
+            self._kept[text, dtype] = embeds[text].detach().cpu()
+            self._kept.move_to_end((text, dtype))
+        while len(self._kept) > self.size:
+            self._kept.popitem(last=False)
+        return torch.stack([embeds[text].to(device) for text in texts])
+
+    def _recall(self, texts: list[str]) -> list[Tensor]:
+        kept = {text: embeds[None] for (text, _), embeds in self._kept.items()} | self.stored
+        missing = [text for text in texts if text not in kept]
+        if missing:
+            raise ValueError(
+                f"This pipeline has no text encoder for {missing[0]!r}. Pass `prompt_embeds` and "
+                f"`negative_prompt_embeds`{', or a stored prompt' if self.stored else ''}."
+            )
+        return [kept[text] for text in texts]
+
+
+def tokens_of(texts: list[str], tokenizer: Any) -> Tensor:
+    """Return tokens padded and cut to the model's length, (B, tokens).
+
+    Stable Diffusion 2's tokenizer pads with "!", CLIP's token 0, and so reads every exclamation mark as padding; here
+    it is read as the word that it is (256, as DiffBIR's own code reads it).
+    """
+    length, mark = tokenizer.model_max_length, getattr(tokenizer, "pad_token", None)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or mark is None or mark.startswith("<|") or not any(mark in text for text in texts):
+        return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    content = json.loads(backend.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != mark]
+    plain = Tokenizer.from_str(json.dumps(content))
+    plain.enable_truncation(length)
+    plain.enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=mark)
+    return torch.tensor([encoding.ids for encoding in plain.encode_batch(texts)])
+
+
 def prompt_tokens(prompts: Iterable[str] = PROMPT_TOKENS) -> Tensor:
     """Return official default prompts as CLIP's tokens, (prompts, 77), padded with token 0.
 
@@ -48,25 +136,39 @@ def prompt_tokens(prompts: Iterable[str] = PROMPT_TOKENS) -> Tensor:
     return torch.tensor([row + (0,) * (PROMPT_LENGTH - len(row)) for row in rows])
 
 
-def read_prompt_embeds(folder: str | Path) -> dict[str, Tensor]:
-    """Read the embeddings of default prompts that a pipeline folder without a tokenizer holds.
+def listed(text: str | Sequence[str] | None) -> list[str]:
+    """Return prompts as a list; None is the empty prompt."""
+    return [text or ""] if text is None or isinstance(text, str) else list(text)
+
+
+def repeat_prompts(embeds: Tensor, num_images: int, num_images_per_prompt: int) -> Tensor:
+    """Give each image its prompt, and each of its results.
 
     Args:
-        folder: of the pipeline.
+        embeds: (1 or num_images, tokens, width).
+        num_images: the number of images.
+        num_images_per_prompt: the number of results for each.
 
     Returns:
-        Prompt to embedding, (1, 77, width); empty where the folder has none.
+        (num_images * num_images_per_prompt, tokens, width).
+
+    Raises:
+        ValueError: for another number of prompts.
     """
+    if embeds.shape[0] not in (1, num_images):
+        raise ValueError(f"Expected 1 or {num_images} prompts, one for each image, got {embeds.shape[0]}.")
+    each = embeds if embeds.shape[0] == num_images else embeds.expand(num_images, -1, -1)
+    return each.repeat_interleave(num_images_per_prompt, dim=0)
+
+
+def read_prompt_embeds(folder: str | Path) -> dict[str, Tensor]:
+    """Return the stored prompts of a pipeline folder, text to (1, 77, width); none where it has a tokenizer."""
     path = Path(folder) / PROMPT_EMBEDS_FILE
     return {text: embeds[None] for text, embeds in load_file(path).items()} if path.is_file() else {}
 
 
 def write_prompt_embeds(folder: str | Path, stored: Mapping[str, Tensor]) -> None:
-    """Write what `read_prompt_embeds` reads; nothing where nothing is stored.
-
-    Args:
-        folder: of the pipeline, made if need be.
-        stored: prompt to embedding, (1, 77, width).
+    """Write what `read_prompt_embeds` reads, if there is any; `folder` is made if need be.
 
     Raises:
         OSError: if the disk is full.

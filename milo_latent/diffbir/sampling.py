@@ -1,10 +1,10 @@
-"""What DiffBIR's denoising loop is made of: start, timesteps, the networks, guidance scale; pure functions."""
+"""What DiffBIR's denoising loop is made of: timesteps, noise, the networks, guidance scale; pure functions."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,42 +13,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.nn import functional as F
 
+from milo_latent.diffbir.rules import DEFAULT, Rules
+
 StartPoint = Literal["noise", "cond"]
 START_POINTS: tuple[str, ...] = get_args(StartPoint)
-Compatibility = Literal["official"]
-COMPATIBILITIES: tuple[str, ...] = get_args(Compatibility)
 PRK_STEPS = 4  # the fewest that PNDM's Runge-Kutta start takes
-
-
-def set_timesteps(scheduler: SchedulerMixin, steps: int, device: torch.device) -> Tensor:
-    """Choose the timesteps of a run.
-
-    Args:
-        scheduler: any of diffusers'.
-        steps: their number.
-        device: of the result.
-
-    Returns:
-        Timesteps, (steps,) or, for schedulers that call the model twice a step, more. A single step starts from the
-        last timestep: schedulers with "linspace" or "leading" spacing would take the first, which takes noise for a
-        clean image.
-    """
-    scheduler.set_timesteps(steps, device=device)
-    last = scheduler.config.num_train_timesteps - 1
-    # those of the EDM family count noise levels as timesteps, and start from the highest anyway
-    counts = "timestep_spacing" in scheduler.config or not hasattr(scheduler, "sigmas")
-    low = counts and float(scheduler.timesteps[0]) < last / 2
-    if steps == 1 and low and not scheduler.config.get("use_flow_sigmas"):
-        if "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
-            scheduler.set_timesteps(timesteps=[last], device=device)
-        elif hasattr(scheduler, "sigmas"):  # their noise level must be that of the timestep
-            spacing = scheduler.config.timestep_spacing
-            scheduler.register_to_config(timestep_spacing="trailing")
-            scheduler.set_timesteps(steps, device=device)
-            scheduler.register_to_config(timestep_spacing=spacing)
-        else:
-            scheduler.timesteps = torch.full_like(scheduler.timesteps[:1], last)
-    return scheduler.timesteps
 
 
 def check_scheduler(scheduler: SchedulerMixin, steps: int) -> None:
@@ -66,108 +35,49 @@ def check_scheduler(scheduler: SchedulerMixin, steps: int) -> None:
         )
 
 
+def set_timesteps(scheduler: SchedulerMixin, steps: int, device: torch.device) -> Tensor:
+    """Choose the timesteps of a run.
+
+    A single step starts from the last timestep. Schedulers with "linspace" or "leading" spacing would start it from the
+    first, whose model takes the noise for a clean image.
+
+    Args:
+        scheduler: any of diffusers'.
+        steps: number of denoising steps.
+        device: of the result.
+
+    Returns:
+        Timesteps, (steps,), or more for schedulers that call the model twice in a step.
+    """
+    scheduler.set_timesteps(steps, device=device)
+    last = scheduler.config.num_train_timesteps - 1
+    # the timesteps of EDM's schedulers are noise levels, and start from the highest anyway
+    counts = "timestep_spacing" in scheduler.config or not hasattr(scheduler, "sigmas")
+    low = counts and float(scheduler.timesteps[0]) < last / 2
+    if steps == 1 and low and not scheduler.config.get("use_flow_sigmas"):
+        if "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
+            scheduler.set_timesteps(timesteps=[last], device=device)
+        elif hasattr(scheduler, "sigmas"):  # their noise level must be that of the timestep
+            spacing = scheduler.config.timestep_spacing
+            scheduler.register_to_config(timestep_spacing="trailing")
+            scheduler.set_timesteps(steps, device=device)
+            scheduler.register_to_config(timestep_spacing=spacing)
+        else:
+            scheduler.timesteps = torch.full_like(scheduler.timesteps[:1], last)
+    return scheduler.timesteps
+
+
 def step_arguments(scheduler: SchedulerMixin, generator: Any, eta: float) -> dict[str, Any]:
     """Return those of `generator` and `eta` that the scheduler's step takes."""
     taken = inspect.signature(scheduler.step).parameters
     return {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in taken}
 
 
-def guidance_scale_at(scale: float, timestep: float, *, total: int = 1000, official: bool = False) -> float:
-    """Return the scale of classifier-free guidance where it grows while the noise goes: from 1 to `scale`.
-
-    Args:
-        scale: of the last steps; 1 or less stays as it is.
-        timestep: of the step, `total - 1` down to 0.
-        total: number of timesteps that the model was trained with.
-        official: whether to grow to `scale + 1`, as the official code does.
-
-    Returns:
-        The step's scale.
-
-    Source: `get_cfg_scale` in DiffBIR's diffbir/sampler/sampler.py.
-    """
-    if scale <= 1.0:
-        return scale
-    growth = (1.0 - math.cos(math.pi * ((total - timestep) / total) ** 5)) / 2
-    return 1.0 + (scale if official else scale - 1.0) * growth
-
-
-def guide(without: Tensor, with_prompt: Tensor, *, scale: float, rescale: float = 0.0) -> Tensor:
-    """Extrapolate from the output for the negative prompt through that for the prompt.
-
-    Args:
-        without: model output for the negative prompt, (B, C, h, w).
-        with_prompt: for the prompt.
-        scale: 1 gives `with_prompt`.
-        rescale: share in which each sample's spread is put back to that of `with_prompt`, in [0, 1].
-
-    Returns:
-        Model output, (B, C, h, w).
-
-    Source: the rescaling is Lin et al., arXiv 2305.08891, section 3.4.
-    """
-    guided = without + scale * (with_prompt - without)
-    if rescale == 0.0:
-        return guided
-    spread, wanted = (each.std(dim=(1, 2, 3), keepdim=True) for each in (guided, with_prompt))
-    return guided * (1.0 + rescale * (wanted / spread - 1.0))
-
-
-def controlled_output(
-    unet: Any,
-    controlnet: Any,
-    sample: Tensor,
-    condition: Tensor,
-    *,
-    timestep: Tensor,
-    prompt_embeds: Tensor | None,
-    negative_prompt_embeds: Tensor | None,
-    conditioning_scale: float,
-    scale: float,
-    rescale: float,
+def draw_noise(
+    shape: tuple[int, ...], *, generator: torch.Generator | list[torch.Generator] | None, device: torch.device
 ) -> Tensor:
-    """Run ControlNet and UNet once, on a batch of both prompts where there is a negative one.
-
-    Args:
-        unet: denoiser.
-        controlnet: IRControlNet.
-        sample: as the scheduler scaled it, (B, C, h, w).
-        condition: latents of the cleaned image, (B, C, h, w).
-        timestep: of the step.
-        prompt_embeds: (B, tokens, width); None for models without prompts.
-        negative_prompt_embeds: likewise; None without classifier-free guidance.
-        conditioning_scale: factor of the ControlNet's residuals.
-        scale: of classifier-free guidance.
-        rescale: see `guide`.
-
-    Returns:
-        Model output, (B, C, h, w) float32.
-    """
-    dtype, embeds = unet.dtype, prompt_embeds
-    sample, condition = sample.to(dtype), condition.to(dtype)
-    if negative_prompt_embeds is not None:
-        sample, condition = torch.cat([sample, sample]), torch.cat([condition, condition])
-        embeds = torch.cat([negative_prompt_embeds, prompt_embeds.to(negative_prompt_embeds)])  # type: ignore[union-attr]
-    embeds = embeds if embeds is None else embeds.to(device=sample.device, dtype=dtype)
-    down_residuals, mid_residual = controlnet(
-        sample,
-        timestep,
-        encoder_hidden_states=embeds,
-        controlnet_cond=condition,
-        conditioning_scale=conditioning_scale,
-        return_dict=False,
-    )
-    output = unet(
-        sample,
-        timestep,
-        encoder_hidden_states=embeds,
-        down_block_additional_residuals=down_residuals,
-        mid_block_additional_residual=mid_residual,
-        return_dict=False,
-    )[0].float()
-    if negative_prompt_embeds is None:
-        return output
-    return guide(*output.chunk(2), scale=scale, rescale=rescale)
+    """Draw unit normal noise in float32, so that a seed gives the same noise whatever the dtype of the networks."""
+    return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
 
 
 def add_noise(latents: Tensor, noise: Tensor, scheduler: SchedulerMixin, timestep: int) -> Tensor:
@@ -194,8 +104,16 @@ def add_noise(latents: Tensor, noise: Tensor, scheduler: SchedulerMixin, timeste
     return math.sqrt(signal) * latents + math.sqrt(1.0 - signal) * noise
 
 
+def augment(condition: Tensor, scheduler: SchedulerMixin, timestep: int, generator: Any) -> Tensor:
+    """Noise the condition, (B, C, h, w), to a timestep by noise drawn anew; at 0 it is returned as it is."""
+    if timestep == 0:
+        return condition
+    noise = draw_noise(tuple(condition.shape), generator=generator, device=condition.device)
+    return add_noise(condition, noise, scheduler, timestep)
+
+
 def start_latents(
-    noise: Tensor, condition: Tensor, scheduler: SchedulerMixin, start_point: str, timestep: Tensor | None = None
+    noise: Tensor, condition: Tensor, scheduler: SchedulerMixin, start_point: str, rules: Rules = DEFAULT
 ) -> Tensor:
     """Return what sampling starts from, scaled as the scheduler wants it.
 
@@ -203,33 +121,144 @@ def start_latents(
         noise: unit normal, (B, C, h, w).
         condition: latents of the cleaned image, of the same shape.
         scheduler: after `set_timesteps`.
-        start_point: "noise", or "cond" for the condition noised to the last timestep: the same but for the little
-            signal that the last timestep has left; it steadies deterministic samplers of v1 and v2.
-        timestep: to which the condition is noised; None means the last.
+        start_point: "noise", or "cond" for the noised condition: the same but for the little signal that the first
+            timestep has left. It steadies deterministic samplers of v1 and v2.
+        rules: name the timestep to which the condition is noised.
 
     Returns:
         Latents, (B, C, h, w), times the scheduler's `init_noise_sigma`.
     """
     if start_point == "cond":
-        last = scheduler.config.num_train_timesteps - 1
-        noise = add_noise(condition, noise, scheduler, last if timestep is None else int(timestep))
+        timestep = rules.start_timestep(scheduler.timesteps, scheduler.config.num_train_timesteps)
+        noise = add_noise(condition, noise, scheduler, timestep)
     return noise * scheduler.init_noise_sigma
 
 
-def draw_noise(
-    shape: tuple[int, ...], *, generator: torch.Generator | list[torch.Generator] | None, device: torch.device
+def guidance_scale_at(scale: float, timestep: float, *, total: int = 1000, rules: Rules = DEFAULT) -> float:
+    """Return the scale of classifier-free guidance where it grows, from 1, while the noise decreases.
+
+    Args:
+        scale: of the last steps; 1 or less stays as it is.
+        timestep: of the step, `total - 1` down to 0.
+        total: number of timesteps that the model was trained with.
+        rules: say by how much the scale grows.
+
+    Returns:
+        The step's scale.
+
+    Source: `get_cfg_scale` in DiffBIR's diffbir/sampler/sampler.py.
+    """
+    if scale <= 1.0:
+        return scale
+    share = (1.0 - math.cos(math.pi * ((total - timestep) / total) ** 5)) / 2
+    return 1.0 + rules.guidance_growth(scale) * share
+
+
+def extrapolate(without: Tensor, with_prompt: Tensor, *, scale: float, rescale: float = 0.0) -> Tensor:
+    """Extrapolate from the output for the negative prompt through that for the prompt: classifier-free guidance.
+
+    Args:
+        without: model output for the negative prompt, (B, C, h, w).
+        with_prompt: model output for the prompt.
+        scale: 1 gives `with_prompt`.
+        rescale: share in which each sample's standard deviation is put back to that of `with_prompt`, in [0, 1].
+
+    Returns:
+        Model output, (B, C, h, w).
+
+    Source: the rescaling is Lin et al., arXiv 2305.08891, section 3.4.
+    """
+    guided = without + scale * (with_prompt - without)
+    if rescale == 0.0:
+        return guided
+    deviation, wanted = (each.std(dim=(1, 2, 3), keepdim=True) for each in (guided, with_prompt))
+    return guided * (1.0 + rescale * (wanted / deviation - 1.0))
+
+
+def controlled_output(
+    unet: Any,
+    controlnet: Any,
+    sample: Tensor,
+    condition: Tensor,
+    *,
+    timestep: Tensor,
+    prompt_embeds: Tensor | None,
+    negative_prompt_embeds: Tensor | None,
+    conditioning_scale: float,
+    scale: float,
+    rescale: float,
 ) -> Tensor:
-    """Draw unit normal noise in float32, whatever the networks' dtype: the same seed starts from the same noise."""
-    return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+    """Run ControlNet and UNet once, on a batch of both prompts where there is a negative one.
+
+    Args:
+        unet: denoiser.
+        controlnet: IRControlNet.
+        sample: as the scheduler scaled it, (B, C, h, w).
+        condition: latents of the cleaned image, (B, C, h, w).
+        timestep: of the step.
+        prompt_embeds: (B, tokens, width); None for models without prompts.
+        negative_prompt_embeds: (B, tokens, width); None without classifier-free guidance.
+        conditioning_scale: factor of the ControlNet's residuals.
+        scale: of classifier-free guidance.
+        rescale: as of `extrapolate`.
+
+    Returns:
+        Model output, (B, C, h, w) float32.
+    """
+    dtype, embeds = unet.dtype, prompt_embeds
+    sample, condition = sample.to(dtype), condition.to(dtype)
+    if negative_prompt_embeds is not None:
+        sample, condition = torch.cat([sample, sample]), torch.cat([condition, condition])
+        embeds = torch.cat([negative_prompt_embeds, prompt_embeds.to(negative_prompt_embeds)])  # type: ignore[union-attr]
+    embeds = embeds if embeds is None else embeds.to(device=sample.device, dtype=dtype)
+    shared = {"encoder_hidden_states": embeds, "return_dict": False}
+    down_residuals, mid_residual = controlnet(
+        sample, timestep, controlnet_cond=condition, conditioning_scale=conditioning_scale, **shared
+    )
+    output = unet(
+        sample,
+        timestep,
+        down_block_additional_residuals=down_residuals,
+        mid_block_additional_residual=mid_residual,
+        **shared,
+    )[0].float()
+    if negative_prompt_embeds is None:
+        return output
+    return extrapolate(*output.chunk(2), scale=scale, rescale=rescale)
 
 
-def hand_over(image: Tensor, guides: Iterable[Any], *, size: tuple[int, int]) -> None:
+def predict(
+    unet: Any, controlnet: Any, condition: Tensor, sample: Tensor, *, tiles: Callable[..., Tensor] | None, **step: Any
+) -> Tensor:
+    """Run `controlled_output` on all latents, or on tiles whose outputs are blended.
+
+    Args:
+        unet: denoiser.
+        controlnet: IRControlNet.
+        condition: latents of the cleaned image, (B, C, h, w).
+        sample: as the scheduler scaled it, (B, C, h, w).
+        tiles: applies a function to tiles, as of `Rules.tiles`; None predicts from the whole.
+        **step: other arguments of `controlled_output`.
+
+    Returns:
+        Model output, (B, C, h, w) float32.
+    """
+
+    def run(both: Tensor) -> Tensor:
+        return controlled_output(unet, controlnet, *both.tensor_split(2, dim=1), **step)
+
+    if tiles is None:
+        return controlled_output(unet, controlnet, sample, condition, **step)
+    return tiles(run, torch.cat([sample, condition.to(sample.dtype)], dim=1))
+
+
+def show_image(image: Tensor, guides: Iterable[Any], *, size: tuple[int, int]) -> None:
     """Show the cleaned image to those guides that ask for it by `accept_image`.
 
     Args:
         image: padded as it was encoded, (B, 3, H, W), in [0, 1].
         guides: of the call.
-        size: height and width of what the latents stand for, where they were padded further, in black.
+        size: height and width of what the latents stand for, which may have been padded further, in black.
     """
     for guide in guides:
         if hasattr(guide, "accept_image"):

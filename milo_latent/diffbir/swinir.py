@@ -136,6 +136,8 @@ class SwinIR(Cleaner):
     """
 
     computed: ClassVar[tuple[str, ...]] = ("attn_mask", "relative_position_index")
+    enlarge_first: ClassVar[bool] = True
+    outer_multiple: ClassVar[int] = 64
 
     @register_to_config
     def __init__(

@@ -120,29 +120,7 @@ class Sampling:
     precision: Literal["fp32", "fp16", "bf16"] = "fp16"
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """Sizes of the official tiles in pixels, where tiling is switched on.
-
-    Args:
-        cleaner_size: of a tile of the cleaner.
-        cleaner_stride: between two of them.
-        vae_encoder_size: of a tile of the VAE's encoder.
-        vae_decoder_size: of a tile of its decoder.
-        diffusion_size: of a tile of the diffusion.
-        diffusion_stride: between two of them.
-    """
-
-    cleaner_size: int = 512
-    cleaner_stride: int = 256
-    vae_encoder_size: int = 256
-    vae_decoder_size: int = 256
-    diffusion_size: int = 512
-    diffusion_stride: int = 256
-
-
 COMMAND_LINE = Sampling()  # the official command line's defaults, the same for every version and task
-TILING = Tiling()
 _SPACED = replace(
     COMMAND_LINE,
     sampler="spaced",

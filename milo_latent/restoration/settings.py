@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from milo_latent.checks import check_choice
-from milo_latent.diffbir.colour import ColorFix
-from milo_latent.diffbir.inputs import check_call
-from milo_latent.diffbir.sampling import Compatibility, StartPoint, check_scheduler
+from milo_latent.diffbir.color import ColorFix
+from milo_latent.diffbir.rules import Compatibility
+from milo_latent.diffbir.sampling import StartPoint
 from milo_latent.diffbir.versions import UPSCALE, TaskName
 from milo_latent.guidance.base import split_guides
 from milo_latent.guidance.curriculum import Schedule
@@ -110,16 +110,9 @@ class RestorationSettings:
             )
         with pipe.tiling(self.tile):  # refuses tiles that do not fit
             split_guides(self.guide(pipe), pipe)
-        names = inspect.signature(check_call).parameters.keys()
-        arguments: dict[str, Any] = {
-            "output_type": "pt",
-            "num_images_per_prompt": 1,
-            "upscale": self.upscale,
-        } | self.call_arguments
-        arguments["total_timesteps"] = pipe.scheduler.config.num_train_timesteps
-        check_call(**{name: arguments[name] for name in names})
-        check_scheduler(pipe.scheduler, arguments["num_inference_steps"])
-        pipe.check_inputs(arguments["guidance_scale"], ["latents"])
+        arguments = self.call_arguments | {"upscale": self.upscale}
+        checked = inspect.signature(pipe.check_inputs).parameters
+        pipe.check_inputs(**{name: value for name, value in arguments.items() if name in checked})
         pipe.encode_prompt(
             self.prompt,
             self.negative_prompt,

@@ -1,10 +1,10 @@
-"""Colour fixes, held to the official code's results."""
+"""Color fixes, held to the official code's results."""
 
 import pytest
 import torch
 from golden import golden
 
-from milo_latent.diffbir.colour import fix_colour, low_frequencies
+from milo_latent.diffbir.color import fix_color, low_frequencies
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +14,7 @@ def recorded():
 
 @pytest.mark.parametrize("case", ["wavelet", "wavelet_small"])
 def test_the_wavelet_fix_is_the_official_one(recorded, case):
-    fixed = fix_colour(recorded[f"{case}.content"], recorded[f"{case}.style"], method="wavelet")
+    fixed = fix_color(recorded[f"{case}.content"], recorded[f"{case}.style"], method="wavelet")
     assert (fixed - recorded[f"{case}.out"]).abs().max() <= 1e-5 * recorded[f"{case}.out"].abs().max()
 
 
@@ -26,22 +26,22 @@ def test_low_frequencies_are_the_official_ones(recorded):
 @pytest.mark.parametrize("method", ["wavelet", "adain", "none"])
 def test_an_image_fixed_by_itself_is_itself(method):
     image = torch.rand(2, 3, 20, 30)
-    assert torch.allclose(fix_colour(image, image, method=method), image, atol=1e-5)
+    assert torch.allclose(fix_color(image, image, method=method), image, atol=1e-5)
 
 
 def test_each_method_takes_what_it_says():
-    image, colour = torch.rand(1, 3, 64, 64) * 0.2, torch.rand(1, 3, 64, 64) * 0.5 + 0.5
-    adain = fix_colour(image, colour, method="adain")
-    assert torch.allclose(adain.mean(dim=(2, 3)), colour.mean(dim=(2, 3)), atol=1e-4)
-    assert torch.allclose(adain.std(dim=(2, 3)), colour.std(dim=(2, 3)), atol=1e-3)
-    wavelet = fix_colour(image, colour, method="wavelet")
-    assert torch.allclose(wavelet - image, low_frequencies(colour) - low_frequencies(image), atol=1e-6)
-    assert fix_colour(image, colour, method="none") is image
+    image, colors = torch.rand(1, 3, 64, 64) * 0.2, torch.rand(1, 3, 64, 64) * 0.5 + 0.5
+    adain = fix_color(image, colors, method="adain")
+    assert torch.allclose(adain.mean(dim=(2, 3)), colors.mean(dim=(2, 3)), atol=1e-4)
+    assert torch.allclose(adain.std(dim=(2, 3)), colors.std(dim=(2, 3)), atol=1e-3)
+    wavelet = fix_color(image, colors, method="wavelet")
+    assert torch.allclose(wavelet - image, low_frequencies(colors) - low_frequencies(image), atol=1e-6)
+    assert fix_color(image, colors, method="none") is image
 
 
 def test_bad_arguments_are_refused():
     image = torch.rand(1, 3, 8, 8)
     with pytest.raises(ValueError, match="one shape"):
-        fix_colour(image, image[..., 1:])
+        fix_color(image, image[..., 1:])
     with pytest.raises(ValueError, match="`color_fix`"):
-        fix_colour(image, image, method="histogram")
+        fix_color(image, image, method="histogram")
