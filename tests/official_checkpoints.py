@@ -10,8 +10,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from milo_latent import IRControlNet
 from milo_latent.convert.layouts import controlnet_layout, text_layout, unet_layout, vae_layout
 from milo_latent.diffbir.swinir import SwinIR
-from milo_latent.metric.loading import OFFICIAL_PREFIXES
-from milo_latent.resources import PinnedFile, sha256
+from milo_latent.metric.loading import OFFICIAL_PREFIXES, PinnedFile
+from milo_latent.resources import sha256
 
 WIDTHS = (64, 128)
 SWINIR = {"embed_dim": 24, "depths": (2,), "num_heads": (3,), "window_size": 8}
@@ -128,4 +128,4 @@ def official_metric_file(metric, path):
         for key, value in metric.state_dict().items()
     }
     torch.save(state, path)
-    return PinnedFile(path.name, path.as_uri(), path.stat().st_size, sha256(path))
+    return PinnedFile(path.as_uri(), path.stat().st_size, sha256(path))

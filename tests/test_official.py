@@ -92,12 +92,14 @@ def test_a_damaged_file_in_the_cache_is_fetched_anew(address, downloads):
     assert len(downloads) == 2
 
 
-@pytest.mark.parametrize(("change", "match"), [({"digest": "0" * 64}, "SHA-256 0000"), ({"size": 7}, "7 bytes")])
+@pytest.mark.parametrize(
+    ("change", "match"), [({"digest": "0" * 64}, "the SHA-256 0000"), ({"size": 7}, "Expected 7 bytes")]
+)
 def test_another_content_is_not_kept(address, monkeypatch, capsys, change, match):
     monkeypatch.setitem(OFFICIAL, "official-image", dataclasses.replace(address, **change))
     assert main(["weights", "pull", "official-image"]) == 1
     assert match in (line := capsys.readouterr().err)
-    assert "ot kept" in line
+    assert "The file is not kept" in line
     assert list(cache_dir().iterdir()) == []
     with pytest.raises(ValueError, match=match):
         MILO.from_pretrained("official-image")
@@ -124,7 +126,7 @@ def test_unknown_weights_are_refused(capsys):
 
 def test_the_pinned_sizes_and_hashes_are_those_of_the_official_files(shared):
     for checkpoint in OFFICIAL.values():
-        assert checkpoint.is_at(shared / "milo_official" / checkpoint.name)
+        assert checkpoint.is_at(shared / "milo_official" / checkpoint.path.name)
 
 
 def test_a_local_file_that_is_not_an_official_one_is_converted_only_if_meant(checkpoint, tmp_path, capsys):

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> str:
     from tqdm.auto import tqdm
 
     from milo_latent.metric.network import MILO, is_image_metric
-    from milo_latent.score.pairs import match_pairs, score_pairs, unfinished
+    from milo_latent.score.pairs import compare_pairs, match_pairs, score_pairs, unfinished
     from milo_latent.score.table import ScoreTable, mean_row, rows_to_json
 
     largest = _map_scale(options)
@@ -57,11 +57,13 @@ def run(options: argparse.Namespace) -> str:
     encode = None if options.vae is None else _encoder(metric, options.vae)
     key = f"{weights} {options.vae or ''} {options.ref.resolve()} {options.dist.resolve()}"
     table = ScoreTable(options.csv, key=key) if options.csv else None
+    painted = []
     if options.map is not None:
-        row, painted = _score_and_map(metric, pairs[0], encode, largest, options)
+        ((row, error_map),) = compare_pairs(metric, pairs, encode=encode)
         left, scores = pairs, iter([row])
+        painted = [_write_map(metric, pairs[0].ref, encode, error_map, largest, options)]
     else:
-        left, painted = pairs if table is None else unfinished(pairs, table.rows), []
+        left = pairs if table is None else unfinished(pairs, table.rows)
         scores = score_pairs(metric, left, encode=encode)
     scored = tqdm(scores, total=len(pairs), initial=len(pairs) - len(left), unit="pair", disable=len(left) < 2)
     if table is None:
@@ -132,28 +134,22 @@ def _encoder(metric: Any, source: str) -> Any:
     return partial(encode_image, vae)
 
 
-def _score_and_map(
-    metric: Any, pair: Any, encode: Any, largest: float | None, options: argparse.Namespace
-) -> tuple[Any, list[str]]:
-    """Score a pair and write the picture of its error map; return the row and the line to print."""
-    import torch
-
+def _write_map(
+    metric: Any, ref: Path, encode: Any, error_map: Any, largest: float | None, options: argparse.Namespace
+) -> str:
+    """Write the picture of the error map of the first item; return the line to print."""
     from milo_latent.files import read_image, write_image
     from milo_latent.metric.network import is_image_metric
     from milo_latent.metric.visualize import color_error_map, map_scale
-    from milo_latent.score.pairs import PairReader, compare_pair, to_row
 
-    with torch.inference_mode():
-        ref, dist = PairReader(metric, encode).read(pair)
-        result = compare_pair(metric, pair, ref, dist)
-    error_map = result.error_map[:1]
+    which = f", of the first of {len(error_map)} latents" if len(error_map) > 1 else ""
+    error_map = error_map[:1]
     largest = map_scale(error_map) if largest is None else largest
     image = read_image(options.overlay) if options.overlay else None
     if not is_image_metric(metric):
-        error_map = _enlarge(error_map, pair.ref, encode)
+        error_map = _enlarge(error_map, ref, encode)
     write_image(options.map, color_error_map(error_map, image=image, largest=largest))
-    which = f", of the first of {dist.shape[0]} latents" if dist.shape[0] > 1 else ""
-    return to_row(pair, result), [f"map: {options.map}, from 0 (dark) to {largest:.3g} (light){which}"]
+    return f"map: {options.map}, from 0 (dark) to {largest:.3g} (light){which}"
 
 
 def _enlarge(error_map: Any, ref: Path, encode: Any) -> Any:

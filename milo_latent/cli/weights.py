@@ -30,12 +30,11 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run_list(options: argparse.Namespace) -> str:
     """Return the list to print."""
     from milo_latent.metric.loading import OFFICIAL
-    from milo_latent.resources import available_weights, cache_dir, weights_dir
+    from milo_latent.resources import available_weights, weights_dir
 
     lines = [f"{name}  {weights_dir(name)}" for name in available_weights()]
     for name, file in OFFICIAL.items():
-        path = cache_dir() / file.name
-        lines.append(f"{name}  {path if file.is_at(path) else 'not in the cache; fetched when it is first used'}")
+        lines.append(f"{name}  {file.path if file.is_at(file.path) else 'not in the cache; fetched at its first use'}")
     return "\n".join(lines)
 
 

@@ -36,9 +36,9 @@ def convert(path: str | Path, folder: str | Path, *, official: bool = True) -> P
     path, folder = Path(path), Path(folder)
     metric = MILO.from_official(path)
     digest = sha256(path)
-    known = digest in {checkpoint.digest for checkpoint in OFFICIAL.values()}
+    known = digest in {file.digest for file in OFFICIAL.values()}
     if official and not known:
-        expected = ", ".join(f"{each.name} {each.digest}" for each in OFFICIAL.values())
+        expected = ", ".join(f"{name} {file.digest}" for name, file in OFFICIAL.items())
         raise ValueError(
             f"Expected the SHA-256 of an official checkpoint ({expected}), got {digest} of {path}: the file was "
             "changed, or is of another training. Fetch it again, or pass --unofficial to convert it anyway."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,18 +14,42 @@ from safetensors import SafetensorError
 from milo_latent.checkpoints import CHECKPOINT_SUFFIXES, read_checkpoint, rename_keys
 from milo_latent.files import make_readable
 from milo_latent.metric.card import write_card
-from milo_latent.resources import PinnedFile, available_weights, cache_dir, fetch, weights_dir
+from milo_latent.resources import available_weights, cache_dir, sha256, weights_dir
 
 OFFICIAL_URL = "https://raw.githubusercontent.com/ugurcogalan06/MILO/a54e50e9cd1aaaefd6fddfacacc1427f8387af1c/weights/"
+
+
+@dataclass(frozen=True)
+class PinnedFile:
+    """A public file whose content is known.
+
+    Args:
+        url: its address.
+        size: in bytes.
+        digest: its SHA-256, in hexadecimal.
+    """
+
+    url: str
+    size: int
+    digest: str
+
+    @property
+    def path(self) -> Path:
+        """Where the file lies in the cache once it is fetched."""
+        return cache_dir() / self.url.rpartition("/")[2]
+
+    def is_at(self, path: Path) -> bool:
+        """Return whether the file at `path` is this one."""
+        return path.is_file() and path.stat().st_size == self.size and sha256(path) == self.digest
+
+
 OFFICIAL = {
     "official-image": PinnedFile(
-        "MILO.pth",
         OFFICIAL_URL + "MILO.pth",
         size=185_625,
         digest="a1d66a7e0ebe0f839564ad70160ffdec709708f0b9a7dd03b19c0bee90d31f79",
     ),
     "official-latent": PinnedFile(
-        "MILO_latent.pth",
         OFFICIAL_URL + "MILO_latent.pth",
         size=187_929,
         digest="639448793a4e2a41614cd1ed7fb97234533ba2d02fa2c18f94909ca44fc169b3",
@@ -52,7 +78,7 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
         Raises:
             FileNotFoundError: if there is nothing of that name.
             OSError: if official weights cannot be fetched.
-            ValueError: if the weights are not those of a MILO or incomplete, or an option is not supported.
+            ValueError: if the weights are incomplete or not those of a MILO, or an option is not supported.
         """
         source = weights_path(pretrained_model_name_or_path)
         if source.suffix.lower() in CHECKPOINT_SUFFIXES:
@@ -83,10 +109,7 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_official(cls, path: str | Path) -> Self:
-        """Read `MILO.pth` (images) or `MILO_latent.pth` (Stable Diffusion latents), frozen.
-
-        Args:
-            path: the official file.
+        """Read the file `MILO.pth` (images) or `MILO_latent.pth` (Stable Diffusion latents), frozen.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -130,15 +153,7 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
 
 
 def weights_path(source: str | Path) -> Path:
-    """Return where weights lie.
-
-    Args:
-        source: the name of official weights, which are fetched if need be, or of a shipped set; else a path.
-
-    Raises:
-        OSError: if official weights cannot be fetched.
-        ValueError: if another content comes instead of them.
-    """
+    """Return the path of named weights, fetching official ones as `fetch_official` does; else `source` itself."""
     name = str(source)
     if name in OFFICIAL:
         return fetch_official(name)
@@ -146,7 +161,7 @@ def weights_path(source: str | Path) -> Path:
 
 
 def fetch_official(name: str) -> Path:
-    """Return the path of official weights in the cache, fetching them where they are not there yet.
+    """Return the path of official weights in the cache, and fetch them first where they are not there.
 
     Args:
         name: one of `OFFICIAL`.
@@ -157,17 +172,35 @@ def fetch_official(name: str) -> Path:
     """
     if name not in OFFICIAL:
         raise ValueError(f"Expected one of {', '.join(OFFICIAL)}, got {name!r}.")
+    file = OFFICIAL[name]
+    if file.is_at(file.path):
+        return file.path
     try:
-        return fetch(OFFICIAL[name], cache_dir())
+        _fetch(file)
     except OSError as error:
         raise OSError(
-            f"{name} is not in the cache and could not be fetched from {OFFICIAL[name].url}: "
-            f"{getattr(error, 'reason', error)}. Run `milo-latent weights pull {name}` once with a network, or use the "
-            "embedded stand-ins milo-image (photos) and milo-sd (Stable Diffusion latents)."
+            f"{name} is not in the cache and could not be fetched from {file.url}: {getattr(error, 'reason', error)}. "
+            f"Run `milo-latent weights pull {name}` once with a network, or use the embedded stand-ins milo-image "
+            "(photos) and milo-sd (Stable Diffusion latents)."
         ) from error
+    return file.path
+
+
+def _fetch(file: PinnedFile) -> None:
+    """Fetch a file into the cache, where it appears once it is complete and checked."""
+    file.path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=file.path.parent) as folder:
+        partial = Path(folder) / file.path.name
+        torch.hub.download_url_to_file(file.url, str(partial), progress=False)
+        if not file.is_at(partial):
+            raise ValueError(
+                f"Expected {file.size} bytes with the SHA-256 {file.digest} at {file.url}, got "
+                f"{partial.stat().st_size} with {sha256(partial)}. The file is not kept."
+            )
+        partial.replace(file.path)
 
 
 def default_image_metric() -> str:
     """Return the name of the MILO_I to score images with: the official one where it was fetched, else our own."""
     official = OFFICIAL["official-image"]
-    return "official-image" if official.is_at(cache_dir() / official.name) else "milo-image"
+    return "official-image" if official.is_at(official.path) else "milo-image"

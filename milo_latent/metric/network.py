@@ -97,18 +97,9 @@ class MILO(PretrainedMixin, ModelMixin, ConfigMixin):
         return pixel_mean(visible_error(self.mask(dist=dist, ref=ref), dist=dist, ref=ref), region)
 
     def mask(self, *, dist: Tensor, ref: Tensor) -> Tensor:
-        """Return the visibility mask M.
+        """Return the visibility mask M, (B, 1, H, W), in (0, levels); the arguments are those of `forward`.
 
-        Args:
-            dist: distorted, (B, C, H, W).
-            ref: reference of the same shape, or (1, C, H, W), whose share of the first layer is then computed once.
-
-        Returns:
-            Mask, (B, 1, H, W), in (0, levels).
-
-        Raises:
-            TypeError: as `forward` does.
-            ValueError: as `forward` does.
+        The share of a single `ref` for many `dist` in the first layer is computed once.
 
         Source: `mask_generator` of the official network. In spite of its variable names it concatenates
         [dist, ref, mask] when it is called as the official commands do.
@@ -125,14 +116,7 @@ class MILO(PretrainedMixin, ModelMixin, ConfigMixin):
         return mask  # (B, 1, H, W)
 
     def error_map(self, *, dist: Tensor, ref: Tensor) -> Tensor:
-        """Return the error map V.
-
-        Args:
-            dist: distorted, (B, C, H, W).
-            ref: reference of the same shape, or (1, C, H, W), which then serves all items of `dist`.
-
-        Returns:
-            Error map, (B, 1, H, W): 0 = identical, towards 1 = worst.
+        """Return the error map V, (B, 1, H, W): 0 = identical, towards 1 = worst; the arguments are those of `forward`.
 
         Source: `MILO_map` of the official network.
         """
@@ -141,14 +125,7 @@ class MILO(PretrainedMixin, ModelMixin, ConfigMixin):
     def compare(self, *, dist: Tensor, ref: Tensor, region: Tensor | None = None) -> MILOOutput:
         """Return error, MOS, mask and error map, with one pass of the mask finder.
 
-        Args:
-            dist: distorted, (B, C, H, W).
-            ref: reference of the same shape, or (1, C, H, W), which then serves all items of `dist`.
-            region: weights of the pixels for `error` and `mos`, (B or 1, 1, H, W), >= 0; None weighs all alike.
-
-        Raises:
-            TypeError: as `forward` does.
-            ValueError: as `forward` does.
+        The arguments are those of `forward`; `region` counts for the error and the MOS, not for the two maps.
         """
         mask = self.mask(dist=dist, ref=ref)
         pixel_error = visible_error(mask, dist=dist, ref=ref)

@@ -155,97 +155,81 @@ def describe_input(metric: MILO) -> str:
     return f"latents of {metric.config.latent_space or 'any VAE'} ({metric.config.channels} channels{scale})"
 
 
-class PairReader:
-    """Reads pairs for a metric; a reference that neighbours share is read and encoded once.
+def score_pairs(
+    metric: MILO, pairs: Iterable[Pair], *, encode: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[ScoreRow]:
+    """Score pairs; the arguments and errors are those of `compare_pairs`.
+
+    Yields:
+        A row for each pair, in their order; a file of several latents gives the means over them.
+    """
+    return (row for row, _ in compare_pairs(metric, pairs, encode=encode))
+
+
+@torch.inference_mode()
+def compare_pairs(
+    metric: MILO, pairs: Iterable[Pair], *, encode: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[tuple[ScoreRow, Tensor]]:
+    """Score pairs, in batches where neighbours have one size; a reference that neighbours share is read once.
 
     Warns, once, of values that are outside the range of images or the scale of latents.
 
     Args:
         metric: for what the files hold, or for what `encode` makes of them.
-        encode: from images, (1, 3, H, W), to latents.
-    """
-
-    def __init__(self, metric: MILO, encode: Callable[[Tensor], Tensor] | None = None) -> None:
-        self.metric, self.encode = metric, encode
-        self._watch = ValueWatch()
-        self._last: tuple[Path, Tensor] | None = None
-
-    def read(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        """Return `ref` and `dist`, (B, C, H, W) each.
-
-        Raises:
-            ValueError: if a file is damaged or does not fit the metric.
-        """
-        if self._last is None or self._last[0] != pair.ref:
-            self._last = (pair.ref, self._read(pair.ref))
-        return self._last[1], self._read(pair.dist)
-
-    def _read(self, path: Path) -> Tensor:
-        tensor = read_input(path, self.encode)
-        check_fits(self.metric, path, tensor)
-        self._watch.look(str(path), tensor, latents=not is_image_metric(self.metric), stacklevel=6)
-        return tensor
-
-
-@torch.inference_mode()
-def score_pairs(
-    metric: MILO, pairs: Iterable[Pair], *, encode: Callable[[Tensor], Tensor] | None = None
-) -> Iterator[ScoreRow]:
-    """Score pairs, in batches where neighbours have one size.
-
-    Args:
-        metric: as of `PairReader`.
         pairs: files to compare.
-        encode: as of `PairReader`.
+        encode: from images, (1, 3, H, W), to latents.
 
     Yields:
-        A row for each pair, in their order; a file of several latents gives their mean.
+        For each pair its row and its error map, (B, 1, H, W).
 
     Raises:
         ValueError: for files that are damaged or do not fit each other or the metric.
     """
-    remaining, reader = iter(pairs), PairReader(metric, encode)
+    remaining, watch = iter(pairs), ValueWatch()
+    last: tuple[Path, Tensor] | None = None
+
+    def read(path: Path) -> Tensor:
+        tensor = read_input(path, encode)
+        check_fits(metric, path, tensor)
+        watch.look(str(path), tensor, latents=not is_image_metric(metric), stacklevel=6)
+        return tensor
+
     while batch := list(islice(remaining, BATCH_SIZE)):
-        tensors = [reader.read(pair) for pair in batch]
-        yield from _score_batch(metric, batch, tensors)
+        tensors = []
+        for pair in batch:
+            if last is None or last[0] != pair.ref:
+                last = (pair.ref, read(pair.ref))
+            tensors.append((last[1], read(pair.dist)))
+        yield from _compare_batch(metric, batch, tensors)
 
 
-def _score_batch(metric: MILO, batch: list[Pair], tensors: list[tuple[Tensor, Tensor]]) -> Iterator[ScoreRow]:
+def _compare_batch(
+    metric: MILO, batch: list[Pair], tensors: list[tuple[Tensor, Tensor]]
+) -> Iterator[tuple[ScoreRow, Tensor]]:
+    values: list[tuple[float, float, Tensor]] = []
     shapes = {tensor.shape for each in tensors for tensor in each}
     if len(shapes) == 1 and next(iter(shapes))[0] == 1:
         refs, dists = (torch.cat(each) for each in zip(*tensors, strict=True))
         shared = len({pair.ref for pair in batch}) == 1
-        result = compare_pair(metric, batch[0], refs[:1] if shared else refs, dists)
-        for pair, error, mos in zip(batch, result.error.tolist(), result.mos.tolist(), strict=True):
-            yield _row(pair, error, mos)
+        result = _compare(metric, batch[0], refs[:1] if shared else refs, dists)
+        values.extend(zip(result.error.tolist(), result.mos.tolist(), result.error_map.split(1), strict=True))
     else:
-        results = [compare_pair(metric, pair, *each) for pair, each in zip(batch, tensors, strict=True)]
-        for pair, result in zip(batch, results, strict=True):
-            yield to_row(pair, result)
+        for pair, (ref, dist) in zip(batch, tensors, strict=True):
+            result = _compare(metric, pair, ref, dist)
+            values.append((result.error.mean().item(), result.mos.mean().item(), result.error_map))
+    for pair, (error, mos, error_map) in zip(batch, values, strict=True):
+        if not (math.isfinite(error) and math.isfinite(mos)):
+            raise ValueError(f"Expected a finite error, got {error} of {pair.ref} and {pair.dist}: values too large?")
+        yield ScoreRow(pair.name, error, mos), error_map
 
 
-def compare_pair(metric: MILO, pair: Pair, ref: Tensor, dist: Tensor) -> MILOOutput:
+def _compare(metric: MILO, pair: Pair, ref: Tensor, dist: Tensor) -> MILOOutput:
     """Compare what was read of a pair; an error names its files."""
     try:
         return metric.compare(ref=ref, dist=dist)
     except ValueError as error:
         cells = "" if is_image_metric(metric) else " Sizes are in latent cells."
         raise ValueError(f"{pair.ref} and {pair.dist}: {error}{cells}") from error
-
-
-def to_row(pair: Pair, result: MILOOutput) -> ScoreRow:
-    """Return the row of a pair, with the means over its items.
-
-    Raises:
-        ValueError: if they are not finite.
-    """
-    return _row(pair, result.error.mean().item(), result.mos.mean().item())
-
-
-def _row(pair: Pair, error: float, mos: float) -> ScoreRow:
-    if not (math.isfinite(error) and math.isfinite(mos)):
-        raise ValueError(f"Expected a finite error, got {error} of {pair.ref} and {pair.dist}: values too large?")
-    return ScoreRow(pair.name, error, mos)
 
 
 def unfinished(pairs: list[Pair], done: Container[str]) -> list[Pair]:
