@@ -14,6 +14,7 @@ from milo_latent.metric.loading import OFFICIAL
 from milo_latent.resources import cache_dir, sha256
 from milo_latent.testing import latent_pair, tiny_metric
 from milo_latent.training.data.fingerprints import source_digest
+from milo_latent.training.pseudo_mos import DEFAULT_CALIBRATIONS
 
 
 @pytest.fixture
@@ -78,7 +79,9 @@ def test_metrics_of_a_benchmark_take_official_names(tmp_path, monkeypatch):
     monkeypatch.setitem(OFFICIAL, "official-image", official_metric_file(metric, tmp_path / "MILO.pth"))
     ref, dist = latent_pair(channels=3)
     expected = metric.error_map(ref=ref, dist=dist).mean().item()
-    assert by_name("milo:official-image").score(ref=ref, dist=dist).item() == pytest.approx(expected)
+    member = by_name("milo:official-image")
+    assert member.error(ref=ref, dist=dist).item() == pytest.approx(expected)
+    assert member.name in DEFAULT_CALIBRATIONS  # the file and the name of the official weights share one
 
 
 def test_a_damaged_file_in_the_cache_is_fetched_anew(address, downloads):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from milo_latent.latents.codec import VAE, encode_image
+from milo_latent.metric.loading import weights_path
 from milo_latent.metric.network import MILO
 
 PYIQA_LICENCE = "pyiqa's licence is non-commercial: labels made with it, and what is trained on them, may inherit that."
@@ -92,7 +93,7 @@ def milo(source: str | Path, vae: VAE | None = None) -> FullReference:
             ref, dist = _encode_pair(vae, ref, dist)
         return metric.error_map(ref=ref, dist=dist).mean(dim=(1, 2, 3))
 
-    name = f"milo:{Path(source).stem}" if vae is None else f"milo-latent:{Path(source).name}"
+    name = f"milo:{weights_path(source).stem}" if vae is None else f"milo-latent:{Path(source).name}"
     return FullReference(name, compute, higher_is_better=False)
 
 

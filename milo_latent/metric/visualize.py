@@ -1,4 +1,4 @@
-"""Error maps as pictures; pure functions from tensors to tensors."""
+"""Error maps as pictures, by pure functions from tensors to tensors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from milo_latent.checks import check_batch, check_range
 
-# the path through Oklab (lightness, green-red, blue-yellow) that the colours follow: lightness rises evenly from dark
-# to light, so equal steps of error look like equal steps of colour, also in grey
+# The colors follow this path through Oklab (lightness, green-red, blue-yellow). Lightness rises evenly from dark to
+# light, so that equal steps of error look like equal steps of color, also in grey.
 OKLAB_PATH = (
     (0.10, 0.00, -0.03),
     (0.30, 0.05, -0.14),
@@ -25,10 +25,10 @@ BAR_WIDTH, BAR_GAP, TEXT_HEIGHT = 16, 8, 12  # pixels
 
 
 def color_ramp(steps: int = 256) -> Tensor:
-    """Return the colours of errors from 0 to the largest, (steps, 3), RGB in [0, 1]; their lightness is even in Oklab.
+    """Return the colors of errors from 0 to the largest, (steps, 3), RGB in [0, 1], evenly spaced in lightness.
 
     Args:
-        steps: the number of colours, at least 2.
+        steps: the number of colors, at least 2.
 
     Raises:
         ValueError: for fewer than 2 steps.
@@ -43,7 +43,7 @@ def color_ramp(steps: int = 256) -> Tensor:
 
 
 def oklab_to_rgb(lab: Tensor) -> Tensor:
-    """Turn Oklab colours, (N, 3), into sRGB in [0, 1], (N, 3), clipped to the gamut."""
+    """Turn Oklab colors, (N, 3), into sRGB in [0, 1], (N, 3), clipped to the gamut."""
     to_cones = torch.tensor(
         [[1.0, 0.3963377774, 0.2158037573], [1.0, -0.1055613458, -0.0638541728], [1.0, -0.0894841775, -1.2914855480]]
     )
@@ -59,13 +59,13 @@ def oklab_to_rgb(lab: Tensor) -> Tensor:
 
 
 def map_scale(error_map: Tensor) -> float:
-    """Return the error that the lightest colour stands for where none is chosen: the 99.5th percentile of the map.
+    """Return the error that is painted in the lightest color by default: the 99.5th percentile of the map.
 
     Args:
-        error_map: V, (B, 1, h, w), one scale for all of the batch.
+        error_map: V, (B, 1, h, w); all items share one scale.
 
     Returns:
-        Above 0; the largest error where fewer than 0.5 % of the pixels differ, 1 where none does.
+        A number above 0: the largest error if fewer than 0.5 % of the pixels differ, and 1 if none does.
     """
     errors = error_map.detach().float().cpu().flatten()
     percentile = errors.kthvalue(max(1, round(0.995 * errors.numel()))).values.item()
@@ -82,19 +82,19 @@ def color_error_map(
     opacity: float = 0.6,
     bar: bool = True,
 ) -> Tensor:
-    """Paint an error map: dark where nothing is seen, light where the difference is worst.
+    """Paint an error map: dark where no difference is visible, light where it is worst.
 
     Args:
         error_map: V, (B, 1, h, w), 0 = identical.
         size: height and width of the picture; None keeps those of `image`, or of the map.
-        largest: the error painted in the lightest colour, the same for maps that are to be compared; None takes
-            `map_scale`, so that small errors are seen too.
-        image: painted over this, (B, 3, H, W), in [0, 1]; None gives colours alone.
-        opacity: of the colours over `image`, in [0, 1].
-        bar: whether a colour bar stands at the right, with errors written beside it where there is room.
+        largest: the error painted in the lightest color, which must be the same for maps that are to be compared;
+            None takes `map_scale`, so that small errors are visible too.
+        image: a picture under the colors, (B, 3, H, W), in [0, 1]; None gives colors alone.
+        opacity: opacity of the colors over `image`, in [0, 1].
+        bar: whether to draw a color bar at the right, with errors written beside it where there is room.
 
     Returns:
-        Pictures, (B, 3, H, W), in [0, 1]; wider by the bar where there is one.
+        Pictures, (B, 3, H, W), in [0, 1], wider by the bar if there is one.
 
     Raises:
         ValueError: if `error_map` is not (B, 1, h, w), `largest` is not above 0 or `opacity` is outside [0, 1].
@@ -106,21 +106,21 @@ def color_error_map(
         raise ValueError(f"Expected `largest` above 0, got {largest}.")
     size = size or (tuple(image.shape[2:]) if image is not None else tuple(error_map.shape[2:]))  # type: ignore[assignment]
     errors = F.interpolate(error_map.detach().float().cpu(), size=size, mode="bilinear", align_corners=False)
-    colours = _look_up(errors / largest)
+    colors = _look_up(errors / largest)
     if image is not None:
-        colours = opacity * colours + (1 - opacity) * image.float().cpu()
+        colors = opacity * colors + (1 - opacity) * image.float().cpu()
     if not bar:
-        return colours
-    painted = color_bar(colours.shape[2], largest)
-    return torch.cat([colours, painted.expand(colours.shape[0], -1, -1, -1)], dim=3)
+        return colors
+    painted = color_bar(colors.shape[2], largest)
+    return torch.cat([colors, painted.expand(colors.shape[0], -1, -1, -1)], dim=3)
 
 
 def color_bar(height: int, largest: float) -> Tensor:
-    """Return a bar of the colours from 0, at the bottom, to `largest`, with errors written beside it.
+    """Return a bar of the colors from 0, at the bottom, to `largest`, at the top, with errors written beside it.
 
     Args:
-        height: in pixels; below 3 lines of text the bar stands alone.
-        largest: error of the lightest colour.
+        height: height in pixels; a bar lower than 3 lines of text has no text.
+        largest: the error of the lightest color.
 
     Returns:
         Picture on white, (1, 3, height, W), in [0, 1].
@@ -145,7 +145,7 @@ def color_bar(height: int, largest: float) -> Tensor:
 
 
 def _look_up(values: Tensor) -> Tensor:
-    """Return the colour, (B, 3, H, W), of each value in [0, 1], (B, 1, H, W)."""
+    """Return the color, (B, 3, H, W), of each value in [0, 1], (B, 1, H, W)."""
     ramp = color_ramp()
     index = values.clamp(0, 1).mul(len(ramp) - 1).round().long()[:, 0]  # (B, H, W)
     return ramp[index].permute(0, 3, 1, 2)
