@@ -1,4 +1,4 @@
-"""What the programs of this package share: an error is one line on standard error and a non-zero exit code."""
+"""Programs report an error as one line on standard error and a non-zero exit code."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import sys
 import warnings
 from collections.abc import Callable
 
-# what users can mend; anything else is a fault of ours and keeps its traceback
+# errors that users can mend; all others are bugs of this package and keep their tracebacks
 EXPECTED_ERRORS = (ValueError, TypeError, OSError, MemoryError, ImportError, FloatingPointError)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    """Print a warning as one line on standard error, without the place in the code that it comes from."""
+    """Print a warning as one line on standard error, without its place in the code."""
     print(f"milo-latent: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
@@ -20,7 +20,7 @@ def run_program(program: Callable[[], object], *, interrupted: str = "run the sa
 
     Args:
         program: called without arguments.
-        interrupted: what is told to someone who interrupts it.
+        interrupted: what is printed when it is interrupted.
 
     Returns:
         Exit code: 0, 1 after one line on standard error that says what was wrong, 130 if it was interrupted.

@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what a terminal cannot show
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     return run_program(
-        lambda: print(options.run(options)), interrupted="no file is half written, and the same command goes on"
+        lambda: print(options.run(options)), interrupted="no file is half written; the same command resumes"
     )
 
 
