@@ -31,4 +31,6 @@ def test_every_path_in_contributing_exists(repository):
     paths = set(re.findall(r"`([\w./]+/[\w.]*)`", text))
     assert len(paths) > 10
     for path in paths:
-        assert any((repository / folder / path).exists() for folder in ("", "milo_latent", "milo_latent/training")), path
+        assert any((repository / folder / path).exists() for folder in ("", "milo_latent", "milo_latent/training")), (
+            path
+        )

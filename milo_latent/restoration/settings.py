@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -30,6 +29,11 @@ DEFAULTS: Mapping[str, Any] = {
 }  # fmt: skip
 # the fields used here; `DiffBIRPipeline.__call__` is given all others by their names
 OWN = frozenset({"task", "milo_scale", "schedule", "steps", "upscale", "seed", "tile", "detector"})
+
+CHECKED = (  # by `DiffBIRPipeline.check_inputs`
+    "num_inference_steps", "guidance_scale", "guidance_rescale", "start_point", "noise_aug", "color_fix",
+    "compatibility", "upscale",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +113,9 @@ class RestorationSettings:
                 "`milo_latent.restoration.face_detector`, or --detector FILE."
             )
         with pipe.tiling(self.tile):  # refuses tiles that do not fit
-            split_guides(self.guide(pipe), pipe)
+            split_guides(self.guide(pipe), pipe)  # and guides that cannot act
         arguments = self.call_arguments | {"upscale": self.upscale}
-        checked = inspect.signature(pipe.check_inputs).parameters
-        pipe.check_inputs(**{name: value for name, value in arguments.items() if name in checked})
+        pipe.check_inputs(**{name: arguments[name] for name in CHECKED})
         pipe.encode_prompt(
             self.prompt,
             self.negative_prompt,
