@@ -13,6 +13,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipeline
 
 from milo_latent import MILOGuidance
+from milo_latent.guidance.x0 import guide_model_output
 from milo_latent.latents.codec import encode_image, pad_image
 from milo_latent.testing import generator, latent_pair, tiny_metric, tiny_pipeline
 
@@ -130,6 +131,69 @@ def test_it_composes_with_other_callbacks(pipeline, metric):
     together = run(pipeline, MultiPipelineCallbacks([MILOGuidance(metric), count]))
     assert count.seen == 4
     assert torch.equal(together, run(pipeline, MILOGuidance(metric)))
+
+
+class Pull:
+    """A guide that derives from nothing."""
+
+    def __init__(self, fraction):
+        self.fraction, self.calls = fraction, []
+
+    def start(self, reference, num_steps):
+        self.reference, self.num_steps = reference, num_steps
+
+    def __call__(self, x0, *, progress, timestep):
+        self.calls.append((progress, timestep))
+        return x0 + self.fraction * (self.reference - x0) if self.fraction else x0
+
+
+def test_any_object_with_start_and_call_guides(pipeline):
+    pull = Pull(1.0)
+    assert torch.allclose(run(pipeline, pull), reference_latents(pipeline), atol=1e-4)
+    assert pull.num_steps == 4
+    assert [progress for progress, _ in pull.calls] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert [timestep for _, timestep in pull.calls] == pipeline.scheduler.timesteps.tolist()
+    assert torch.equal(run(pipeline, Pull(0.0)), run(pipeline))
+
+
+def test_several_guides_act_in_turn_and_a_function_beside_them_is_called_back(pipeline):
+    seen, reference = [], reference_latents(pipeline)
+
+    def note(pipe, step_index, timestep, tensors):
+        seen.append(step_index)
+        return tensors
+
+    class Opposite(Pull):
+        def start(self, reference, num_steps):
+            super().start(-reference, num_steps)
+
+    ends = [run(pipeline, [*guides, note]) for guides in ([Pull(0.5), Opposite(1.0)], [Opposite(1.0), Pull(0.5)])]
+    assert torch.allclose(ends[0], -reference, atol=1e-4)
+    assert ends[1].abs().max() < 1e-4  # half way from -r to r
+    assert seen == [0, 1, 2, 3] * 2
+
+
+def test_the_coefficients_are_asked_once_for_all_guides(pipeline, monkeypatch):
+    from milo_latent.guidance import x0
+
+    asked, step_coefficients = [], x0.step_coefficients
+    monkeypatch.setattr(x0, "step_coefficients", lambda *args: asked.append(args) or step_coefficients(*args))
+    run(pipeline, [Pull(0.5), Pull(0.5)])
+    assert len(asked) == 4
+
+
+def test_a_guide_that_is_not_active_asks_nothing_of_the_scheduler(metric):
+    output = torch.zeros(1, 4, 16, 16)
+    for guide in (MILOGuidance(metric, 0.0), MILOGuidance(metric, start=0.5)):
+        assert guide_model_output([guide], None, output, 0, output, progress=0.0) is output
+
+
+def test_attached_and_as_a_callback_at_once_it_acts_once(pipeline, metric):
+    guide = MILOGuidance(metric, 0.4, reference_latents=reference_latents(pipeline))
+    once = run(pipeline, guide)
+    with guide.attach(pipeline):
+        assert torch.equal(run(pipeline, guide), once)
+    assert torch.equal(run(pipeline, guide), once)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])

@@ -278,7 +278,7 @@ def test_a_region_or_a_reference_of_another_size_is_refused(metric):
         guided_sample(metric, region=torch.ones(1, 1, 8, 8))
     with pytest.raises(ValueError, match=r"\(1, 4, 16, 16\), got \(1, 4, 20, 20\)"):
         guided_sample(metric, reference_latents=torch.zeros(1, 4, 20, 20))
-    with pytest.raises(ValueError, match=r"`reference_latents` for one or for each of 1 results, got 2\. Give as"):
+    with pytest.raises(ValueError, match=r"`reference_latents` for one or for each of 1 results, got 2\. Give one"):
         guided_sample(metric, reference_latents=torch.zeros(2, 4, 16, 16))
     with pytest.raises(ValueError, match="`reference_latents` to be finite"):
         guided_sample(metric, reference_latents=torch.full((1, 4, 16, 16), torch.nan))

@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel as UNet
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from milo_latent import MILO, MILOGuidance
-from milo_latent.testing import generator, latent_pair, tiny_metric
+from milo_latent.testing import generator, latent_pair, tiny_metric, tiny_pipeline
 
 REFERENCE, _ = latent_pair()
 WIDTH, TOKENS, SIDE = 8, 5, 32  # of the prompt embeddings; of the images in pixels
@@ -199,6 +199,30 @@ def test_progress_reaches_one_from_the_middle_of_a_schedule_with_half_steps(sche
     assert seen[-1] == 1.0
     assert seen == sorted(seen)
     assert len(seen) == stock.pipe.num_timesteps
+
+
+def test_the_guide_of_the_docs_is_short_and_works_in_all_ways(repository):
+    text = (repository / "docs" / "guidance.md").read_text()
+    code = text.partition("## A guide of your own")[2].partition("```python\n")[2].partition("```")[0]
+    assert len(code.splitlines()) < 20
+    names = {}
+    exec(code, names)
+    stock, reference = Stock(text_to_image), 3 * REFERENCE
+
+    def way(latents):
+        return torch.nn.functional.avg_pool2d(latents - reference, 4).abs().mean()
+
+    guide, plain = names["CoarseGuide"](reference), stock()
+    with guide.attach(stock.pipe):
+        attached = stock()
+    with pytest.warns(UserWarning, match="from the second step on"):
+        late = stock(callback_on_step_end=guide)
+    restored = tiny_pipeline()(
+        image=image(128), callback_on_step_end=guide, output_type="latent", num_inference_steps=4
+    )
+    assert way(attached) < 0.8 * way(plain)
+    assert way(attached) < way(late) < way(plain)
+    assert torch.isfinite(restored.images).all()
 
 
 # As a plain callback

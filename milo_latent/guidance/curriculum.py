@@ -1,4 +1,4 @@
-"""The curriculum: which latent pixels weigh how much, as sampling or training goes on; pure functions."""
+"""Which pixels weigh how much: MILO's curriculum, as sampling or training goes on, and DiffBIR's flatness."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def curriculum_alpha(progress: float, *, schedule: AnySchedule = "cosine") -> fl
 
     Args:
         progress: share of the guided steps already done, in [0, 1].
-        schedule: "linear", "cosine", or "constant", which stays half way and so weighs all regions alike; or a function
+        schedule: "linear", "cosine", "constant", which stays half way and so weights all regions alike, or a function
             of progress that returns alpha in [0, 1].
 
     Raises:
         ValueError: if `progress`, or what the function returns, is outside [0, 1], or `schedule` is unknown.
 
-    Source: MILO (ACM TOG 44(6), 2025), curriculum; `constant` is own.
+    Source: the names linear and cosine are MILO's (ACM TOG 44(6), 2025); no formula is public, so these are own.
 
     Example:
         >>> [curriculum_alpha(p, schedule="linear") for p in (0.0, 0.25, 1.0)]
@@ -59,15 +59,15 @@ def curriculum_weight(mask: Tensor, progress: float, *, schedule: AnySchedule = 
     Args:
         mask: visibility mask M, (B, 1, h, w), in (0, LEVELS).
         progress: share of the guided steps already done, in [0, 1].
-        schedule: how the emphasis moves from the one to the other, see `curriculum_alpha`.
+        schedule: how the emphasis moves, as of `curriculum_alpha`.
 
     Returns:
-        Weight W, (B, 1, h, w), >= 0, mean 1 per sample, where all weights are 0 ones; dtype and device of `mask`.
+        Weight W, (B, 1, h, w), >= 0, with mean 1 for each sample, in the dtype and on the device of `mask`.
 
     Raises:
         ValueError: if `progress` is outside [0, 1], `schedule` is unknown, or `mask` is not (B, 1, h, w).
 
-    Source: MILO (ACM TOG 44(6), 2025), curriculum; the normalisation is own.
+    Source: the idea, less visible regions first, is MILO's (ACM TOG 44(6), 2025); the formula is our reading of it.
 
     Example:
         >>> import torch
@@ -78,7 +78,7 @@ def curriculum_weight(mask: Tensor, progress: float, *, schedule: AnySchedule = 
     alpha, visible = curriculum_alpha(progress, schedule=schedule), mask / LEVELS
     weight = (1.0 - alpha) * (1.0 - visible) + alpha * visible
     mean = weight.mean(dim=(1, 2, 3), keepdim=True)
-    # far-off inputs drive the mask wholly to 0 or to LEVELS, which leaves nothing to prefer: then all weigh alike
+    # a mask that is 0 or LEVELS everywhere leaves nothing to prefer, so all pixels weigh alike
     return torch.where(mean > 0, weight / mean.clamp(min=torch.finfo(mean.dtype).tiny), torch.ones_like(weight))
 
 

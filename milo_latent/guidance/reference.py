@@ -1,4 +1,4 @@
-"""What guidance pulls towards, and where: encoded once, checked against the metric, matched to the sample."""
+"""What guidance pulls towards, and where: reference latents and regions, checked and matched to the samples."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def check_latent_space(metric: MILO, vae: Any, pipeline_name: str) -> None:
 
 
 def match_reference(reference: Tensor, sample: Tensor) -> Tensor:
-    """Return the reference latents as many as the samples, on their device.
+    """Return the reference latents in the shape of the samples, on their device.
 
     Args:
         reference: (B or 1, C, h, w).
@@ -102,26 +102,26 @@ def match_reference(reference: Tensor, sample: Tensor) -> Tensor:
 
 
 def check_count(name: str, given: Tensor, sample: Tensor) -> None:
-    """Raise ValueError unless `given`, of that name, is one for all samples or one for each of them.
+    """Raise ValueError unless `given`, called `name`, is one for all samples or one for each of them.
 
-    With several results per image, which result belongs to which image differs between pipelines, so it is not guessed.
+    With several results for each image, the order of the results differs between pipelines, so it is not guessed.
     """
     if given.shape[0] in (1, sample.shape[0]):
         return
     repeats, rest = divmod(sample.shape[0], given.shape[0])
     advice = (
         f"Repeat it in the order of the results: {name}.repeat_interleave({repeats}, dim=0) where those of an image "
-        f"follow each other (text to image, DiffBIR), {name}.repeat({repeats}, 1, 1, 1) where all images come again "
-        "and again (image to image and inpainting of diffusers)."
+        f"follow each other (text to image, DiffBIR), {name}.repeat({repeats}, 1, 1, 1) where all images follow each "
+        "other several times (image to image and inpainting of diffusers)."
     )
     raise ValueError(
         f"Expected `{name}` for one or for each of {sample.shape[0]} results, got {given.shape[0]}. "
-        + ("Give as many." if rest or repeats == 0 else advice)
+        + ("Give one for each." if rest or repeats == 0 else advice)
     )
 
 
 def match_region(region: Tensor | None, sample: Tensor) -> Tensor:
-    """Return the region as many as the samples, (B or 1, 1, h, w), on their device; ones if there is none.
+    """Return the region, (B or 1, 1, h, w), in the dtype and on the device of the samples; 1 if there is none.
 
     Args:
         region: (B or 1, 1, h, w), or None.

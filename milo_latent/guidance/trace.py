@@ -1,4 +1,4 @@
-"""What guidance saw and did in each step of a run: figures, masks, a plot and an animation."""
+"""What guidance saw and did in each step of a run, as numbers, masks, a plot and an animation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TraceStep:
     """One call of the scheduler's step.
 
     Args:
-        step: its number in the run, from 0.
+        step: index in the run, from 0.
         timestep: as passed to the scheduler.
         scale: the strength in this step; 0 outside the guided interval.
         error: E between the clean estimate, before guidance, and the reference latents, (B,).
@@ -49,7 +49,7 @@ class TraceStep:
 
 @dataclass
 class GuidanceTrace:
-    """The steps of one run, the latest of a `MILOGuidance(..., trace=True)`; on the CPU."""
+    """The steps of the latest run of a `MILOGuidance(..., trace=True)`, on the CPU."""
 
     steps: list[TraceStep] = field(default_factory=list)
 
@@ -99,10 +99,10 @@ class GuidanceTrace:
         )
 
     def plot(self, *, sample: int = 0) -> Figure:
-        """Draw error, weight and change over the steps, and the masks of some of them below.
+        """Draw error, weight and change over the steps, and the masks of some steps below.
 
         Args:
-            sample: which of the batch's samples the masks are of; the curves are of it too.
+            sample: index in the batch of the sample to draw.
 
         Returns:
             A figure, which is not shown.
@@ -134,13 +134,13 @@ class GuidanceTrace:
         return figure
 
     def write_animation(self, path: str | Path, *, sample: int = 0, side: int = 256, milliseconds: int = 300) -> None:
-        """Write the masks as an animation, a frame a step, dark where a difference is not seen.
+        """Write the masks as an animation with one frame for each step, dark where a difference is not visible.
 
         Args:
             path: `.gif` or `.webp`.
-            sample: which of the batch's samples.
+            sample: index in the batch.
             side: pixels of the longer side.
-            milliseconds: each frame stays.
+            milliseconds: duration of each frame.
 
         Raises:
             ValueError: for another suffix, if nothing is recorded, or `sample` is not in the batch.
@@ -156,7 +156,7 @@ class GuidanceTrace:
         )  # fmt: skip
 
     def _frame(self, step: TraceStep, sample: int, side: int) -> Any:
-        """Return one frame: the mask in colours, and below it which step this is."""
+        """Return one frame: the mask in color, with the step's index, timestep and scale below."""
         from PIL import Image, ImageDraw
 
         height, width = step.mask.shape[2:]

@@ -1,14 +1,14 @@
-"""One denoising step seen from its clean estimate: model output to x0, x0 guided, and back; pure functions.
+"""One denoising step seen from its clean estimate: from model output to x0, guided x0, and back.
 
-A scheduler's model output, its sample and its clean estimate x0 (`pred_original_sample`) are linear in each other, so a
-change of x0 is the same as a change of the model output. That is how guidance acts inside a step of any scheduler: the
-scheduler is handed the output that predicts the guided x0.
+A scheduler's clean estimate x0 (`pred_original_sample`) is linear in its sample and model output, so a change of x0 is
+the same as a change of the model output. This is how guidance acts inside a step of any scheduler: the scheduler
+receives the output that predicts the guided x0.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -27,7 +27,7 @@ OFFICIAL_FACTOR = 3000.0  # by which DiffBIR's official code multiplies its scal
 
 
 def guide_model_output(
-    guides: Iterable[Callable[..., Tensor]],
+    guides: Sequence[Callable[..., Tensor]],
     scheduler: SchedulerMixin,
     model_output: Tensor,
     timestep: Timestep,
@@ -52,6 +52,8 @@ def guide_model_output(
     Raises:
         ValueError: for an unknown scheduler, or an epsilon model at zero terminal SNR.
     """
+    if not guides:  # reading the timestep would make an accelerator wait
+        return model_output
     time = float(timestep)
     acting = [guide for guide in guides if not hasattr(guide, "active") or guide.active(progress, time)]
     if not acting:
@@ -90,7 +92,7 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
 
 
 def predict_original_sample(model_output: Tensor, sample: Tensor, coefficients: StepCoefficients) -> Tensor:
-    """Return the clean latents x0 that a model output stands for.
+    """Return the clean latents x0 that a model output predicts.
 
     Args:
         model_output: after classifier-free guidance, (B, C, h, w), or (B, 2C, h, w) where it also predicts a variance.
@@ -98,10 +100,10 @@ def predict_original_sample(model_output: Tensor, sample: Tensor, coefficients: 
         coefficients: of the step.
 
     Returns:
-        `pred_original_sample`, (B, C, h, w) float32; not clipped, where the scheduler clips it.
+        `pred_original_sample`, (B, C, h, w) float32; it is not clipped where the scheduler clips it.
     """
     predicted = coefficients.out * model_output[:, : sample.shape[1]].float()
-    if coefficients.skip == 0.0:  # a sample of large numbers would make zero times infinity
+    if coefficients.skip == 0.0:  # 0 times a sample that overflowed would be NaN
         return predicted
     return coefficients.skip * sample.float() + predicted
 
@@ -115,8 +117,8 @@ def shift_model_output(model_output: Tensor, change: Tensor, coefficients: StepC
         coefficients: of the step.
 
     Returns:
-        Model output, of the shape and dtype of `model_output`; itself where the sample is clean already, since there
-        the scheduler does not look at it.
+        Model output, in the shape and dtype of `model_output`; `model_output` itself where the sample is clean
+        already, since the scheduler ignores it there.
     """
     if coefficients.out == 0.0:
         return model_output
@@ -144,7 +146,7 @@ def masked_pull(
     Raises:
         ValueError: if `milo_scale` is outside [0, 1].
 
-    Source: own (design, section 4, mode *mask*).
+    Source: own, the mode *mask*.
     """
     check_range("milo_scale", milo_scale, 0.0, 1.0, "It is the mean fraction of the way to the reference latents.")
     fraction = (milo_scale * weight).clamp(max=1.0)
@@ -162,11 +164,11 @@ def gradient_push(
 ) -> tuple[Tensor, Tensor]:
     """Move x0 against the gradient of a visible error, through the metric.
 
-    n(g) = |d| * g, times |d|_2 / ||d| * g|_2 per sample, where d = r - x0 and g is the gradient. The first factor takes
-    out the jump that the gradient of |d| makes at 0: without it, a pixel that is a hair off the reference is pushed
-    past it as far as the worst pixel is pushed towards it. The second gives the push the length of the way to the
-    reference, so that `milo_scale` means the same whatever the metric, the size and the noise, and the push fades as
-    the estimate comes near. For a fixed weight n(g) is W * d scaled, the direction of the mode *mask*.
+    n(g) = |d| * g * (|d|_2 / ||d| * g|_2) per sample, where d = r - x0 and g is the gradient. The first factor removes
+    the jump of the gradient of |d| at 0, which would push a pixel just off the reference past it as far as it pushes
+    the worst pixel towards it. The last one gives the push the length of the way to the reference, so that `milo_scale`
+    means the same whatever the metric, the size and the noise, and the push fades as the estimate comes near. For a
+    fixed weight, n(g) is W * d scaled, the direction of the mode *mask*.
 
     Args:
         pred_original_sample: x0, (B, C, h, w).
@@ -174,7 +176,8 @@ def gradient_push(
         find_mask: MILO's mask M, (B, 1, h, w), of `dist` and `ref`, such as `metric.mask`.
         find_weight: W, (B, 1, h, w), of M.
         milo_scale: s >= 0, the length of the push in lengths of the way to r.
-        objective: "weighted", mean(W * |x0 - r|), or "milo", the raw error E = mean(M * |x0 - r|).
+        objective: "weighted", mean(W * |x0 - r|), or "milo", the error E = mean(M * |x0 - r|), whose gradient can close
+            the mask rather than the difference.
 
     Returns:
         Guided x0, (B, C, h, w): x0 - s * n(g), and M, (B, 1, h, w). Gradients are taken in `torch.inference_mode` too.
@@ -182,11 +185,12 @@ def gradient_push(
     Raises:
         ValueError: if `milo_scale` is negative or not finite, or for another objective.
 
-    Source: own (design, section 4, mode *metric*); the normalisation is own.
+    Source: own, the mode *metric*.
     """
     check_range("milo_scale", milo_scale, 0.0, 1e6, "It is the length of the push, in lengths of the way to r.")
     check_choice("objective", objective, OBJECTIVES)
-    with torch.inference_mode(False), torch.enable_grad():  # tensors made in inference mode take part as copies only
+    # only copies of tensors made in inference mode can take part in a gradient
+    with torch.inference_mode(False), torch.enable_grad():
         leaf = pred_original_sample.detach().clone().requires_grad_(True)
         reference = reference_latents.detach().clone()
         mask = find_mask(dist=leaf, ref=reference)
