@@ -263,19 +263,20 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def is_hidden(path: Path) -> bool:
-    """Return whether the file is hidden, as macOS's `._photo.jpg` and temporary files of a killed run are."""
-    return path.name.startswith(".")
+def visible_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
+    """Return the files of a folder with one of `suffixes`, by name, but hidden ones such as macOS's `._photo.jpg`."""
+    paths = sorted(folder.iterdir())
+    return [path for path in paths if path.suffix.lower() in suffixes and not path.name.startswith(".")]
 
 
 def list_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
-    """Return the files of a folder with one of `suffixes`, sorted by name.
+    """Return the visible files of a folder with one of `suffixes`, sorted by name, for results named after them.
 
     Raises:
         FileNotFoundError: if there are none.
         ValueError: if two names differ in their suffix only, so that their results would overwrite each other.
     """
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and not is_hidden(path))
+    paths = visible_files(folder, suffixes)
     if not paths:
         raise FileNotFoundError(f"Expected files of {sorted(suffixes)} in {folder}, found none.")
     counts = Counter(path.stem for path in paths)

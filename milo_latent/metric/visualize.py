@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from milo_latent.checks import check_batch, check_range
+from milo_latent.pictures import from_8bit
 
 # The colors follow this path through Oklab (lightness, green-red, blue-yellow). Lightness rises evenly from dark to
 # light, so that equal steps of error look like equal steps of color, also in grey.
@@ -140,7 +141,7 @@ def color_bar(height: int, largest: float) -> Tensor:
         top, bottom = font.getbbox(label)[1::2]
         line = step / steps * (height - 1) - (top + bottom) / 2
         draw.text((BAR_GAP // 2, min(max(line, -top), height - bottom)), label, fill=0, font=font)
-    text = torch.from_numpy(np.asarray(page).copy()).float().div(255).expand(1, 3, -1, -1)  # (1, 3, height, width)
+    text = from_8bit(np.asarray(page)[..., None]).expand(1, 3, -1, -1)  # (1, 3, height, width)
     return torch.cat([bar, text], dim=3)
 
 

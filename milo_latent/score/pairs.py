@@ -15,11 +15,11 @@ from milo_latent.checks import ValueWatch, check_finite
 from milo_latent.files import (
     IMAGE_SUFFIXES,
     LATENT_SUFFIXES,
-    is_hidden,
     list_files,
     read_image,
     read_latents,
     read_latents_metadata,
+    visible_files,
 )
 from milo_latent.latents.codec import VAE
 from milo_latent.metric.network import MILO, MILOOutput, is_image_metric
@@ -69,7 +69,7 @@ def match_pairs(ref: str | Path, dist: str | Path) -> list[Pair]:
 
 
 def _scorable(folder: Path) -> list[Path]:
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SCORABLE and not is_hidden(path))
+    paths = visible_files(folder, SCORABLE)
     if not paths:
         raise FileNotFoundError(f"Expected images or latents in {folder}, found none of {sorted(SCORABLE)}.")
     return paths

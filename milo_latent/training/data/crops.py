@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from milo_latent.files import IMAGE_SUFFIXES, is_hidden, read_image
+from milo_latent.files import IMAGE_SUFFIXES, read_image, visible_files
 from milo_latent.pictures import from_8bit, to_8bit
 
 
@@ -23,8 +23,7 @@ def list_images(folders: Sequence[str | Path]) -> list[Path]:
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise FileNotFoundError(f"Expected a folder of images, got {folder}, which is not a folder.")
-        images = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-        paths += sorted(path for path in images if not is_hidden(path))
+        paths += visible_files(folder, IMAGE_SUFFIXES)
     if not paths:
         raise FileNotFoundError(
             f"Found no image in {', '.join(map(str, folders))}; looked for {sorted(IMAGE_SUFFIXES)}."
