@@ -20,12 +20,11 @@ from milo_latent.evaluation.agreement import Logistic
 from milo_latent.evaluation.distortion_settings import SETTINGS
 from milo_latent.evaluation.metrics import FullReference, by_name, psnr
 from milo_latent.testing import tiny_metric, tiny_pipeline
-from milo_latent.training import build_dataset, pseudo_mos, shard_worker
-from milo_latent.training.build_dataset import build, estimated_bytes
+from milo_latent.training import build_dataset, pseudo_mos
+from milo_latent.training.build_dataset import DatasetConfig, build, draw_settings, estimated_bytes, square
 from milo_latent.training.data.fingerprints import metric_digests
 from milo_latent.training.data.shards import PairSet, read_shard
 from milo_latent.training.pseudo_mos import Calibration, Ensemble, calibrate, member_agreement, read_calibrations
-from milo_latent.training.shard_worker import DatasetConfig, draw_settings, square
 
 MEMBERS = ["psnr", "mae"]
 
@@ -165,7 +164,7 @@ def test_a_set_that_is_not_whole_is_refused(built, tmp_path):
 
 
 def test_a_disk_that_fills_up_leaves_whole_shards_only(material, tmp_path, monkeypatch):
-    write, calls = shard_worker.write_atomically, []
+    write, calls = build_dataset.write_atomically, []
 
     def full(path, fill):
         calls.append(path)
@@ -173,7 +172,7 @@ def test_a_disk_that_fills_up_leaves_whole_shards_only(material, tmp_path, monke
             raise OSError(28, "No space left on device")
         write(path, fill)
 
-    monkeypatch.setattr(shard_worker, "write_atomically", full)
+    monkeypatch.setattr(build_dataset, "write_atomically", full)
     with pytest.raises(OSError, match="No space left"):
         build_dataset.main(arguments(material, tmp_path / "set"))
     monkeypatch.undo()

@@ -13,7 +13,7 @@ from milo_latent.testing import latent_pair, tiny_metric
 from milo_latent.training.data.crops import ImageCrops
 from milo_latent.training.data.image_pairs import draw_image_pairs
 from milo_latent.training.distillation import distill_metric
-from milo_latent.training.distillation.distill_metric import MatchingLoss, compare, levels_and_mask
+from milo_latent.training.distillation.distill_metric import MatchingLoss, compare, levels_and_mask, perturb_pair
 from milo_latent.training.distillation.encoded_pairs import EncodedPairs, half_encoded
 from milo_latent.training.distillation.latent_distortions import DISTORTIONS, draw_latent_pairs
 from milo_latent.training.distillation.latent_fields import (
@@ -23,7 +23,6 @@ from milo_latent.training.distillation.latent_fields import (
     encoder_kernels,
     piecewise_constant,
 )
-from milo_latent.training.distillation.perturbations import perturb_pair
 
 
 def seeded(seed=0):

@@ -27,8 +27,8 @@ from milo_latent.training import (
 )
 from milo_latent.training.data.crops import ImageCrops, list_images, spread_over
 from milo_latent.training.data.degradations import add_noise, blur, compress_jpeg, degrade, downscale_and_back
-from milo_latent.training.engine.csv_log import read_log
 from milo_latent.training.engine.loop import RunConfig, add_run_options, fit, learning_rate_factor, run_config
+from milo_latent.training.engine.records import read_log
 
 
 class Quadratic(nn.Module):

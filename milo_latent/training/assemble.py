@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from milo_latent.files import write_text
 from milo_latent.metric.network import MILO
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
 from milo_latent.programs import run_program
+from milo_latent.resources import sha256
 
 
 def assemble(vae: Path, cleaner: Path, restorer: Path, metric: Path, output: Path) -> None:
@@ -26,7 +26,7 @@ def assemble(vae: Path, cleaner: Path, restorer: Path, metric: Path, output: Pat
         vae: folder of the autoencoder.
         cleaner: folder of the cleaner.
         restorer: folder that holds `unet`, `controlnet` and `scheduler`.
-        metric: folder of the metric, which stays in float32, in which it is used.
+        metric: folder of the metric, which stays in float32.
         output: the pipeline folder.
     """
     pipeline = DiffBIRPipeline(
@@ -38,12 +38,12 @@ def assemble(vae: Path, cleaner: Path, restorer: Path, metric: Path, output: Pat
         metric=MILO.from_pretrained(metric),
     )
     pipeline.to(dtype=torch.float16).save_pretrained(output)
-    # a value that AutoencoderTiny adds to its own configuration and then warns about at every load
+    # AutoencoderTiny adds this value to its configuration, and then warns about it whenever it is loaded
     config = json.loads((output / "vae" / "config.json").read_text())
     config.pop("block_out_channels", None)
     for path in output.rglob("config.json"):
         part = config if path.parent.name == "vae" else json.loads(path.read_text())
-        part.pop("_name_or_path", None)  # a path of the machine that trained it
+        part.pop("_name_or_path", None)  # a path on the machine that trained it
         write_text(path, json.dumps(part, indent=2, sort_keys=True) + "\n")
 
 
@@ -51,14 +51,12 @@ def card_rows(folder: Path) -> str:
     """Return the rows of the model card's table of files: path, size and SHA-256 of all weights in `folder`."""
     rows = []
     for path in sorted(folder.rglob("*.safetensors")):
-        content = path.read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
-        rows.append(f"| `{path.relative_to(folder)}` | {len(content) / 1e6:.2f} MB | `{digest}` |")
+        rows.append(f"| `{path.relative_to(folder)}` | {path.stat().st_size / 1e6:.2f} MB | `{sha256(path)}` |")
     return "\n".join(rows)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Assemble, and print what the model card says of the files."""
+    """Assemble a pipeline, and print the table of files of its model card."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("vae", "cleaner", "restorer", "metric", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)

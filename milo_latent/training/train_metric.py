@@ -12,7 +12,6 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +25,9 @@ from milo_latent.metric.network import MILO
 from milo_latent.programs import run_program
 from milo_latent.training.data.fingerprints import shards_digest, source_digest
 from milo_latent.training.data.shards import CONFIG_FILE, PairSet
-from milo_latent.training.engine.csv_log import read_log
 from milo_latent.training.engine.loop import fit, training_state
 from milo_latent.training.engine.recipe import Recipe, read_recipe
+from milo_latent.training.engine.records import read_log
 
 VALIDATION_BATCH = 16
 SCALER_SLOPES = (4.0, 30.0)  # of the untrained scaler's logit per unit of error, for latents and for images
@@ -140,13 +139,12 @@ def mirrored(batch: Tensor, choice: int) -> Tensor:
     return batch.transpose(2, 3) if choice & 4 else batch
 
 
-def draw_from(
-    pairs: PairSet, recipe: Recipe, *, batch_size: int, processes: int
-) -> Callable[[int, int], tuple[Tensor, ...]]:
-    """Return the function from (step, process) to a batch for `OpinionLoss`, of `batch_size` pairs per process."""
+def draw_from(pairs: PairSet, recipe: Recipe, *, processes: int) -> Callable[[int, int], tuple[Tensor, ...]]:
+    """Return the function from (step, process) to a batch for `OpinionLoss`, shared out between `processes`."""
 
     def draw(step: int, process_index: int) -> tuple[Tensor, ...]:
-        indices = pairs.draw(batch_size, seed=recipe.seed, step=step, process_index=process_index, processes=processes)
+        share = {"process_index": process_index, "processes": processes}
+        indices = pairs.draw(recipe.batch_size, seed=recipe.seed, step=step, **share)
         ref, dist, dmos = pairs.pairs(indices)
         spatial = [ref, dist, pairs.maps[indices]] if recipe.map_weight > 0 and pairs.maps is not None else [ref, dist]
         if recipe.mirror:
@@ -190,7 +188,7 @@ def train(
     state = training_state()
     processes = state.num_processes
     data = {"space": space, "dataset": shards_digest(dataset), "start": start and source_digest(start)}
-    config = recipe.run(output, processes, data)
+    config = recipe.start(output, processes, data)
     pairs, unseen = PairSet(dataset, space=space), PairSet(validation, space=space)
     if recipe.map_weight > 0 and pairs.maps is None:
         raise ValueError(
@@ -199,7 +197,7 @@ def train(
     torch.manual_seed(recipe.seed)
     metric = MILO.from_pretrained(start) if start else new_metric(dataset, space=space, latent_space=latent_space)
     metric.requires_grad_(True)
-    draw = draw_from(pairs, recipe, batch_size=config.batch_size, processes=processes)
+    draw = draw_from(pairs, config, processes=processes)
 
     def validate(_: nn.Module) -> dict[str, float]:
         figures = validation_figures(metric, unseen)
@@ -209,7 +207,6 @@ def train(
     fit(OpinionLoss(metric, map_weight=recipe.map_weight), draw, config, validate=validate)
     if state.is_main_process:
         metric.save_pretrained(output / "metric")
-        write_text(output / "recipe.json", json.dumps(asdict(recipe), indent=2) + "\n")
     return metric
 
 

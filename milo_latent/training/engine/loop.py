@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from milo_latent.training.data.crops import list_images
 from milo_latent.training.data.fingerprints import files_digest, source_digest
-from milo_latent.training.engine.optimizers import SOAP_BETAS, OptimizerName, build_optimizer
-from milo_latent.training.engine.run import Precision, Run, RunConfig, start_accelerator
+from milo_latent.training.engine.run import OptimizerName, Precision, Run, RunConfig, start_accelerator
 
+SOAP_BETAS = (0.95, 0.95)  # as in its paper
 NETWORKS = ("teacher", "vae", "metric", "cleaner")  # options that name frozen networks
 
 
@@ -28,15 +28,7 @@ def add_run_options(
     learning_rate: float = 1e-3,
     optimizer: OptimizerName = "adamw",
 ) -> None:
-    """Add the options that every training command has.
-
-    Args:
-        parser: of the command.
-        steps: default.
-        crop_size: default, in pixels.
-        learning_rate: default.
-        optimizer: default.
-    """
+    """Add the options that every training command has, with these defaults."""
     parser.add_argument("--images", nargs="+", required=True, help="folders of clean training images")
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the trained model")
     parser.add_argument("--steps", type=int, default=steps)
@@ -74,6 +66,28 @@ def run_config(options: argparse.Namespace, *, data: dict[str, Any] | None = Non
         data=found | (data or {}),
         **recipe,
     )
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
+    """Return the optimizer of a run: AdamW, or SOAP, which is Adam in the eigenbasis of Shampoo's preconditioner.
+
+    Raises:
+        ImportError: for "soap", if pytorch-optimizer is not installed.
+        ValueError: for another name.
+
+    Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", ICLR 2025.
+    """
+    settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **settings)
+    if config.optimizer != "soap":
+        raise ValueError(f"Expected the optimizer to be 'adamw' or 'soap', got {config.optimizer!r}.")
+    try:
+        from pytorch_optimizer import SOAP
+    except ImportError as error:
+        raise ImportError('SOAP needs pytorch-optimizer: pip install "milo_latent[train]", or take "adamw".') from error
+    optimizer: torch.optim.Optimizer = SOAP(parameters, **settings)
+    return optimizer
 
 
 def learning_rate_factor(step: int, config: RunConfig) -> float:
@@ -123,9 +137,7 @@ def fit(
     training_state()
     accelerator = start_accelerator(config)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(
-        config.optimizer, parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-    )
+    optimizer = build_optimizer(parameters, config)
     prepared, optimizer = accelerator.prepare(module, optimizer)
     run = Run(accelerator, config)
     for step in range(run.resume(), config.steps):

@@ -17,14 +17,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from milo_latent.files import write_text
-from milo_latent.training.engine.csv_log import append_row, drop_rows_after, read_log
-from milo_latent.training.engine.optimizers import OptimizerName
-from milo_latent.training.engine.run_record import check_record, write_record
+from milo_latent.training.engine.records import append_row, check_record, drop_rows_after, read_log, write_record
 
 LOG, VALIDATION = "log", "validation"  # names of the tables and, in trackers, of the groups of figures
 LOG_EVERY = 50  # steps, over which the logged loss is a mean
 LOSS_FILE = "loop.json"  # in a checkpoint
 Precision = Literal["no", "bf16", "fp16"]
+OptimizerName = Literal["adamw", "soap"]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""The record of a run beside its checkpoints: its settings, the code of each start, and whether it may be resumed."""
+"""What a run writes beside its checkpoints: tables of figures by step, and a record of its settings and starts."""
 
 from __future__ import annotations
 
+import csv
 import json
 import shlex
 import subprocess
@@ -20,16 +21,7 @@ FREE = ("output", "steps", "learning_rate", "checkpoint_minutes", "checkpoint_st
 
 
 def check_record(folder: Path, settings: dict[str, Any], *, done: int) -> None:
-    """Refuse to resume a run under other settings, or for fewer steps than it has done.
-
-    Args:
-        folder: of the run.
-        settings: of this start, which JSON can hold.
-        done: steps of the last checkpoint.
-
-    Raises:
-        ValueError: naming what differs.
-    """
+    """Raise ValueError if a run is resumed under other settings, or for fewer steps than it has done."""
     if settings["steps"] < done:
         raise ValueError(f"Expected {done} steps or more, which {folder} has done, got {settings['steps']}.")
     before, now = (_flat(each) for each in (json.loads((folder / RECORD_FILE).read_text(encoding="utf-8")), settings))
@@ -52,13 +44,7 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_record(folder: Path, settings: dict[str, Any], *, done: int) -> None:
-    """Write the settings of a run and, for each start, its command, the versions of packages and the commit, if any.
-
-    Args:
-        folder: of the run.
-        settings: which JSON can hold.
-        done: steps before this start.
-    """
+    """Write the settings of a run and, for each start, the steps done, its command, the packages' versions and commit."""
     path = folder / RECORD_FILE
     before = json.loads(path.read_text(encoding="utf-8")) if done else {"starts": []}
     start = {"step": done} | {name: settings[name] for name in FREE}
@@ -93,3 +79,29 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return answers[1].strip() + ("+" if answers[2].strip() else "")
+
+
+def append_row(path: Path, row: dict[str, float]) -> None:
+    """Add a row, whose first figure is the step."""
+    new = not path.exists() or path.stat().st_size == 0
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Drop the rows after `step`, which a killed run wrote after its last checkpoint, and a row that is cut off."""
+    if path.is_file():
+        header, *lines = path.read_text(encoding="utf-8").split("\n")[:-1] or [""]
+        kept = [line for line in lines if int(line.split(",")[0]) <= step]
+        write_text(path, "".join(f"{line}\n" for line in [header, *kept] if line))
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """Read the rows of a table; none if it does not exist yet."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
