@@ -52,11 +52,7 @@ Restore = Callable[[Tensor], Tensor]  # (1, 3, H, W) in [0, 1] to the restored i
 
 
 def similarity_transform(source: Tensor, target: Tensor) -> Tensor:
-    """Find the rotation, scale and shift that map points to others with the least squared error.
-
-    Args:
-        source: points, (N, 2), N at least 2.
-        target: where they should lie, (N, 2).
+    """Find the rotation, scale and shift that map points, (N, 2), to others with the least squared error.
 
     Returns:
         Matrix, (2, 3) float64: `matrix[:, :2] @ point + matrix[:, 2]`.
@@ -113,11 +109,7 @@ def warp(
 
 
 def align_face(image: Tensor, landmarks: Tensor) -> tuple[Tensor, Tensor]:
-    """Crop a face, rotated and scaled so that its landmarks lie where they do in FFHQ.
-
-    Args:
-        image: (1, 3, H, W), in [0, 1].
-        landmarks: (5, 2), in the order of `Face.landmarks`.
+    """Crop a face, rotated and scaled so that its landmarks, (5, 2), lie where they do in FFHQ.
 
     Returns:
         The face, (1, 3, 512, 512), and the matrix from points of the image to points of the face, (2, 3).

@@ -38,16 +38,7 @@ def restore_image(image: Tensor, *, model: str | Path | DiffBIRPipeline = "nano"
 
 
 def restore(image: Tensor, pipe: DiffBIRPipeline, settings: RestorationSettings) -> Tensor:
-    """Restore an image, or several of one size, as `restore_image` does, by settings that are checked already.
-
-    Args:
-        image: degraded image, (B, 3, H, W), in [0, 1], any size.
-        pipe: restores it.
-        settings: resolved for `pipe`.
-
-    Returns:
-        Restored image, (B, 3, H * upscale, W * upscale) float32, in [0, 1], on the CPU.
-    """
+    """Restore images as `restore_image` does, with settings that are resolved for `pipe`, and so checked."""
     check_batch("image", image, 3)
     seeds, upscale = settings.seeds(image.shape[0]), settings.upscale
     assert upscale is not None

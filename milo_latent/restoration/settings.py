@@ -131,10 +131,7 @@ class RestorationSettings:
         return {"num_inference_steps": self.steps} | options
 
     def guide(self, pipe: DiffBIRPipeline) -> MILOGuidance | None:
-        """Return the guidance by the pipeline's metric; None where it is switched off.
-
-        Args:
-            pipe: that these settings were resolved for.
+        """Return the guidance of resolved settings by the pipeline's metric; None where it is switched off.
 
         Raises:
             ValueError: if the pipeline has no metric, or a value is out of its range.
