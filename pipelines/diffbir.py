@@ -15,6 +15,7 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from milo_latent.checks import check_choice, check_range
@@ -48,7 +49,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
         text_encoder: CLIP text model, for models that take prompts; None for those that do not.
         tokenizer: its tokenizer.
         unet: denoises latents.
-        controlnet: tells the UNet the latents of the cleaned image.
+        controlnet: tells the UNet what the cleaned image shows, by its latents.
         scheduler: any of diffusers', or those of `milo_latent.diffbir.schedulers`.
         cleaner: stage 1, any model from images (B, 3, H, W) in [0, 1] to images; None where inputs are clean already.
         metric: MILO_L for the VAE's latents, for `callback_on_step_end=MILOGuidance(pipe.metric)`; it stays in float32.
@@ -59,7 +60,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
     Source: DiffBIR (Lin et al., ECCV 2024) and its official code, diffbir/pipeline.py.
     """
 
-    # without the controlnet, which takes turns with the UNet and would travel at every step
+    # without the controlnet, which alternates with the UNet and would be moved at every step
     model_cpu_offload_seq = "cleaner->text_encoder->unet->vae"
     _exclude_from_cpu_offload = ["metric"]  # noqa: RUF012 (diffusers reads plain lists)
     _optional_components = ["text_encoder", "tokenizer", "cleaner", "metric", "background_cleaner"]  # noqa: RUF012
@@ -81,22 +82,15 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
     ) -> None:
         super().__init__()
         self.register_modules(
-            vae=vae,
-            unet=unet,
-            controlnet=controlnet,
-            scheduler=scheduler,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            cleaner=cleaner,
-            metric=metric,
-            background_cleaner=background_cleaner,
-        )
+            vae=vae, unet=unet, controlnet=controlnet, scheduler=scheduler, text_encoder=text_encoder,
+            tokenizer=tokenizer, cleaner=cleaner, metric=metric, background_cleaner=background_cleaner,
+        )  # fmt: skip
         self.register_to_config(release_version=release_version, release_task=release_task)
         _ = self.release  # refuses an unknown one
         self.vae_scale_factor = vae_scale_factor(vae) if vae is not None else 8
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
         self._prompt_cache = None  # made at its first use
-        if text_encoder is not None:  # a model that came with one needs it
+        if text_encoder is not None:  # then the pipeline needs it
             self._optional_components = ["cleaner", "metric", "background_cleaner"]
         self._tiles = {}
         self._guidance_scale = 1.0
@@ -274,32 +268,42 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
 
     def prepare_latents(
         self,
-        shape: tuple[int, ...],
-        device: torch.device,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: Tensor | None,
+        reference: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        *,
+        start_point: sampling.StartPoint = "noise",
+        compatibility: Compatibility | None = None,
     ) -> Tensor:
-        """Draw the noise that sampling starts from, or take the given one.
+        """Return what sampling starts from; the scheduler's timesteps are set already.
 
         Args:
-            shape: (B, C, h, w).
-            device: of the result.
-            generator: one for the batch, or one for each image.
-            latents: instead of drawn noise, unscaled.
+            reference: latents of the cleaned image, (B, C, h, w).
+            generator: one for the batch, or one for each result.
+            latents: unit normal noise, (B, C, h, w), instead of drawn noise.
+            start_point: "noise", or "cond" for the noised reference, which differs by the little signal that the first
+                timestep has left. It steadies deterministic samplers of v1 and v2.
+            compatibility: as in `__call__`.
 
         Returns:
-            Noise, (B, C, h, w) float32, not yet scaled.
+            Latents, (B, C, h, w) float32, times the scheduler's `init_noise_sigma`.
 
         Raises:
             ValueError: if `latents` have another shape, or there are not as many generators as results.
         """
+        shape, device, scheduler = tuple(reference.shape), reference.device, self.scheduler
         if isinstance(generator, list) and len(generator) not in (1, shape[0]):
             raise ValueError(f"Expected one `generator`, or {shape[0]}, one for each result, got {len(generator)}.")
         if latents is None:
-            return sampling.draw_noise(shape, generator=generator, device=device)
-        if tuple(latents.shape) != shape:
+            latents = sampling.draw_noise(shape, generator=generator, device=device)
+        elif tuple(latents.shape) != shape:
             raise ValueError(f"Expected `latents` of shape {shape}, got {tuple(latents.shape)}.")
-        return latents.to(device=device, dtype=torch.float32)
+        latents = latents.to(device=device, dtype=torch.float32)
+        if start_point == "cond":
+            total = scheduler.config.num_train_timesteps
+            timestep = RULES[compatibility].start_timestep(scheduler.timesteps, total)
+            latents = sampling.add_noise(reference, latents, scheduler, timestep)
+        return latents * scheduler.init_noise_sigma
 
     # The loop
 
@@ -341,9 +345,9 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
             num_inference_steps: denoising steps.
             guidance_scale: of classifier-free guidance; 1 switches it off.
             controlnet_conditioning_scale: how strictly the result follows the cleaned image.
-            color_fix: "wavelet", "adain" or "none": the colors of the cleaned image are put back after decoding.
-            num_images_per_prompt: how many results for each image.
-            eta: of DDIM.
+            color_fix: "wavelet", "adain" or "none": how the result takes its colors from the cleaned image.
+            num_images_per_prompt: number of results for each image.
+            eta: share of the noise that DDIM draws, in [0, 1].
             generator: one for the batch, or one for each result; fixes the output.
             latents: noise to start from, (B, C, h, w), instead of drawn noise.
             prompt_embeds: instead of `prompt`, (B, tokens, width).
@@ -353,36 +357,30 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
             callback_on_step_end: a function, a callback of diffusers, a guide, which acts inside every step, or several
                 as a list or `MultiPipelineCallbacks`.
             callback_on_step_end_tensor_inputs: names of tensors given to the callback.
-            guidance_rescale: share in which the spread is put back that classifier-free guidance adds, in [0, 1].
-            rescale_cfg: whether `guidance_scale` is reached only while the noise goes, from 1 at its start.
-            start_point: "noise", or "cond": the latents of the cleaned image, noised; steadies v1 and v2 models.
-            noise_aug: timestep to which the condition is noised; more lets the result stray further from it.
-            compatibility: "official" pads in black, truncates to 8 bit, grows `rescale_cfg` to one more and places and
-                weighs diffusion tiles as DiffBIR's own code does; None rounds, repeats the border, blends evenly.
+            guidance_rescale: share of the standard deviation added by classifier-free guidance that is removed, in
+                [0, 1].
+            rescale_cfg: whether `guidance_scale` grows, from 1 in the first step to its value in the last.
+            start_point: "noise", or "cond": the noised latents of the cleaned image; steadies v1 and v2 models.
+            noise_aug: timestep to which the condition is noised; more lets the result depart further from it.
+            compatibility: "official" computes as DiffBIR's own code does, where this package has other rules
+                (`milo_latent.diffbir.rules`).
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple of them.
 
         Raises:
             ValueError: for arguments that cannot work, and if the result is not finite.
-            MemoryError: if the image is too large; `enable_tiling` is the way out.
+            MemoryError: if the image is too large for the device; `enable_tiling` helps.
         """
         guides, callback_on_step_end = split_guides(callback_on_step_end, self)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
-            guidance_scale=guidance_scale,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            output_type=output_type,
-            color_fix=color_fix,
-            start_point=start_point,
-            compatibility=compatibility,
-            upscale=upscale,
-            num_inference_steps=num_inference_steps,
-            num_images_per_prompt=num_images_per_prompt,
-            noise_aug=noise_aug,
-            guidance_rescale=guidance_rescale,
-        )
+            guidance_scale=guidance_scale, callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            output_type=output_type, color_fix=color_fix, start_point=start_point, compatibility=compatibility,
+            upscale=upscale, num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt,
+            noise_aug=noise_aug, guidance_rescale=guidance_rescale,
+        )  # fmt: skip
         rules = RULES[compatibility]
         self._guidance_scale, self._interrupt = guidance_scale, False
 
@@ -390,25 +388,27 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
         image = images_to_tensor(image).to(self._execution_device)  # one name, so that the degraded image is let go
         size = rules.scaled_size(image, upscale)
         image = self.clean(image, size, compatibility=compatibility)  # (B, 3, H, W)
-        condition, cells = self._encode(image, guides, rules)
-        condition = condition.repeat_interleave(num_images_per_prompt, dim=0)  # (B, C, h, w)
+        reference, cells = self._encode(image, guides, rules)
+        reference = reference.repeat_interleave(num_images_per_prompt, dim=0)  # (B, C, h, w)
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
-            prompt,
-            negative_prompt,
-            num_images=image.shape[0],
-            num_images_per_prompt=num_images_per_prompt,
-            guided=self.do_classifier_free_guidance,
-            prompt_embeds=prompt_embeds,
+            prompt, negative_prompt, num_images=image.shape[0], num_images_per_prompt=num_images_per_prompt,
+            guided=self.do_classifier_free_guidance, prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
+        )  # fmt: skip
+        self._num_timesteps = len(sampling.set_timesteps(self.scheduler, num_inference_steps, reference.device))
+        latents = self.prepare_latents(
+            reference, generator, latents, start_point=start_point, compatibility=compatibility
         )
-        self._num_timesteps = len(sampling.set_timesteps(self.scheduler, num_inference_steps, condition.device))
-        latents = self.prepare_latents(tuple(condition.shape), condition.device, generator, latents)
-        latents = sampling.start_latents(latents, condition, self.scheduler, start_point, rules)
-        told = sampling.augment(condition, self.scheduler, noise_aug, generator)  # what IRControlNet is told
+        condition = sampling.augment(reference, self.scheduler, noise_aug, generator)
 
         # 2. Denoise
-        networks = self._bind_networks(told, controlnet_conditioning_scale, guidance_rescale, rules)
-        with guided_run(guides, condition, self._num_timesteps):
+        tile, multiple, cell = self._tiles.get("diffusion"), self._size_multiple(), self.vae_scale_factor
+        tiles = rules.tiles(tile, condition.shape[2:], multiple=multiple, cell=cell)
+        networks = partial(
+            sampling.controlled_output, self.unet, self.controlnet, condition=condition, tiles=tiles,
+            conditioning_scale=controlnet_conditioning_scale, rescale=guidance_rescale,
+        )  # fmt: skip
+        with guided_run(guides, reference, self._num_timesteps):
             latents = self._denoise(
                 {"latents": latents, "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds},
                 networks,
@@ -426,36 +426,22 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _encode(self, image: Tensor, guides: Sequence[Any], rules: Rules) -> tuple[Tensor, tuple[int, ...]]:
-        """Pad and encode the cleaned image: the latents that condition the networks, and that guidance pulls towards.
+        """Return the latents of the padded image, (B, C, h, w), and the height and width of what is decoded at last.
 
-        Returns:
-            Latents, (B, C, h, w) float32, and the height and width of those that are decoded at the end.
+        The latents tell the networks what the image shows, and guides pull towards them; guides may see the image, too.
         """
         cell, multiple = self.vae_scale_factor, self._size_multiple()
         unpadded = not rules.pads_tiles and {"encoder", "diffusion"} & self._tiles.keys()
         padded = rules.pad(image, cell if unpadded else multiple, smallest=SMALLEST_LATENTS * cell)
-        condition = encode_image(self.vae, padded, tile=self._tile_size("encoder")).float()
-        cells, tile = tuple(condition.shape[2:]), self._tiles.get("diffusion")
+        reference = encode_image(self.vae, padded, tile=self._tile_size("encoder")).float()
+        cells, tile = tuple(reference.shape[2:]), self._tiles.get("diffusion")
         if tile is None or not tile.fits(cells, cell):  # whole latents must be multiples, which they mostly are
-            condition = rules.pad(condition, multiple // cell)
-        rows, columns = (side * cell for side in condition.shape[2:])
-        sampling.show_image(padded, guides, size=(rows, columns))
-        return condition, cells
-
-    def _bind_networks(
-        self, condition: Tensor, conditioning_scale: float, rescale: float, rules: Rules
-    ) -> Callable[..., Tensor]:
-        """Return the networks as a function of what changes from step to step."""
-        tile, multiple = self._tiles.get("diffusion"), self._size_multiple()
-        return partial(
-            sampling.predict,
-            self.unet,
-            self.controlnet,
-            condition,
-            tiles=rules.tiles(tile, condition.shape[2:], multiple=multiple, cell=self.vae_scale_factor),
-            conditioning_scale=conditioning_scale,
-            rescale=rescale,
-        )
+            reference = rules.pad(reference, multiple // cell)
+        rows, columns = (side * cell for side in reference.shape[2:])
+        for guide in guides:
+            if hasattr(guide, "accept_image"):
+                guide.accept_image(F.pad(padded, (0, columns - padded.shape[3], 0, rows - padded.shape[2])))
+        return reference, cells
 
     def _denoise(
         self,
@@ -468,7 +454,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
         growth: Rules | None,
         step_arguments: dict[str, Any],
     ) -> Tensor:
-        """Take all steps, and return the last latents; a callback may exchange any of the `tensors` after each step."""
+        """Take all steps, and return the latents; a callback may replace any of the `tensors` for the next steps."""
         scheduler, total = self.scheduler, self.scheduler.config.num_train_timesteps
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for step_index, timestep in enumerate(scheduler.timesteps):

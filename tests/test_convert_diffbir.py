@@ -83,7 +83,8 @@ def test_a_folder_that_tells_an_unknown_version_or_task_is_refused(folder, tmp_p
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_scheduler_is_the_versions(version):
-    scheduler = DDPMScheduler(**VERSIONS[version].scheduler_config)
+    terms = {"prediction_type": VERSIONS[version].prediction_type, "rescale_betas_zero_snr": VERSIONS[version].zero_snr}
+    scheduler = official_scheduler("spaced", **terms)
     assert scheduler.config.prediction_type == ("v_prediction" if version == "v2.1" else "epsilon")
     last = scheduler.alphas_cumprod[-1].item()
     assert last == 0.0 if version == "v2.1" else abs(last - 0.0046601) < 1e-6
@@ -104,7 +105,7 @@ def test_the_folder_alone_samples_as_the_official_readme_does_in_a_process_of_it
     )
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["SolverScheduler", "dpm++_3m_sde"]
-    assert official_scheduler("spaced").config.timestep_spacing == "linspace"  # v1 and v2: as scheduler_config
+    assert official_scheduler("spaced").config.timestep_spacing == "linspace"
 
 
 def test_the_pipeline_restores_with_prompt_embeds(folder):

@@ -1,5 +1,7 @@
 """DiffBIRPipeline: any size, any input, any output, saved and loaded, the same for the same seed."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -183,6 +185,35 @@ def test_a_callback_can_interrupt(pipeline):
 
     run(pipeline, callback_on_step_end=interrupt, num_inference_steps=5)
     assert steps == [0]
+
+
+def test_a_callback_replaces_prompts_and_guidance_scale_for_the_steps_that_follow(prompted):
+    seen, other = [], torch.zeros(1, 5, 8)
+    prompted.unet.register_forward_pre_hook(
+        lambda module, arguments, options: seen.append(options["encoder_hidden_states"]), with_kwargs=True
+    )
+
+    def change(pipe, step_index, timestep, tensors):
+        if step_index == 0:
+            tensors["prompt_embeds"] = other
+        pipe._guidance_scale = 3.0 if step_index == 0 else 1.0
+        return tensors
+
+    prompts = {"prompt_embeds": embeddings(), "negative_prompt_embeds": embeddings(seed=1)}
+    names = ["latents", "prompt_embeds"]
+    options = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": names, "guidance_scale": 3.0}
+    run(prompted, num_inference_steps=3, **prompts, **options)
+    expected = [torch.cat([prompts["negative_prompt_embeds"], each]) for each in (prompts["prompt_embeds"], other)]
+    assert all(torch.equal(*pair) for pair in zip(seen, [*expected, other], strict=True))
+
+
+def test_the_check_of_arguments_has_the_defaults_of_the_call():
+    call, check = (
+        inspect.signature(each).parameters for each in (DiffBIRPipeline.__call__, DiffBIRPipeline.check_inputs)
+    )
+    assert {name: each.default for name, each in check.items()} == {name: call[name].default for name in check} | {
+        "self": inspect.Parameter.empty
+    }
 
 
 def test_given_noise_replaces_drawn_noise(pipeline):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from milo_latent.diffbir.bsrnet import BSRNet
 from milo_latent.diffbir.color import fix_color
 from milo_latent.diffbir.rules import OFFICIAL
-from milo_latent.diffbir.sampling import add_noise, guidance_scale_at, predict, step_arguments
+from milo_latent.diffbir.sampling import add_noise, controlled_output, guidance_scale_at, step_arguments
 from milo_latent.diffbir.scunet import SCUNet
 from milo_latent.diffbir.swinir import SwinIR
 from milo_latent.diffbir.tiles import Tile, gaussian_weights, official_tiled, tile_starts
@@ -35,9 +35,9 @@ def sample(networks, scheduler, inputs, steps, *, scale=4.0, rescale=False, nois
     with replayed_noise(noises):
         for timestep in scheduler.timesteps:
             grown = guidance_scale_at(scale, float(timestep), rules=OFFICIAL) if rescale else scale
-            output = predict(
-                networks["unet"], networks["controlnet"], inputs["c_img"],
-                scheduler.scale_model_input(latents, timestep), timestep=timestep, prompt_embeds=inputs["c_txt"],
+            output = controlled_output(
+                networks["unet"], networks["controlnet"], scheduler.scale_model_input(latents, timestep),
+                inputs["c_img"], timestep=timestep, prompt_embeds=inputs["c_txt"],
                 negative_prompt_embeds=inputs["uc_txt"] if scale > 1 else None, conditioning_scale=1.0, scale=grown,
                 rescale=0.0, tiles=OFFICIAL.tiles(tile, latents.shape[2:], cell=8),
             )  # fmt: skip

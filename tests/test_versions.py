@@ -39,7 +39,6 @@ def test_every_named_checkpoint_is_a_file_of_its_kind():
 def test_only_v2_1_predicts_v_and_ends_without_signal():
     for name, version in VERSIONS.items():
         assert (version.prediction_type == "v_prediction") == version.zero_snr == (name == "v2.1")
-        assert version.scheduler_config["rescale_betas_zero_snr"] == version.zero_snr
 
 
 def test_cleaners_are_those_of_the_official_table():

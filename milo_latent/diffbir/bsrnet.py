@@ -21,12 +21,7 @@ SLOPE = 0.2
 
 
 class DenseBlock(nn.Module):
-    """Five convolutions, each fed with all results before it; the last one is added, scaled, to the input.
-
-    Args:
-        channels: of input and output.
-        growth: channels of each result in between.
-    """
+    """Five convolutions, each fed with all results before it, of `growth` channels; the last is added to the input."""
 
     def __init__(self, channels: int, growth: int) -> None:
         super().__init__()
@@ -44,12 +39,7 @@ class DenseBlock(nn.Module):
 
 
 class ResidualDenseBlocks(nn.Module):
-    """Three dense blocks, added, scaled, to their input (RRDB).
-
-    Args:
-        channels: of input and output.
-        growth: of the dense blocks.
-    """
+    """Three dense blocks, whose scaled result is added to their input (RRDB)."""
 
     def __init__(self, channels: int, growth: int) -> None:
         super().__init__()
@@ -68,7 +58,7 @@ class BSRNet(Cleaner):
     Args:
         channels: of the trunk.
         blocks: of three dense blocks each.
-        growth: of the dense blocks.
+        growth: channels of each result inside a dense block.
     """
 
     @register_to_config

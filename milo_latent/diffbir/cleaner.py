@@ -1,4 +1,4 @@
-"""What the cleaners (DiffBIR's stage 1) have in common: their scale, and the strict reading of official weights."""
+"""What the cleaners (DiffBIR's stage 1) have in common: sizes, and the strict reading of official weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Cleaner(ModelMixin, ConfigMixin):
 
     @property
     def multiple(self) -> int:
-        """Pixels: sides are padded to multiples inside; tiles that start at multiples see the same windows."""
+        """Pixels to whose multiples images are padded inside; tiles that start at multiples see the same windows."""
         return 1
 
     @classmethod
@@ -43,10 +43,10 @@ class Cleaner(ModelMixin, ConfigMixin):
             config: arguments of this class; None means the official full-size network.
 
         Returns:
-            The same tensors, without buffers that are computed; `load_state_dict(strict=True)` takes it.
+            The same tensors, without buffers that are computed, for `load_state_dict(strict=True)`.
 
         Raises:
-            ValueError: if a key is missing or left over, or a shape differs, with all of them.
+            ValueError: if keys are missing or left over, or shapes differ; the message lists them.
         """
         with torch.device("meta"):
             own = cls(**(config or {}))
@@ -68,13 +68,13 @@ class Cleaner(ModelMixin, ConfigMixin):
 
     @classmethod
     def _is_computed(cls, key: str, modules: Mapping[str, Any]) -> bool:
-        """Whether `key` is a buffer that official files hold, of a module that is there."""
+        """Return whether `key` is a computed buffer of a module that this network has."""
         parent, _, name = key.rpartition(".")
         return name in cls.computed and parent in modules
 
 
 def channels_last(image: Tensor) -> Tensor:
-    """Lay (B, C, H, W) out with the channels next to each other, which convolutions on it keep: 4 to 10 % faster."""
+    """Lay (B, C, H, W) out with channels last, as convolutions then keep it, which makes them 4 to 10 % faster."""
     return image.contiguous(memory_format=torch.channels_last)
 
 

@@ -18,9 +18,9 @@ class ForeignCleaner(nn.Module):
 
     Args:
         network: the model itself, whose parameters move with this module.
-        call: from one image (1, 3, H, W) in [0, 1] to one (1, 3, scale * H, scale * W), which pads as `network` needs.
+        call: from one image, (1, 3, H, W) in [0, 1], to one of (1, 3, scale * H, scale * W), padded as `network` needs.
         scale: how many times larger the result is than the image.
-        architecture: name, for messages.
+        architecture: its name.
     """
 
     def __init__(self, network: nn.Module, call: Callable[[Tensor], Tensor], *, scale: int, architecture: str) -> None:
@@ -30,23 +30,16 @@ class ForeignCleaner(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters."""
+        """Dtype of the parameters."""
         return next(self.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the parameters."""
+        """Device of the parameters."""
         return next(self.parameters()).device
 
     def forward(self, image: Tensor) -> Tensor:
-        """Clean images one by one, since not every model takes a batch.
-
-        Args:
-            image: (B, 3, H, W), in [0, 1].
-
-        Returns:
-            Cleaned image, (B, 3, scale * H, scale * W).
-        """
+        """Clean (B, 3, H, W), in [0, 1], image by image, since not every model takes a batch."""
         return torch.cat([self._call(each[None]) for each in image])
 
 

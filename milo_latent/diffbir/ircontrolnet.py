@@ -12,18 +12,18 @@ __all__ = ["IRControlNet", "ModelMixin"]  # ModelMixin: diffusers looks for it b
 
 
 class IRControlNet(ControlNetModel):
-    """DiffBIR's ControlNet, told what the photo shows by the latents of the cleaned photo.
+    """DiffBIR's ControlNet, whose condition is the latents of the cleaned photo.
 
-    The official network convolves the noisy latents and the condition, concatenated. That convolution splits exactly
-    into `conv_in` for the noisy latents and a bias-free convolution for the condition, whose results are added: the
-    place where `ControlNetModel` adds its embedding of condition pixels.
+    The official network convolves the concatenation of noisy latents and condition. That convolution splits exactly
+    into `conv_in` for the noisy latents and a convolution without bias for the condition. Their sum is where
+    `ControlNetModel` adds its embedding of condition pixels.
 
-    Takes what `ControlNetModel` takes; `conditioning_channels` is the number of latent channels.
+    The arguments are those of `ControlNetModel`; `conditioning_channels` is the number of latent channels.
 
     Source: `ControlledUnetModel` and `ControlNet` in DiffBIR's diffbir/model/controlnet.py.
     """
 
-    # keeps the signature, which diffusers reads configurations by
+    # the signature must stay, since diffusers reads configurations by it
     @functools.wraps(ControlNetModel.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -18,19 +18,8 @@ from milo_latent.files import make_readable
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
-def pipeline_folder(name: str | Path, arguments: dict[str, Any]) -> Path:
-    """Return the folder of a saved pipeline, fetched first if need be.
-
-    Args:
-        name: a folder, or a hub id.
-        arguments: of `from_pretrained`; those that choose what is fetched are taken out.
-
-    Returns:
-        The folder.
-
-    Raises:
-        FileNotFoundError: if there is no such folder, nor such a repository on the hub or in its cache.
-    """
+def _folder_of(name: str | Path, arguments: dict[str, Any]) -> Path:
+    """Return the folder of a pipeline, fetched if need be; pops the arguments that choose what is fetched."""
     if Path(name).is_dir():
         return Path(name)
     choices = {key: arguments.pop(key) for key in HUB_ARGUMENTS if key in arguments}
@@ -44,7 +33,7 @@ def pipeline_folder(name: str | Path, arguments: dict[str, Any]) -> Path:
 
 
 class FolderMixin:
-    """Opens and saves a pipeline together with the embeddings of its default prompts, where it has no text encoder."""
+    """Opens and saves a pipeline together with the embeddings that it stores in place of a text encoder."""
 
     _prompt_cache: PromptCache | None
 
@@ -53,8 +42,8 @@ class FolderMixin:
         """Open a saved pipeline.
 
         Args:
-            pretrained_model_name_or_path: a folder, or a hub id, whose files are fetched first: diffusers would refuse
-                the hub's folders of classes that are not its own.
+            pretrained_model_name_or_path: a folder, or a hub id. All files are fetched from the hub first, since
+                diffusers refuses to load classes from there that are not its own.
             **kwargs: as of `DiffusionPipeline.from_pretrained`; `revision`, `cache_dir`, `token` and `local_files_only`
                 choose what is fetched.
 
@@ -64,7 +53,7 @@ class FolderMixin:
         Raises:
             FileNotFoundError: if there is no such folder, nor such a repository on the hub or in its cache.
         """
-        folder = pipeline_folder(pretrained_model_name_or_path, kwargs)
+        folder = _folder_of(pretrained_model_name_or_path, kwargs)
         pipeline: Self = super().from_pretrained(folder, **kwargs)  # type: ignore[misc]
         for name, component in pipeline.components.items():  # type: ignore[attr-defined]
             if isinstance(component, nn.Module) and name not in kwargs:
@@ -74,15 +63,7 @@ class FolderMixin:
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Self:
-        """Make a pipeline of the components of another, and of its stored prompts; see `DiffusionPipeline.from_pipe`.
-
-        Args:
-            pipeline: with the components.
-            **kwargs: components to take in place of its own.
-
-        Returns:
-            The pipeline.
-        """
+        """Make a pipeline of the components of another, as diffusers does, and of its stored prompts."""
         made: Self = super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
         if isinstance(pipeline, FolderMixin):
             made.prompt_cache.stored = pipeline.prompt_cache.stored
@@ -90,10 +71,10 @@ class FolderMixin:
 
     @property
     def prompt_cache(self) -> PromptCache:
-        """Embeddings of prompts; opened from a folder, in whatever way, it knows those that the folder holds."""
+        """Embeddings of prompts: those used last, and those that the pipeline's folder stores."""
         if self._prompt_cache is None:
             self._prompt_cache = PromptCache()
-            name = getattr(self, "name_or_path", None)  # written by diffusers once the pipeline is made
+            name = getattr(self, "name_or_path", None)  # diffusers sets it after the constructor
             if name and Path(name).is_dir():
                 self._prompt_cache.stored = read_prompt_embeds(name)
         return self._prompt_cache
@@ -126,21 +107,19 @@ class FolderMixin:
         make_readable(*(Path(save_directory) / name for name in self.components))  # type: ignore[attr-defined]
 
 
-def _keys(path: Path) -> list[str]:
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())
-
-
 def _is_among(name: str, keys: set[str]) -> bool:
-    """Tell whether a weight is in a file, whose names may have a prefix more or less."""
+    """Return whether a weight is among those of a file, whose names may have another prefix."""
     return name in keys or any(key.endswith(f".{name}") or name.endswith(f".{key}") for key in keys)
 
 
 def check_whole(module: nn.Module, folder: str | Path) -> None:
-    """Raise ValueError if weights of `module` were missing in `folder`, of which its library only warns."""
-    missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]  # left so by diffusers
-    if isinstance(module, PreTrainedModel):  # which are filled at random
-        keys = {key for path in Path(folder).glob("*.safetensors") for key in _keys(path)}
+    """Raise ValueError if weights of `module` were missing in `folder`; diffusers and transformers only warn."""
+    missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+    if isinstance(module, PreTrainedModel):  # transformers fills missing weights at random
+        keys: set[str] = set()
+        for path in Path(folder).glob("*.safetensors"):
+            with safe_open(path, framework="pt") as file:
+                keys.update(file.keys())
         missing += [name for name, _ in module.named_parameters() if keys and not _is_among(name, keys)]
     if missing:
         raise ValueError(f"Expected every weight in {folder}, missing: {', '.join(missing[:4])}.")

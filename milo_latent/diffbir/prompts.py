@@ -142,15 +142,7 @@ def listed(text: str | Sequence[str] | None) -> list[str]:
 
 
 def repeat_prompts(embeds: Tensor, num_images: int, num_images_per_prompt: int) -> Tensor:
-    """Give each image its prompt, and each of its results.
-
-    Args:
-        embeds: (1 or num_images, tokens, width).
-        num_images: the number of images.
-        num_images_per_prompt: the number of results for each.
-
-    Returns:
-        (num_images * num_images_per_prompt, tokens, width).
+    """Repeat embeddings, (1 or images, tokens, width), for each result, (images * results for each, tokens, width).
 
     Raises:
         ValueError: for another number of prompts.

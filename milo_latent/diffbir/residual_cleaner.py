@@ -9,13 +9,11 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+__all__ = ["ModelMixin", "ResidualCleaner"]  # ModelMixin: diffusers looks for it beside the class
+
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions around a ReLU, added to their input.
-
-    Args:
-        channels: of input and output.
-    """
+    """Two 3x3 convolutions around a ReLU, added to their input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -27,8 +25,15 @@ class ResidualBlock(nn.Module):
         return hidden + self.conv2(F.relu(self.conv1(hidden)))
 
 
+def _levels(channels: tuple[int, ...], blocks: tuple[int, ...]) -> nn.ModuleList:
+    return nn.ModuleList(
+        nn.Sequential(*(ResidualBlock(width) for _ in range(count)))
+        for width, count in zip(channels, blocks, strict=True)
+    )
+
+
 class ResidualCleaner(ModelMixin, ConfigMixin):
-    """Remove noise, blur and compression from an image, blindly: the degradation is not told.
+    """Remove noise, blur and compression from an image, without being told the degradation.
 
     A U-Net on 2x2 blocks of pixels predicts what to add to its input.
 
@@ -43,17 +48,11 @@ class ResidualCleaner(ModelMixin, ConfigMixin):
         if len(channels) != len(blocks):
             raise ValueError(f"Expected as many `channels` as `blocks`, got {len(channels)} and {len(blocks)}.")
         self.conv_in = nn.Conv2d(12, channels[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            nn.Sequential(*(ResidualBlock(width) for _ in range(count)))
-            for width, count in zip(channels, blocks, strict=True)
-        )
+        self.down_blocks = _levels(channels, blocks)
         pairs = list(itertools.pairwise(channels))
         self.downsamplers = nn.ModuleList(nn.Conv2d(fine, coarse, 2, stride=2) for fine, coarse in pairs)
         self.upsamplers = nn.ModuleList(nn.ConvTranspose2d(coarse, fine, 2, stride=2) for fine, coarse in pairs)
-        self.up_blocks = nn.ModuleList(
-            nn.Sequential(*(ResidualBlock(width) for _ in range(count)))
-            for width, count in zip(channels[:-1], blocks[:-1], strict=True)
-        )
+        self.up_blocks = _levels(channels[:-1], blocks[:-1])
         self.conv_out = nn.Conv2d(channels[0], 12, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -79,6 +78,3 @@ class ResidualCleaner(ModelMixin, ConfigMixin):
             hidden = self.up_blocks[level](skips[level] + self.upsamplers[level](hidden))
         cleaned = padded + F.pixel_shuffle(self.conv_out(hidden), 2)  # (B, 3, H, W)
         return cleaned[..., :height, :width]
-
-
-__all__ = ["ModelMixin", "ResidualBlock", "ResidualCleaner"]  # ModelMixin: diffusers looks for it beside the class

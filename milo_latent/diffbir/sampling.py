@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
 from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
-from torch.nn import functional as F
 
 from milo_latent.diffbir.rules import DEFAULT, Rules
 
@@ -112,39 +111,14 @@ def augment(condition: Tensor, scheduler: SchedulerMixin, timestep: int, generat
     return add_noise(condition, noise, scheduler, timestep)
 
 
-def start_latents(
-    noise: Tensor, condition: Tensor, scheduler: SchedulerMixin, start_point: str, rules: Rules = DEFAULT
-) -> Tensor:
-    """Return what sampling starts from, scaled as the scheduler wants it.
-
-    Args:
-        noise: unit normal, (B, C, h, w).
-        condition: latents of the cleaned image, of the same shape.
-        scheduler: after `set_timesteps`.
-        start_point: "noise", or "cond" for the noised condition: the same but for the little signal that the first
-            timestep has left. It steadies deterministic samplers of v1 and v2.
-        rules: name the timestep to which the condition is noised.
-
-    Returns:
-        Latents, (B, C, h, w), times the scheduler's `init_noise_sigma`.
-    """
-    if start_point == "cond":
-        timestep = rules.start_timestep(scheduler.timesteps, scheduler.config.num_train_timesteps)
-        noise = add_noise(condition, noise, scheduler, timestep)
-    return noise * scheduler.init_noise_sigma
-
-
 def guidance_scale_at(scale: float, timestep: float, *, total: int = 1000, rules: Rules = DEFAULT) -> float:
     """Return the scale of classifier-free guidance where it grows, from 1, while the noise decreases.
 
     Args:
-        scale: of the last steps; 1 or less stays as it is.
+        scale: `guidance_scale`; 1 or less stays as it is.
         timestep: of the step, `total - 1` down to 0.
         total: number of timesteps that the model was trained with.
-        rules: say by how much the scale grows.
-
-    Returns:
-        The step's scale.
+        rules: say by how much the scale grows until the last step.
 
     Source: `get_cfg_scale` in DiffBIR's diffbir/sampler/sampler.py.
     """
@@ -187,6 +161,7 @@ def controlled_output(
     conditioning_scale: float,
     scale: float,
     rescale: float,
+    tiles: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Run ControlNet and UNet once, on a batch of both prompts where there is a negative one.
 
@@ -201,10 +176,18 @@ def controlled_output(
         conditioning_scale: factor of the ControlNet's residuals.
         scale: of classifier-free guidance.
         rescale: as of `extrapolate`.
+        tiles: applies a function to tiles of the latents, as of `Rules.tiles`; None predicts from the whole.
 
     Returns:
         Model output, (B, C, h, w) float32.
     """
+    if tiles is not None:
+        step: dict[str, Any] = {
+            "timestep": timestep, "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds,
+            "conditioning_scale": conditioning_scale, "scale": scale, "rescale": rescale,
+        }  # fmt: skip
+        both = torch.cat([sample, condition.to(sample.dtype)], dim=1)
+        return tiles(lambda part: controlled_output(unet, controlnet, *part.tensor_split(2, dim=1), **step), both)
     dtype, embeds = unet.dtype, prompt_embeds
     sample, condition = sample.to(dtype), condition.to(dtype)
     if negative_prompt_embeds is not None:
@@ -215,51 +198,10 @@ def controlled_output(
     down_residuals, mid_residual = controlnet(
         sample, timestep, controlnet_cond=condition, conditioning_scale=conditioning_scale, **shared
     )
-    output = unet(
-        sample,
-        timestep,
-        down_block_additional_residuals=down_residuals,
-        mid_block_additional_residual=mid_residual,
-        **shared,
-    )[0].float()
+    residuals = {
+        "down_block_additional_residuals": down_residuals, "mid_block_additional_residual": mid_residual,
+    }  # fmt: skip
+    output = unet(sample, timestep, **residuals, **shared)[0].float()
     if negative_prompt_embeds is None:
         return output
     return extrapolate(*output.chunk(2), scale=scale, rescale=rescale)
-
-
-def predict(
-    unet: Any, controlnet: Any, condition: Tensor, sample: Tensor, *, tiles: Callable[..., Tensor] | None, **step: Any
-) -> Tensor:
-    """Run `controlled_output` on all latents, or on tiles whose outputs are blended.
-
-    Args:
-        unet: denoiser.
-        controlnet: IRControlNet.
-        condition: latents of the cleaned image, (B, C, h, w).
-        sample: as the scheduler scaled it, (B, C, h, w).
-        tiles: applies a function to tiles, as of `Rules.tiles`; None predicts from the whole.
-        **step: other arguments of `controlled_output`.
-
-    Returns:
-        Model output, (B, C, h, w) float32.
-    """
-
-    def run(both: Tensor) -> Tensor:
-        return controlled_output(unet, controlnet, *both.tensor_split(2, dim=1), **step)
-
-    if tiles is None:
-        return controlled_output(unet, controlnet, sample, condition, **step)
-    return tiles(run, torch.cat([sample, condition.to(sample.dtype)], dim=1))
-
-
-def show_image(image: Tensor, guides: Iterable[Any], *, size: tuple[int, int]) -> None:
-    """Show the cleaned image to those guides that ask for it by `accept_image`.
-
-    Args:
-        image: padded as it was encoded, (B, 3, H, W), in [0, 1].
-        guides: of the call.
-        size: height and width of what the latents stand for, which may have been padded further, in black.
-    """
-    for guide in guides:
-        if hasattr(guide, "accept_image"):
-            guide.accept_image(F.pad(image, (0, size[1] - image.shape[3], 0, size[0] - image.shape[2])))

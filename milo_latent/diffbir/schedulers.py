@@ -27,7 +27,7 @@ SMALLEST_LAMBDA = -5.1  # half log-SNR below which DPM-Solver cuts its continuou
 def official_scheduler(
     sampler: str, *, prediction_type: str = "v_prediction", rescale_betas_zero_snr: bool = True
 ) -> SchedulerMixin:
-    """Return the scheduler that gives what an official sampler gives.
+    """Return the scheduler whose results are those of an official sampler.
 
     Args:
         sampler: one of `OFFICIAL_SAMPLERS`.
@@ -40,8 +40,7 @@ def official_scheduler(
     Raises:
         ValueError: for an unknown sampler.
 
-    Source: diffbir/sampler/ of the official code. Where the steps do not divide 1000 the official `ddim` takes more
-    than it is asked for; this one does not.
+    Source: diffbir/sampler/ of the official code, whose `ddim` takes too many steps where they do not divide 1000.
     """
     check_choice("sampler", sampler, OFFICIAL_SAMPLERS)
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -60,8 +59,8 @@ def official_scheduler(
 class SpacedScheduler(DDPMScheduler):
     """DDPM at evenly spaced timesteps, as DiffBIR's spaced sampler places them.
 
-    They are those of "linspace" spacing, but for 278 numbers of steps (21, 23, 31, ...), whose stride the official
-    code sums up in floating point, and for one step, which starts at the last timestep.
+    These are the timesteps of "linspace" spacing but for 278 numbers of steps (21, 23, 31, ...), where the official
+    code sums up the stride in floating point, and for a single step, which starts at the last timestep.
 
     Source: `space_timesteps` in DiffBIR's diffbir/sampler/spaced_sampler.py.
     """
@@ -72,13 +71,7 @@ class SpacedScheduler(DDPMScheduler):
         device: str | torch.device | None = None,
         timesteps: list[int] | None = None,
     ) -> None:
-        """Choose the timesteps.
-
-        Args:
-            num_inference_steps: how many.
-            device: of `timesteps`.
-            timesteps: themselves, descending, instead of their number.
-        """
+        """Choose the timesteps by their number, or take descending `timesteps`."""
         if num_inference_steps is None or timesteps is not None:
             super().set_timesteps(num_inference_steps, device, timesteps)
             return
@@ -100,7 +93,7 @@ def spaced_timesteps(steps: int, total: int = 1000) -> list[int]:
 class SolverScheduler(EulerDiscreteScheduler):
     """Solvers of the diffusion ODE and SDE in k-diffusion's terms, on DiffBIR's noise levels.
 
-    Samples are clean latents plus sigma times noise, as of `EulerDiscreteScheduler`, whose other methods these are.
+    Samples are clean latents plus sigma times noise, as those of `EulerDiscreteScheduler`.
 
     Args:
         num_train_timesteps: of the model.
@@ -110,13 +103,12 @@ class SolverScheduler(EulerDiscreteScheduler):
         prediction_type: "epsilon", "v_prediction" or "sample".
         rescale_betas_zero_snr: whether the last timestep is pure noise.
         solver: "euler" and "dpm++_2m" are deterministic; "euler_a", "dpm++_2m_sde", "dpm++_3m_sde" draw noise.
-        grid: "trailing" timesteps from the last one, ending at sigma 0; or DPM-Solver's "continuous" times, between
-            timesteps, ending at the first timestep's sigma.
-        sigma_max: the first sigma; None takes the schedule's own, 10000 where that is infinite. The official code
-            always takes 10000, which drives epsilon models far out of range.
+        grid: "trailing" timesteps, which start at the last one and end at sigma 0, or the "continuous" times of
+            DPM-Solver between timesteps, which end at the first timestep's sigma.
+        sigma_max: the first sigma; None takes that of the schedule, 10000 where it is infinite. The official code
+            always takes 10000, which is far out of the range of epsilon models.
         eta: share of the noise that the SDE solvers draw; 0 makes them deterministic.
-        s_noise: factor of that noise.
-        timestep_spacing, clip_sample: of no effect here, for schedulers that are made from this configuration.
+        timestep_spacing, clip_sample: have no effect but on schedulers that are made from this configuration.
 
     Source: the equations of Karras et al. 2022 (EDM), algorithm 1, and Lu et al. 2022 (DPM-Solver++), as k-diffusion
     (Crowson) turns them into samplers; noise levels of DiffBIR's diffbir/sampler/edm_sampler.py and dpms_sampler.py.
@@ -135,7 +127,6 @@ class SolverScheduler(EulerDiscreteScheduler):
         grid: Grid = "trailing",
         sigma_max: float | None = None,
         eta: float = 1.0,
-        s_noise: float = 1.0,
         timestep_spacing: str = "trailing",
         clip_sample: bool = False,
     ) -> None:
@@ -159,10 +150,6 @@ class SolverScheduler(EulerDiscreteScheduler):
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Choose timesteps and noise levels.
 
-        Args:
-            num_inference_steps: the number of steps.
-            device: of `timesteps`.
-
         Raises:
             ValueError: for fewer than 1 or more than all steps.
         """
@@ -170,7 +157,7 @@ class SolverScheduler(EulerDiscreteScheduler):
             raise ValueError(f"Expected 1 to {self.config.num_train_timesteps} steps, got {num_inference_steps}.")
         timesteps, sigmas = getattr(self, f"_{self.config.grid}")(num_inference_steps)
         self.num_inference_steps = num_inference_steps
-        self.sigmas = torch.from_numpy(sigmas).float()  # stays on the CPU, so that reading one waits for nothing
+        self.sigmas = torch.from_numpy(sigmas).float()  # on the CPU, where reading one needs no wait
         self.timesteps = torch.from_numpy(timesteps).float().to(device)
         self._step_index: int | None = None
         self._begin_index: int | None = None
@@ -186,7 +173,7 @@ class SolverScheduler(EulerDiscreteScheduler):
         return timesteps.astype(float), np.append(sigmas, 0.0)
 
     def _continuous(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """Times from 1 to 1/N, whose log alpha is interpolated between timesteps; too noisy ones are cut off first."""
+        """Interpolate log alpha at times from 1 to 1/N, after the noisiest timesteps are cut off."""
         with np.errstate(divide="ignore"):
             log_alphas = np.log(self._alphas_cumprod64) / 2
             lambdas = log_alphas - np.log(1.0 - self._alphas_cumprod64) / 2
@@ -209,11 +196,11 @@ class SolverScheduler(EulerDiscreteScheduler):
         """Take one step towards clean latents.
 
         Args:
-            model_output: of the model, for the sample as `scale_model_input` scaled it, (B, C, h, w).
+            model_output: for the sample as `scale_model_input` scaled it, (B, C, h, w).
             timestep: of `timesteps`, in their order.
             sample: (B, C, h, w).
             generator: of the noise that an SDE solver draws.
-            variance_noise: that noise itself, unit normal, of the sample's shape.
+            variance_noise: unit normal noise, of the sample's shape, instead of drawn noise.
             return_dict: whether to return a dataclass or a tuple.
 
         Returns:
@@ -233,8 +220,8 @@ class SolverScheduler(EulerDiscreteScheduler):
                 if variance_noise is None:
                     shape, device = model_output.shape, model_output.device
                     variance_noise = randn_tensor(shape, generator=generator, device=device, dtype=model_output.dtype)
-                following = following + variance_noise * (spread * self.config.s_noise)
-            if index == last:  # ends with noise left: as a variance-preserving solver returns it
+                following = following + variance_noise * spread
+            if index == last:  # noise is left: as a variance-preserving solver returns it
                 following = following / math.sqrt(1.0 + sigma_next**2)
         self._history = [denoised, *self._history][:2]
         self._step_index = index + 1
@@ -251,10 +238,10 @@ class SolverScheduler(EulerDiscreteScheduler):
         return output if kind == "sample" else sample / scale - output * (sigma / math.sqrt(scale))
 
     def _solve(self, sample: Tensor, denoised: Tensor, index: int) -> tuple[Tensor, float]:
-        """Return the next sample without its noise, and the standard deviation of that noise."""
+        """Return the next sample without the noise to draw, and the standard deviation of that noise."""
         solver, sigma, sigma_next = self.config.solver, float(self.sigmas[index]), float(self.sigmas[index + 1])
         if solver in ("euler", "euler_a"):
-            # ancestral: noise of variance up is added, and as much more taken away before (DDPM's posterior)
+            # ancestral: noise of deviation `up` is added, and as much more is removed before (DDPM's posterior)
             up = 0.0 if solver == "euler" else self._ancestral(sigma, sigma_next)
             down = math.sqrt(sigma_next**2 - up**2)
             return sample + (sample - denoised) / sigma * (down - sigma), up

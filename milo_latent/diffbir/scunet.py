@@ -22,11 +22,7 @@ MULTIPLE = 64  # of the sides: three halvings, then windows
 
 
 class WindowAttention(nn.Module):
-    """Multi-head attention in windows with a learned bias for each relative position.
-
-    Args:
-        channels: of input and output, a multiple of `HEAD_CHANNELS`.
-    """
+    """Multi-head attention in windows with a learned bias for each relative position."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -44,12 +40,7 @@ class WindowAttention(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Attention, then feed-forward, each after a norm and added to its input.
-
-    Args:
-        channels: of input and output.
-        shift: of the windows.
-    """
+    """Attention in windows shifted by `shift`, then feed-forward, each after a norm and added to its input."""
 
     def __init__(self, channels: int, shift: int) -> None:
         super().__init__()
@@ -66,12 +57,7 @@ class SwinBlock(nn.Module):
 
 
 class SwinConvBlock(nn.Module):
-    """Half of the channels through convolutions, half through attention, mixed and added to the input (figure 2).
-
-    Args:
-        channels: of input and output.
-        shift: of the windows.
-    """
+    """Half of the channels through convolutions, half through attention, mixed and added to the input (figure 2)."""
 
     def __init__(self, channels: int, shift: int) -> None:
         super().__init__()

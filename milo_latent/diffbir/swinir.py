@@ -27,13 +27,7 @@ SLOPE = 0.2
 
 
 class WindowAttention(nn.Module):
-    """Multi-head attention in windows with a learned bias for each relative position (eq. 6).
-
-    Args:
-        channels: of input and output.
-        heads: of attention.
-        window: side of a window.
-    """
+    """Multi-head attention in windows with a learned bias for each relative position (eq. 6)."""
 
     def __init__(self, channels: int, heads: int, window: int) -> None:
         super().__init__()
@@ -53,12 +47,7 @@ class WindowAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers around a GELU, at each token.
-
-    Args:
-        channels: of input and output.
-        hidden_channels: between the two.
-    """
+    """Two linear layers around a GELU, at each token."""
 
     def __init__(self, channels: int, hidden_channels: int) -> None:
         super().__init__()
@@ -71,15 +60,7 @@ class FeedForward(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Attention, then feed-forward, each after a norm and added to its input (STL, eq. 7).
-
-    Args:
-        channels: of input and output.
-        heads: of attention.
-        window: side of a window.
-        shift: of the windows.
-        mlp_ratio: width of the feed-forward over `channels`.
-    """
+    """Attention in windows shifted by `shift`, then feed-forward, each after a norm and added to its input (eq. 7)."""
 
     def __init__(self, channels: int, heads: int, window: int, shift: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -96,15 +77,7 @@ class SwinBlock(nn.Module):
 
 
 class ResidualGroup(nn.Module):
-    """Blocks, every other one shifted by half a window, then a convolution, added to their input (RSTB, eq. 5).
-
-    Args:
-        channels: of input and output.
-        depth: number of blocks.
-        heads: of attention.
-        window: side of a window.
-        mlp_ratio: width of the feed-forward over `channels`.
-    """
+    """Blocks, every other one shifted by half a window, then a convolution, added to their input (RSTB, eq. 5)."""
 
     def __init__(self, channels: int, depth: int, heads: int, window: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -199,7 +172,7 @@ class SwinIR(Cleaner):
         deep = _convolve(self.conv_after_body, self._body(shallow.permute(0, 2, 3, 1)))
         hidden = self.conv_before_upsample(shallow + deep.permute(0, 3, 1, 2))
         for index in range(1, self.doublings + 1):
-            hidden = F.interpolate(hidden, scale_factor=2.0, mode="nearest")  # one name: the smaller one goes
+            hidden = F.interpolate(hidden, scale_factor=2.0, mode="nearest")  # one name frees the smaller
             hidden = F.leaky_relu(self.get_submodule(f"conv_up{index}")(hidden), SLOPE, inplace=True)
         hidden = F.leaky_relu(self.conv_hr(hidden), SLOPE, inplace=True)
         cleaned = self.conv_last(hidden) + mean
@@ -214,5 +187,5 @@ class SwinIR(Cleaner):
 
 
 def _convolve(convolution: nn.Module, hidden: Tensor) -> Tensor:
-    """Convolve a picture whose channels come last, (B, h, w, C)."""
+    """Convolve an image whose channels come last, (B, h, w, C)."""
     return convolution(hidden.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -1,4 +1,4 @@
-"""What the official DiffBIR program takes for each version and task: checkpoints, noise schedule, defaults."""
+"""What the official DiffBIR program takes for each version and task: checkpoints, noise schedule, settings."""
 
 from __future__ import annotations
 
@@ -29,12 +29,7 @@ UPSCALE: Mapping[TaskName, float] = MappingProxyType({"sr": 4.0, "denoise": 1.0,
 
 @dataclass(frozen=True)
 class OfficialFile:
-    """A checkpoint of the official program.
-
-    Args:
-        url: its public address.
-        cleaner: the architecture, for a cleaner's checkpoint.
-    """
+    """A checkpoint of the official program: its public address and, for a cleaner, the architecture."""
 
     url: str
     cleaner: CleanerKind | None = None
@@ -71,8 +66,8 @@ class Checkpoints:
 
     Args:
         controlnet: stage 2.
-        cleaner: stage 1; of the faces, for unaligned faces.
-        background: stage 1 of what is around the faces, for unaligned faces.
+        cleaner: stage 1; for unaligned faces, that of the faces.
+        background: stage 1 of what is around unaligned faces.
     """
 
     controlnet: str
@@ -99,11 +94,8 @@ class Sampling:
         strength: factor of the ControlNet's residuals.
         start_point_type: "noise", or "cond": the condition latents, noised to the last timestep.
         noise_aug: timestep to which the condition latents are noised; 0 leaves them alone.
-        prompt: positive prompt; a captioner's text goes before it.
+        prompt: positive prompt; the official captioner would put its text before it.
         negative_prompt: negative prompt.
-        captioner: what describes the image; there is none here, so the prompt stands alone.
-        seed: of the noise.
-        precision: of the networks.
     """
 
     sampler: str = "edm_dpm++_3m_sde"
@@ -115,22 +107,10 @@ class Sampling:
     noise_aug: int = 0
     prompt: str = PROMPT
     negative_prompt: str = NEGATIVE_PROMPT
-    captioner: Literal["none", "llava", "ram"] = "llava"
-    seed: int = 231
-    precision: Literal["fp32", "fp16", "bf16"] = "fp16"
 
 
 COMMAND_LINE = Sampling()  # the official command line's defaults, the same for every version and task
-_SPACED = replace(
-    COMMAND_LINE,
-    sampler="spaced",
-    steps=50,
-    cfg_scale=4.0,
-    prompt="",
-    negative_prompt=NEGATIVE_PROMPT_V2,
-    captioner="none",
-    precision="fp32",
-)
+_SPACED = Sampling(sampler="spaced", steps=50, cfg_scale=4.0, prompt="", negative_prompt=NEGATIVE_PROMPT_V2)
 
 
 @dataclass(frozen=True)
@@ -153,20 +133,6 @@ class Version:
     sd: str
     tasks: Mapping[TaskName, Checkpoints]
     recommended: Sampling
-
-    @property
-    def scheduler_config(self) -> dict[str, Any]:
-        """Arguments of diffusers' `DDPMScheduler` that make it the official spaced sampler."""
-        return {
-            "num_train_timesteps": 1000,
-            "beta_start": 0.00085,
-            "beta_end": 0.012,
-            "beta_schedule": "scaled_linear",
-            "timestep_spacing": "linspace",
-            "clip_sample": False,
-            "prediction_type": self.prediction_type,
-            "rescale_betas_zero_snr": self.zero_snr,
-        }
 
     def checkpoints(self, task: TaskName) -> Checkpoints:
         """Return the checkpoints for a task.

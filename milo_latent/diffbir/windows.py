@@ -1,6 +1,6 @@
 """Attention inside square windows, plain and shifted, as SwinIR and SCUNet share it; pure functions.
 
-N = window * window tokens a window, (r, c) windows in a picture.
+N = window * window tokens a window, (r, c) windows in an image.
 
 Source: Liu et al., "Swin Transformer", arXiv 2103.14030, section 3.2, eq. 4.
 """
@@ -13,15 +13,9 @@ from torch.nn import functional as F
 
 
 def split_windows(hidden: Tensor, window: int, shift: int = 0) -> Tensor:
-    """Cut a picture into windows.
+    """Cut (B, H, W, C), H and W multiples of `window`, into windows, (B, r, c, N, C).
 
-    Args:
-        hidden: (B, H, W, C); H and W are multiples of `window`.
-        window: side of a window.
-        shift: the windows start this far down and right; those that leave the picture go on at its other side.
-
-    Returns:
-        Windows, (B, r, c, N, C).
+    The windows start `shift` cells down and to the right; those that leave the image continue at its other side.
     """
     batch, height, width, channels = hidden.shape
     if shift:
@@ -39,14 +33,11 @@ def join_windows(windows: Tensor, window: int, shift: int = 0) -> Tensor:
 
 
 def position_bias(table: Tensor, window: int) -> Tensor:
-    """Look up what the places of two tokens add to their attention.
+    """Look up what the positions of two tokens, query and key, add to their attention, (heads, N, N).
 
     Args:
         table: (heads, 2 * window - 1, 2 * window - 1), by difference down and across, both plus window - 1.
         window: side of a window.
-
-    Returns:
-        Bias, (heads, N, N): query, key.
     """
     place = torch.arange(window, device=table.device)
     difference = place[:, None] - place[None, :] + window - 1  # (window, window): query, key
@@ -55,9 +46,9 @@ def position_bias(table: Tensor, window: int) -> Tensor:
 
 
 def seam_masks(window: int, shift: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return which tokens may see each other in windows that span the lower and the right seam, (N, N) bool each.
+    """Return which tokens may attend to each other in windows across the lower and the right seam, (N, N) bool each.
 
-    A shifted window at the border joins pixels of opposite sides of the picture; these must not see each other.
+    A shifted window at the border joins pixels of opposite sides of the image, which must not attend to each other.
     """
     side = torch.arange(window, device=device) >= window - shift
     same = side[:, None] == side[None, :]  # (window, window): query, key
@@ -68,18 +59,15 @@ def seam_masks(window: int, shift: int, device: torch.device) -> tuple[Tensor, T
 
 
 def window_attention(qkv: Tensor, bias: Tensor, shift: int = 0) -> Tensor:
-    """Attend inside each window.
+    """Attend inside each window, from (B, r, c, N, 3 C) to (B, r, c, N, C).
 
-    Only windows in the last row and column span a seam, so there are four kinds of windows, each attended in one go
-    with one bias: memory does not grow by a mask for each window.
+    Only windows in the last row and column span a seam, so there are four kinds of windows, each of which is attended
+    at once with one bias: memory does not grow by a mask for each window.
 
     Args:
-        qkv: queries, keys and values, each all heads one after the other, (B, r, c, N, 3 C).
+        qkv: queries, keys and values, each of all heads in turn.
         bias: (heads, N, N).
-        shift: that the windows were cut with.
-
-    Returns:
-        Attended values, (B, r, c, N, C).
+        shift: of the windows.
     """
     if not shift:
         return _attend(qkv, bias)
