@@ -23,7 +23,7 @@ A MILO metric of milo_latent: it takes `ref` and `dist`, and gives the visible d
 | --- | --- |
 | input | {space}, (B, {channels}, H, W), sides of at least {smallest} |
 | `metric(dist=..., ref=...)` | error E, (B,): 0 = identical, unbounded above; lower is better |
-| `metric.compare(...).mos` | 5 * (1 - S(E)), (B,), in (0, 5); higher is better |
+| `metric.compare(...).mos` | 5 * (1 - S(E)), (B,), 0 to 5; higher is better |
 | `metric.compare(...).error_map` | (B, 1, H, W): 0 = identical, towards 1 = worst |
 | levels | {levels} |
 | parameters | {parameters:,} |

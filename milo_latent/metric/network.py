@@ -24,7 +24,7 @@ class MILOOutput:
 
     Args:
         error: E, the mean of the visible error over pixels, (B,): 0 = identical, unbounded above, lower is better.
-        mos: predicted mean opinion score, (B,), in (0, 5), higher is better: 5 * (1 - S(E)).
+        mos: predicted mean opinion score, (B,), 0 to 5, higher is better: 5 * (1 - S(E)).
         mask: visibility mask M, (B, 1, H, W), in (0, levels).
         error_map: V, (B, 1, H, W): 0 = identical, towards 1 = worst.
     """
