@@ -44,7 +44,7 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_record(folder: Path, settings: dict[str, Any], *, done: int) -> None:
-    """Write the settings of a run and, for each start, the steps done, its command, the packages' versions and commit."""
+    """Write the settings of a run and, for each start, its command, the versions of packages and the commit."""
     path = folder / RECORD_FILE
     before = json.loads(path.read_text(encoding="utf-8")) if done else {"starts": []}
     start = {"step": done} | {name: settings[name] for name in FREE}
