@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from milo_latent.pictures import from_8bit, picture_to_array, to_8bit
+from milo_latent.pictures import from_8bit, picture_to_tensor, to_8bit
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 LATENT_SUFFIXES = frozenset({".npy", ".safetensors"})
@@ -51,7 +51,7 @@ def read_photo(path: str | Path) -> tuple[Tensor, Tensor | None]:
     """
     picture = _open(path)
     try:
-        image = torch.from_numpy(picture_to_array(picture)).permute(2, 0, 1)[None].contiguous()  # (1, 3, H, W)
+        image = picture_to_tensor(picture)[None]  # (1, 3, H, W)
     except TypeError as error:
         raise ValueError(f"{error} It is {path}.") from error
     alpha = from_8bit(np.asarray(picture.convert("RGBA"))[..., 3:]) if picture.has_transparency_data else None

@@ -12,8 +12,8 @@ from PIL import Image, ImageChops, ImageCms
 from torch import Tensor
 from torch.nn import functional as F
 
-LUMA = (0.299, 0.587, 0.114)  # of R, G and B in the luma of ITU-R BT.601, as Pillow converts to grey
-GREY_MODES = ("1", "L", "LA")
+LUMA = (0.299, 0.587, 0.114)  # of R, G and B in the luma of ITU-R BT.601, as Pillow converts to gray
+GRAY_MODES = ("1", "L", "LA")
 
 
 def to_8bit(image: Tensor) -> np.ndarray:
@@ -100,8 +100,8 @@ def jpeg_round_trip(image: Tensor, quality: int) -> Tensor:
     return codec_round_trip(image, format="JPEG", quality=quality)
 
 
-def picture_to_array(picture: Image.Image) -> np.ndarray:
-    """Convert a picture of any mode to sRGB, (H, W, 3) float32, in [0, 1]; 16-bit grey keeps its precision.
+def picture_to_tensor(picture: Image.Image) -> Tensor:
+    """Convert a picture of any mode to sRGB, (3, H, W) float32, in [0, 1]; 16-bit gray keeps its precision.
 
     An embedded color profile is applied, as viewers do, since written files hold none. The profile of a 16-bit picture
     is ignored with a warning.
@@ -112,11 +112,11 @@ def picture_to_array(picture: Image.Image) -> np.ndarray:
     if picture.mode.startswith("I;16") or picture.mode == "I":
         if picture.info.get("icc_profile"):
             warnings.warn("The color profile of this 16-bit picture is ignored.", stacklevel=2)
-        grey = np.asarray(picture).astype(np.float32) / 65535.0
-        return np.repeat(grey[..., None], 3, axis=2).clip(0.0, 1.0)
+        gray = torch.from_numpy(np.asarray(picture).astype(np.float32) / 65535.0)
+        return gray.clamp(0, 1).repeat(3, 1, 1)
     if picture.mode == "F":
         raise TypeError("Expected a picture of 8 or 16 bit, got 32-bit floating point. Save it as 16-bit PNG.")
-    return np.asarray(_in_srgb(picture).convert("RGB")).astype(np.float32) / 255.0
+    return from_8bit(np.asarray(_in_srgb(picture).convert("RGB")))
 
 
 def _in_srgb(picture: Image.Image) -> Image.Image:
@@ -126,15 +126,15 @@ def _in_srgb(picture: Image.Image) -> Image.Image:
         return picture
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        grey = picture.mode in GREY_MODES
+        gray = picture.mode in GRAY_MODES
         if picture.mode != "CMYK":
-            picture = picture.convert("L" if grey and source.profile.xcolor_space.strip() == "GRAY" else "RGB")
+            picture = picture.convert("L" if gray and source.profile.xcolor_space.strip() == "GRAY" else "RGB")
         converted = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, ImportError, OSError, ValueError) as error:
         warnings.warn(f"This picture's color profile is ignored, since it cannot be applied: {error}", stacklevel=2)
         return picture
     assert converted is not None  # not in place
-    if grey:
+    if gray:
         return converted.convert("L")  # the three channels may differ by a rounding
     if picture.mode == "RGB" and np.max(ImageChops.difference(picture, converted).getextrema()) <= 1:
         return picture  # the profile is that of sRGB, whatever its name; this avoids rounding twice

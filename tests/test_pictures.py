@@ -13,7 +13,7 @@ from milo_latent.pictures import (
     from_8bit,
     gaussian_blur,
     jpeg_round_trip,
-    picture_to_array,
+    picture_to_tensor,
     round_to_8bit,
     to_8bit,
 )
@@ -72,7 +72,7 @@ def test_a_wide_profile_is_applied(tmp_path, rgb):
     plain = rgb / 255.0
     assert np.abs(read - plain).max() > 20 / 255  # the profile makes the colors more saturated than sRGB would
     with Image.open(tmp_path / "wide.png") as picture:
-        assert np.array_equal(picture_to_array(picture), read)
+        assert np.array_equal(picture_to_tensor(picture).permute(1, 2, 0), read)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "L", "LA"])

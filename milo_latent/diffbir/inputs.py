@@ -11,7 +11,7 @@ import torch
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from torch import Tensor
 
-from milo_latent.pictures import picture_to_array, to_8bit
+from milo_latent.pictures import picture_to_tensor, to_8bit
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 ROUNDING = 0.01  # by which resampled images may leave [0, 1]
@@ -37,7 +37,7 @@ def images_to_tensor(image: PipelineImageInput | None) -> Tensor:
         sizes = {entry.size for entry in image}
         if len(sizes) > 1:
             raise ValueError(f"Expected images of one size in a batch, got {sorted(sizes)}. Restore them one by one.")
-        image = np.stack([picture_to_array(entry) for entry in image])
+        image = torch.stack([picture_to_tensor(entry) for entry in image])
     if len(image) == 0 or (isinstance(image, np.ndarray | Tensor) and 0 in image.shape):
         raise ValueError("Expected images of at least one pixel, got none.")
     tensor = VaeImageProcessor(do_resize=False, do_normalize=False).preprocess(image).float()

@@ -14,7 +14,7 @@ from milo_latent.checks import ValueWatch, check_batch, check_finite
 from milo_latent.files import read_image
 from milo_latent.latents.codec import VAE, encode_image
 from milo_latent.metric.network import MILO
-from milo_latent.pictures import picture_to_array
+from milo_latent.pictures import picture_to_tensor
 
 
 def encode_reference(
@@ -40,7 +40,7 @@ def encode_reference(
     if isinstance(image, str | Path):
         image = read_image(image)
     if isinstance(image, PIL.Image.Image):
-        image = torch.from_numpy(picture_to_array(image)).permute(2, 0, 1)[None]  # (1, 3, H, W)
+        image = picture_to_tensor(image)[None]  # (1, 3, H, W)
     if not isinstance(image, Tensor):
         raise TypeError(
             f"Expected `image` as a PIL image, a path or a tensor, (B, 3, H, W) in [0, 1], got {type(image).__name__}."

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from milo_latent.guidance.curriculum import LEVELS
 from milo_latent.metric.network import pixel_mean, visible_error
 from milo_latent.metric.visualize import color_error_map, color_ramp
+from milo_latent.pictures import to_8bit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -162,9 +163,8 @@ class GuidanceTrace:
         height, width = step.mask.shape[2:]
         size = (round(height * side / max(height, width)), round(width * side / max(height, width)))
         painted = color_error_map(step.mask[sample : sample + 1], size=size, largest=self._largest(sample), bar=False)
-        pixels = (painted[0].permute(1, 2, 0) * 255).round().byte().numpy()  # (h, w, 3)
         frame = Image.new("RGB", (size[1], size[0] + 16), "black")
-        frame.paste(Image.fromarray(pixels))
+        frame.paste(Image.fromarray(to_8bit(painted[0])))
         draw = ImageDraw.Draw(frame)
         draw.text((4, size[0] + 2), f"step {step.step}  t {step.timestep:g}  s {step.scale:.2f}", fill="white")
         return frame
