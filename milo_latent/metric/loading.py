@@ -89,7 +89,7 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
             raise ValueError("Expected no `output_loading_info`: incomplete weights are refused anyway. Leave it out.")
         kwargs.pop(
             "low_cpu_mem_usage", None
-        )  # changes nothing for 44k values, and diffusers refuses False with float32
+        )  # diffusers refuses False beside the fixed float32
         folder = source / (kwargs.get("subfolder") or "")
         if folder == source and not (folder / "config.json").is_file() and (source / "metric").is_dir():
             source = folder = source / "metric"
