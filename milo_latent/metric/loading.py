@@ -87,9 +87,7 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
             return cls.from_official(source)
         if kwargs.pop("output_loading_info", False):
             raise ValueError("Expected no `output_loading_info`: incomplete weights are refused anyway. Leave it out.")
-        kwargs.pop(
-            "low_cpu_mem_usage", None
-        )  # diffusers refuses False beside the fixed float32
+        kwargs.pop("low_cpu_mem_usage", None)  # diffusers refuses False beside the fixed float32
         folder = source / (kwargs.get("subfolder") or "")
         if folder == source and not (folder / "config.json").is_file() and (source / "metric").is_dir():
             source = folder = source / "metric"
