@@ -1,4 +1,4 @@
-"""Guidance as a diffusers callback: every step, exactly, without decoding, and gone afterwards."""
+"""Guidance through `callback_on_step_end` and `attach`: in every step, exactly, without decoding, gone afterwards."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The curriculum: from less visible to more visible, mean 1 throughout."""
+"""The curriculum moves the weight from less visible to more visible regions, with mean 1 throughout."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_constant_weighs_all_regions_alike():
     assert torch.allclose(weight, torch.ones_like(weight))
 
 
-def test_alpha_is_what_the_paper_says():
+def test_alpha_of_the_named_schedules():
     assert curriculum_alpha(0.25, schedule="linear") == 0.25
     assert curriculum_alpha(0.25, schedule="cosine") == pytest.approx(0.1464466)
     assert [curriculum_alpha(each, schedule="cosine") for each in (0.0, 1.0)] == [0.0, 1.0]
@@ -52,7 +52,7 @@ def test_a_function_of_progress_is_a_schedule():
 @pytest.mark.parametrize(("visible", "progress"), [(LEVELS, 0.0), (0.0, 1.0)])
 def test_a_mask_that_leaves_nothing_to_prefer_weighs_all_alike(visible, progress):
     mask = torch.full((2, 1, 4, 4), float(visible))
-    mask[1, ..., 0] = 2.0  # an item of a batch beside it keeps its own weights
+    mask[1, ..., 0] = 2.0  # the other item of the batch keeps its own weights
     weight = curriculum_weight(mask, progress)
     assert torch.equal(weight[0], torch.ones(1, 4, 4))
     assert weight[1, 0, 0].tolist() == pytest.approx([4.0, 0.0, 0.0, 0.0])

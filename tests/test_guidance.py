@@ -38,7 +38,7 @@ class Seen(Guide):
 
 
 def sample_with(pipe, *, steps=4, dtype=torch.float32, batch=1):
-    """Run a loop whose model says that all it sees is noise."""
+    """Run a loop whose model predicts that its whole input is noise."""
     pipe.scheduler.set_timesteps(steps)
     sample = START.repeat(batch, 1, 1, 1).to(dtype)
     for timestep in pipe.scheduler.timesteps:
@@ -64,7 +64,7 @@ def test_inference_mode_changes_nothing(metric, mode):
     expected = guided_sample(metric, 0.3, mode=mode)
     with torch.inference_mode():
         assert torch.equal(guided_sample(metric, 0.3, mode=mode), expected)
-    assert torch.equal(guided_sample(metric, 0.3, mode=mode), expected)  # and leaves nothing behind
+    assert torch.equal(guided_sample(metric, 0.3, mode=mode), expected)  # also afterwards
 
 
 @pytest.mark.parametrize("mode", ["mask", "metric"])
@@ -183,7 +183,7 @@ def test_a_loop_that_sets_timesteps_once_is_two_runs(metric):
     assert torch.equal(*results)
 
 
-def test_replacing_the_scheduler_inside_the_block_is_told(metric):
+def test_replacing_the_scheduler_inside_the_block_gives_a_warning(metric):
     pipe = pipeline_with()
     with (
         pytest.warns(UserWarning, match="scheduler was replaced"),
@@ -193,7 +193,7 @@ def test_replacing_the_scheduler_inside_the_block_is_told(metric):
 
 
 @pytest.mark.parametrize("option", ["clip_sample", "thresholding"])
-def test_a_scheduler_that_clips_after_guidance_is_told_of_with_the_way_out(metric, option):
+def test_a_scheduler_that_clips_after_guidance_gives_a_warning_with_the_way_out(metric, option):
     guide = MILOGuidance(metric, reference_latents=REFERENCE)
     pipe = pipeline_with(DDIMScheduler(**OPTIONS | {option: True}))
     with pytest.warns(UserWarning, match=rf"DDIMScheduler has {option} on.*{option}=False"), guide.attach(pipe):
@@ -364,7 +364,7 @@ def test_the_trace_tells_what_happened_and_changes_nothing(metric):
         assert step.mask.shape == (2, 1, 16, 16)
         assert ((step.mask > 0) & (step.mask < 1)).all()
         assert torch.allclose(step.weight, torch.full((2,), step.scale), atol=1e-6)
-        assert torch.allclose(step.change, torch.full((2,), step.scale), atol=1e-5)  # equal weights: s of the way
+        assert torch.allclose(step.change, torch.full((2,), step.scale), atol=1e-5)  # s of the way, under equal weights
 
 
 def test_the_trace_is_of_the_latest_run(metric):

@@ -1,4 +1,4 @@
-"""DiffBIR's restoration guidance: the official gradients and runs on request, and by default any size and scheduler."""
+"""DiffBIR's restoration guidance: the official gradients and runs, and by default any size and scheduler."""
 
 from types import SimpleNamespace
 

@@ -1,7 +1,7 @@
-"""Every scheduler and prediction type, guided: the result is that of a model which predicts the guided estimate itself.
+"""Guided sampling equals a model that predicts the guided estimate itself, for every scheduler and prediction type.
 
-The models here know nothing of the code under test: they tell the noise level from what a pipeline would see, the
-scheduler's scaled input, its `alphas_cumprod` at the timestep, or its `sigmas` by count of steps.
+The models here are independent of the code under test: they find the noise level from what a pipeline would see, which
+is the scheduler's scaled input, its `alphas_cumprod` at the timestep, or its `sigmas` by count of steps.
 """
 
 import functools
@@ -27,7 +27,7 @@ NO_SAMPLE = {  # diffusers raises for these
     "EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
     "DPMSolverSDEScheduler", "PNDMScheduler",
 }  # fmt: skip
-# these end on the clean estimate of their last step; the others keep some noise, or mix in the steps before
+# the others end on the clean estimate of their last step; these keep some noise, or mix in earlier steps
 KEEP_NOISE = ("DEISMultistepScheduler", "PNDMScheduler", "SASolverScheduler", "TCDScheduler")
 ENDS_AT_REFERENCE = [name for name in KNOWN_SCHEDULERS if name not in KEEP_NOISE]
 ZERO_SNR = (
@@ -98,13 +98,11 @@ def sigma_cases():
 
 
 class Denoiser:
-    """A model whose clean estimate is a known function of its input; it says so in the scheduler's prediction type."""
+    """A model whose clean estimate is a known function of its input; its output has the scheduler's prediction type."""
 
     def __init__(self, scheduler, estimate, dtype=torch.float32):
         self.scheduler, self.estimate, self.dtype, self.calls = scheduler, estimate, dtype, 0
-        if (
-            family_of(type(scheduler).__name__) == "sigma"
-        ):  # the same numbers, or 1 + sigma^2 in float32 hides the small
+        if family_of(type(scheduler).__name__) == "sigma":  # 1 + sigma^2 in float32 would hide small sigmas
             for name in {"sigmas", "sigmas_interpol"} & set(vars(scheduler)):
                 setattr(scheduler, name, getattr(scheduler, name).double())
 
@@ -151,7 +149,7 @@ class Denoiser:
 
 
 def denoise(scheduler, estimate, *, steps=6, guide=None, shape=SHAPE, dtype=torch.float32):
-    """Run the loop that every pipeline runs; return its result and the clean estimates that the scheduler told."""
+    """Run the loop of every pipeline; return its result and the clean estimates that the scheduler returns."""
     scheduler.set_timesteps(steps)
     draw = generator(0)
     sample = torch.randn(shape, generator=draw) * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -197,9 +195,8 @@ def test_guided_sampling_equals_a_model_that_predicts_the_guided_estimate(name, 
     assert (guided - unguided).abs().mean() > 0.05
     for ours, theirs in zip(told, expected_told, strict=True):
         if ours is not None:
-            assert (
-                ours - theirs
-            ).abs().max() / theirs.abs().max() < 2e-4  # large sigmas: float32 of sample - sigma * eps
+            # at large sigmas, sample - sigma * eps in float32
+            assert (ours - theirs).abs().max() / theirs.abs().max() < 2e-4
 
 
 @pytest.mark.parametrize(("name", "kind", "options"), [case for case in cases() if case.values[2] == {}])
@@ -234,7 +231,7 @@ def test_an_epsilon_model_at_zero_terminal_snr_is_refused(name):
 
 
 def change_of_result(name, *, inside):
-    """Return how far a pull in the fifth call of step, inside or after it, moves the end; model outputs are fixed."""
+    """Return how far a pull inside or after the fifth call of `step` moves the result of fixed model outputs."""
     ends = []
     for scale in (0.0, 0.4):
         scheduler, draw = make(name, "epsilon"), generator(3)
@@ -255,7 +252,7 @@ def change_of_result(name, *, inside):
 @pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "UniPCMultistepScheduler", "DDIMScheduler"])
 def test_guidance_is_not_undone_where_an_edit_after_the_step_is(name):
     assert change_of_result(name, inside=True) > 0.05
-    if name == "HeunDiscreteScheduler":  # goes on from the sample it kept
+    if name == "HeunDiscreteScheduler":  # continues from the sample that it kept
         assert change_of_result(name, inside=False) < 1e-6
 
 

@@ -1,4 +1,4 @@
-"""The guided step: from model output to clean estimate and back, and what guidance makes of the estimate."""
+"""The guided step: from model output to clean estimate and back, and the pulls and pushes of the estimate."""
 
 import diffusers
 import pytest
@@ -6,8 +6,21 @@ import torch
 
 from milo_latent.guidance.coefficients import StepCoefficients, step_coefficients
 from milo_latent.guidance.curriculum import curriculum_weight
-from milo_latent.guidance.x0 import gradient_push, masked_pull, predict_original_sample, shift_model_output
+from milo_latent.guidance.x0 import (
+    gradient_push,
+    guide_model_output,
+    masked_pull,
+    predict_original_sample,
+    shift_model_output,
+)
 from milo_latent.testing import latent_pair, tiny_metric
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_guide_that_returns_the_estimate_itself_leaves_the_output_alone(dtype):
+    output, sample = torch.randn(2, 1, 4, 8, 8).to(dtype).unbind()
+    guides = [lambda x0, *, progress, timestep: x0] * 2
+    assert guide_model_output(guides, diffusers.DDIMScheduler(), output, 500, sample, progress=0.0) is output
 
 
 @pytest.mark.parametrize("out", [1.0, -0.8, -14.6])
@@ -57,7 +70,11 @@ def test_masked_pull_moves_by_the_weighted_fraction():
     x0, reference = torch.zeros(1, 4, 1, 3), torch.ones(1, 4, 1, 3)
     weight = torch.tensor([0.0, 1.0, 4.0]).reshape(1, 1, 1, 3)
     guided = masked_pull(x0, reference, weight, milo_scale=0.5)
-    assert guided[0, 0, 0].tolist() == [0.0, 0.5, 1.0]  # the last would be 2: capped at the reference itself
+    assert guided[0, 0, 0].tolist() == [
+        0.0,
+        0.5,
+        1.0,
+    ]  # the last fraction, 2, is capped at 1
 
 
 @pytest.mark.parametrize("milo_scale", [-0.1, 1.1, float("nan")])
@@ -83,7 +100,7 @@ def test_a_push_against_the_gradient_lowers_the_objective(objective, inference):
         return (weight * (dist - ref).abs()).mean(dim=(1, 2, 3))
 
     with torch.inference_mode(inference):
-        reference, x0 = (each * 1.0 for each in latent_pair(batch=2, noise=1.0))  # made in inference mode
+        reference, x0 = (each * 1.0 for each in latent_pair(batch=2, noise=1.0))  # copies made in inference mode
         options = {"find_mask": find_mask, "find_weight": find_weight, "objective": objective}
         guided, mask = gradient_push(x0, reference, milo_scale=0.1, **options)
         assert not guided.requires_grad

@@ -133,7 +133,7 @@ def match_region(region: Tensor | None, sample: Tensor) -> Tensor:
     if region is None:
         return sample.new_ones(1, 1, 1, 1)
     check_count("region", region, sample)
-    if region.shape[2:] != sample.shape[2:] or region.shape[0] not in (1, sample.shape[0]):
+    if region.shape[2:] != sample.shape[2:]:
         raise ValueError(
             f"Expected `region` of shape (B or 1, 1, {sample.shape[2]}, {sample.shape[3]}), got {tuple(region.shape)}. "
             'Resize it, e.g. torch.nn.functional.interpolate(region, size=(h, w), mode="area").'
