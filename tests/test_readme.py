@@ -25,7 +25,10 @@ def test_the_links_lead_somewhere(readme, repository):
     links = [link for link in re.findall(r"\]\(([^)]+)\)", readme) if not link.startswith("http")]
     assert len(links) >= 6
     for link in links:
-        assert (repository / link).exists(), link
+        path, _, heading = link.partition("#")
+        assert (repository / path).exists(), link
+        headings = re.findall(r"^#+ (.*)$", (repository / path).read_text(), re.M) if heading else [heading]
+        assert heading in [each.lower().replace(" ", "-") for each in headings], link
 
 
 def test_the_first_two_blocks_are_the_two_commands(readme):
