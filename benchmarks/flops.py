@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +29,7 @@ from milo_latent.evaluation.reports import write_rows
 from milo_latent.guidance.base import Guide
 from milo_latent.guidance.x0 import guide_model_output
 from milo_latent.metric.loss import MILOLoss
+from milo_latent.training.engine.records import commit
 
 SHAPE = {
     "block_out_channels": (320, 640, 1280, 1280),
@@ -145,7 +145,6 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     rows = []
     print(f"torch {torch.__version__}, {options.threads} threads, float32")
     for size in sorted({512, 1024, *options.time}):
@@ -162,7 +161,7 @@ def main() -> None:
             print(f"| {name} | {count / 1e9:,.3f} | {share:.4%} | {factor:,.0f}x | {timing} |")
             row = {"size": size, "case": name, "flops": count, "share": share, "decoder_over_this": factor}
             row |= {"seconds": seconds, "time_share": part, "device": "cpu", "dtype": "float32"}
-            rows.append(row | {"threads": options.threads, "torch": torch.__version__, "commit": commit})
+            rows.append(row | {"threads": options.threads, "torch": torch.__version__, "commit": commit()})
     if options.csv:
         write_rows(options.csv, rows)
 

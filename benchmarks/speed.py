@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from milo_latent import MILO
 from milo_latent.evaluation.reports import write_rows
+from milo_latent.training.engine.records import commit
 
 CASES = {  # name: shape of `ref` and `dist`, whether they are latents
     "latents 1x4x64x64": ((1, 4, 64, 64), True),
@@ -203,7 +204,6 @@ def main() -> None:
     if options.memory:
         print_memory(options.official, options.threads)
         return
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     rows = []
     print(f"torch {torch.__version__}, {options.threads} threads, medians of {options.repeats} alternating runs")
     print("| case | dtype | official float32, ms | official, ms | ours, ms | to float32 | ratio | difference |")
@@ -228,7 +228,7 @@ def main() -> None:
                 "case": name, "device": "cpu", "dtype": dtype_name, "threads": options.threads,
                 "official_float32_ms": single, "official_ms": theirs,
                 "ours_ms": ours, "ratio": theirs / ours, "difference": abs(got / expected - 1),
-                "torch": torch.__version__, "commit": commit,
+                "torch": torch.__version__, "commit": commit(),
             }  # fmt: skip
             rows.append(row)
             times = f"{single:.1f} | {theirs:.1f} | {ours:.1f}"

@@ -12,6 +12,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -220,8 +221,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--latent-space", help="name of the autoencoder in the configuration")
     parser.add_argument("--recipe", type=Path, help="TOML file with fields of Recipe (default: the paper's)")
     parser.add_argument("--start", help="weights to start from (default: random)")
+    parser.add_argument("--trackers", nargs="*", help="accelerate's, such as tensorboard wandb (default: tensorboard)")
     options = vars(parser.parse_args(arguments))
-    recipe = read_recipe(options.pop("recipe"))
+    trackers = options.pop("trackers")
+    recipe = replace(read_recipe(options.pop("recipe")), trackers=trackers and tuple(trackers))
     train(**options, recipe=recipe)
     if not training_state().is_main_process:
         return

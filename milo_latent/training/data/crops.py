@@ -68,15 +68,7 @@ class ImageCrops:
         return np.random.default_rng((self.seed, step, process_index))
 
     def batch(self, rng: np.random.Generator, batch_size: int) -> Tensor:
-        """Draw crops.
-
-        Args:
-            rng: from `generator`.
-            batch_size: number of crops.
-
-        Returns:
-            Images, (B, 3, crop_size, crop_size), in [0, 1].
-        """
+        """Draw crops, (B, 3, crop_size, crop_size), in [0, 1], by the generator of `generator`."""
         return from_8bit(np.stack([self._crop(rng) for _ in range(batch_size)]))
 
     def _crop(self, rng: np.random.Generator) -> np.ndarray:

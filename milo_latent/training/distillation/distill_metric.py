@@ -57,12 +57,7 @@ def levels_and_mask(metric: MILO, *, ref: Tensor, dist: Tensor) -> tuple[list[Te
 
 
 class MatchingLoss(nn.Module):
-    """Distance between the outputs of student and teacher.
-
-    Args:
-        student: the metric to train.
-        teacher: frozen.
-    """
+    """Distance between the outputs of a student, which is trained, and a teacher, which is frozen."""
 
     def __init__(self, student: MILO, teacher: MILO) -> None:
         super().__init__()
@@ -102,18 +97,12 @@ def _divergence(logits: Tensor, targets: Tensor) -> Tensor:
     return DIVERGENCE_WEIGHT * (F.binary_cross_entropy_with_logits(logits, share) - at_best)
 
 
-def perturb_pair(ref: Tensor, dist: Tensor, *, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """Return the pair and 260 perturbations of it: noise, scaling, crops, blends and changes of the reference.
+def perturb_pair(ref: Tensor, dist: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return a pair of latents, (1, C, h, w) each, and 260 perturbations of it.
 
-    Args:
-        ref: latents, (1, C, h, w).
-        dist: latents, (1, C, h, w).
-        seed: seed of the noise and of the places of the crops.
-
-    Returns:
-        Pairs `ref`, `dist`, (1, C, h', w') each.
+    They are noise, scaling, crops, blends and changes of the reference, which training does not use.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     pairs = [(ref, dist)]
     for sigma in torch.logspace(-2, 0.2, 30).tolist():
         noise = sigma * torch.randn(ref.shape, generator=generator)
@@ -138,12 +127,7 @@ def perturb_pair(ref: Tensor, dist: Tensor, *, seed: int = 0) -> list[tuple[Tens
 
 @torch.no_grad()
 def compare(student: MILO, teacher: MILO, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Return how closely `student` agrees with `teacher` on pairs of latents or images.
-
-    Args:
-        student: a metric.
-        teacher: the metric that it should equal.
-        pairs: `ref` and `dist`, (1, C, h, w) each.
+    """Return how closely `student` agrees with `teacher` on pairs of latents or images, (1, C, h, w) each.
 
     Returns:
         `srcc` and the median `relative_error` of the error E; `map_srcc` and `map_relative_error`, the same for the
@@ -181,12 +165,8 @@ def describe(figures: dict[str, float], count: int) -> str:
 def draw_pairs(folder: Path | None, images: list[Path], seed: int, channels: int, options: argparse.Namespace) -> Draw:
     """Return the function from (step, process) to a batch of `ref` and `dist`.
 
-    Args:
-        folder: training set for every other batch of latents; None draws from `images` alone.
-        images: folders of photos.
-        seed: seed of the draw.
-        channels: 3 for images, others for latents.
-        options: batch and crop size.
+    It draws images (3 channels) or latents from folders of photos and, for every other batch of latents, from the
+    training set in `folder`, if there is one.
     """
     crops = ImageCrops(images, crop_size=options.crop_size, seed=seed)
     draw = (draw_image_pairs if channels == 3 else draw_latent_pairs)(crops, options.batch_size)

@@ -175,15 +175,9 @@ def distort_images(generator: torch.Generator, images: Tensor) -> Tensor:
 
 
 def draw_pairs(generator: torch.Generator, images: Tensor, *, side: int) -> tuple[Tensor, Tensor]:
-    """Draw pairs of latents from randomly encoded photos, from colored noise, and from flat regions.
+    """Draw `ref` and `dist`, (B, 4, side, side) each, from randomly encoded photos, colored noise and flat regions.
 
-    Args:
-        generator: for every draw.
-        images: photos, (B, 3, H, W), H = W = a multiple of `side`.
-        side: side of the latents.
-
-    Returns:
-        `ref` and `dist`, (B, 4, side, side) each.
+    The photos are (B, 3, H, H), where H is a multiple of `side`.
     """
     batch = images.shape[0]
     stride = images.shape[2] // side
@@ -213,9 +207,8 @@ def draw_pairs(generator: torch.Generator, images: Tensor, *, side: int) -> tupl
 def draw_latent_pairs(crops: ImageCrops, batch_size: int) -> Callable[[int, int], tuple[Tensor, Tensor]]:
     """Return the function from (step, process) to a batch of `ref` and `dist`.
 
-    Args:
-        crops: photos, whose crop size is a multiple of all `SIDES`.
-        batch_size: pairs of the smallest side; larger latents come in smaller batches of as many cells.
+    The crop size is a multiple of all `SIDES`. Larger latents come in smaller batches, of as many cells as `batch_size`
+    pairs of the smallest side.
     """
 
     def draw(step: int, process_index: int) -> tuple[Tensor, Tensor]:

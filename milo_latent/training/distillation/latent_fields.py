@@ -27,15 +27,9 @@ def log_uniform(generator: torch.Generator, low: float, high: float, *shape: int
 
 
 def colored_noise(generator: torch.Generator, shape: Sequence[int], exponent: Tensor) -> Tensor:
-    """Draw noise fields whose amplitude falls with frequency f as f^-exponent, of mean 0 and standard deviation 1.
+    """Draw fields, (B, C, h, w), of mean 0 and variance 1 whose amplitude falls with frequency f as f^-exponent.
 
-    Args:
-        generator: for every draw.
-        shape: (B, C, h, w).
-        exponent: (B,); 0 gives white noise, 1 the spectrum of photos.
-
-    Returns:
-        Fields, (B, C, h, w).
+    The exponent, (B,), is 0 for white noise and 1 for the spectrum of photos.
     """
     height, width = shape[2:]
     rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
@@ -70,15 +64,9 @@ def piecewise_constant(generator: torch.Generator, shape: tuple[int, int, int, i
 
 
 def encoder_kernels(generator: torch.Generator, batch: int, *, stride: int) -> Tensor:
-    """Draw random encoders of colors and textures; higher frequencies have lower weights.
+    """Draw kernels of random encoders, (batch * FEATURES, 3, n, n), with lower weights for higher frequencies.
 
-    Args:
-        generator: for every draw.
-        batch: number of encoders.
-        stride: pixels per latent cell.
-
-    Returns:
-        Kernels, (batch * FEATURES, 3, n, n).
+    `stride` is the number of pixels per latent cell.
     """
     size = int(stride * KERNEL_CELLS[int(torch.randint(len(KERNEL_CELLS), (), generator=generator))])
     grid = (torch.arange(size) + 0.5) / size
@@ -92,15 +80,9 @@ def encoder_kernels(generator: torch.Generator, batch: int, *, stride: int) -> T
 
 
 def encode_randomly(images: Tensor, kernels: Tensor, *, stride: int) -> Tensor:
-    """Encode each image by its own random encoder, half of whose features are rectified, as in networks.
+    """Encode each image, (B, 3, H, W), by its own kernels to (B, FEATURES, H / stride, W / stride).
 
-    Args:
-        images: (B, 3, H, W), in [0, 1].
-        kernels: from `encoder_kernels`.
-        stride: pixels per latent cell.
-
-    Returns:
-        Features, (B, FEATURES, H / stride, W / stride).
+    Half of the features are rectified, as in networks.
     """
     batch = images.shape[0]
     excess = kernels.shape[2] - stride
@@ -126,12 +108,9 @@ def local_contrast(fields: Tensor) -> Tensor:
 
 
 class LatentStatistics:
-    """Maps fields to the mean and standard deviation of latents, by the same mapping for references and distortions.
+    """Maps fields to latents of random mean and standard deviation, by the same mapping for references and distortions.
 
-    Args:
-        generator: for every draw.
-        fields: reference fields, (B, C, h, w), which determine the scale.
-        channels: number of channels of the latents.
+    The reference fields, (B, C, h, w), determine the scale.
     """
 
     def __init__(self, generator: torch.Generator, fields: Tensor, *, channels: int) -> None:
