@@ -60,7 +60,7 @@ def load_restorer(
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False)
     if target == "cpu" and isinstance(pipeline.vae, AutoencoderKL):
-        pipeline.vae.to(memory_format=torch.channels_last)  # 5 % faster there (docs/diffbir.md); slower for the UNet
+        pipeline.vae.to(memory_format=torch.channels_last)  # 5 % faster there (docs/benchmarks.md); slower for the UNet
     return pipeline.to(target)
 
 
