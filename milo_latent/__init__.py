@@ -1,4 +1,4 @@
-"""MILO for diffusers: perceptual optimisation in the latent space of diffusion models.
+"""MILO for diffusers: perceptual optimization in the latent space of diffusion models.
 
 Public names are imported when they are first used, so that `import milo_latent` stays fast.
 """

@@ -127,9 +127,9 @@ class GuidanceTrace:
             axes.plot([step.step for step in self], values, marker=".")
             axes.set(title=label, xlabel="step", ylim=(0, 1.1 * max(values) or 1.0))
             axes.grid(alpha=0.3)
-        colours, pictures = ListedColormap(color_ramp().numpy()), masks.subplots(1, len(shown), squeeze=False)[0]
+        colors, pictures = ListedColormap(color_ramp().numpy()), masks.subplots(1, len(shown), squeeze=False)[0]
         for axes, step in zip(pictures, shown, strict=True):
-            picture = axes.imshow(step.mask[sample, 0].numpy(), vmin=0, vmax=self._largest(sample), cmap=colours)
+            picture = axes.imshow(step.mask[sample, 0].numpy(), vmin=0, vmax=self._largest(sample), cmap=colors)
             axes.set(title=f"step {step.step}", xticks=[], yticks=[])
         masks.colorbar(picture, ax=pictures, label="mask M / 4", shrink=0.8)
         return figure

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,19 +13,12 @@ from torch import Tensor
 from milo_latent.checks import check_batch
 
 
-@dataclass(frozen=True)
-class Span:
-    """A tile along one axis.
-
-    Args:
-        start: first cell of the input.
-        stop: cell after the last.
-        weights: of the output's cells, ((stop - start) * scale,) float32; over all spans they add up to 1 in each cell.
-    """
+class Span(NamedTuple):
+    """A tile along one axis: cells `start` to `stop` of the input."""
 
     start: int
     stop: int
-    weights: Tensor
+    weights: Tensor  # of the output's cells, ((stop - start) * scale,); over all spans they add up to 1 in each cell
 
 
 def tiled(

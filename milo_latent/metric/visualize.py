@@ -14,7 +14,7 @@ from milo_latent.checks import check_batch, check_range
 from milo_latent.pictures import from_8bit
 
 # The colors follow this path through Oklab (lightness, green-red, blue-yellow). Lightness rises evenly from dark to
-# light, so that equal steps of error look like equal steps of color, also in grey.
+# light, so that equal steps of error look like equal steps of color, also in gray.
 OKLAB_PATH = (
     (0.10, 0.00, -0.03),
     (0.30, 0.05, -0.14),

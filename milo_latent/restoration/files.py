@@ -14,7 +14,7 @@ from milo_latent.restoration.faces import Restore
 
 
 def restore_file(photo: Path, output: Path, restore: Restore) -> tuple[str, str]:
-    """Restore a photo; a grey one stays grey, and transparency is kept where the format of `output` holds it.
+    """Restore a photo; a gray one stays gray, and transparency is kept where the format of `output` holds it.
 
     Args:
         photo: any size.
@@ -31,8 +31,8 @@ def restore_file(photo: Path, output: Path, restore: Restore) -> tuple[str, str]
     check_output(output, IMAGE_SUFFIXES)
     image, alpha = read_photo(photo)
     restored = restore(image)
-    if torch.equal(image, image[:, :1].expand_as(image)):  # a grey photo
-        restored = to_grey(restored)
+    if torch.equal(image, image[:, :1].expand_as(image)):  # a gray photo
+        restored = to_gray(restored)
     if alpha is not None and output.suffix.lower() in ALPHA_SUFFIXES:
         alpha = interpolate(alpha, size=restored.shape[2:], mode="bilinear", align_corners=False)
     else:
@@ -42,8 +42,8 @@ def restore_file(photo: Path, output: Path, restore: Restore) -> tuple[str, str]
     return before, after
 
 
-def to_grey(image: Tensor) -> Tensor:
-    """Return the luma of an image, (B, 3, H, W), in all channels, without the slight tint that models give to grey."""
+def to_gray(image: Tensor) -> Tensor:
+    """Return the luma of an image, (B, 3, H, W), in all channels, without the slight tint that models give to gray."""
     return (image * image.new_tensor(LUMA).view(1, 3, 1, 1)).sum(dim=1, keepdim=True).expand_as(image)
 
 
