@@ -271,7 +271,7 @@ def test_stored_prompts_come_along_however_the_pipeline_is_opened(prompted, tmp_
 
 def test_a_cleaner_that_cannot_be_saved_is_not_left_out_silently(pipeline, tmp_path):
     network = torch.nn.Conv2d(3, 3, 1)
-    pipeline.cleaner = ForeignCleaner(network, network, scale=1, architecture="plain")
+    pipeline.cleaner = ForeignCleaner(network, network, scale=1)
     with pytest.raises(ValueError, match=r"got ForeignCleaner.*register_modules\(cleaner=None\)"):
         pipeline.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()

@@ -78,14 +78,7 @@ class BSRNet(Cleaner):
         return 4
 
     def forward(self, image: Tensor) -> Tensor:
-        """Clean and enlarge an image.
-
-        Args:
-            image: (B, 3, H, W), in [0, 1], any size.
-
-        Returns:
-            Cleaned image, (B, 3, 4 * H, 4 * W), about [0, 1], not clipped.
-        """
+        """Clean images of any size, (B, 3, H, W) in [0, 1], to (B, 3, 4 * H, 4 * W), about in [0, 1]."""
         shallow = self.conv_first(channels_last(image))
         hidden = shallow + self.trunk_conv(self.RRDB_trunk(shallow))
         for convolution in (self.upconv1, self.upconv2):

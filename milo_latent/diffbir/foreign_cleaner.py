@@ -20,12 +20,11 @@ class ForeignCleaner(nn.Module):
         network: the model itself, whose parameters move with this module.
         call: from one image, (1, 3, H, W) in [0, 1], to one of (1, 3, scale * H, scale * W), padded as `network` needs.
         scale: how many times larger the result is than the image.
-        architecture: its name.
     """
 
-    def __init__(self, network: nn.Module, call: Callable[[Tensor], Tensor], *, scale: int, architecture: str) -> None:
+    def __init__(self, network: nn.Module, call: Callable[[Tensor], Tensor], *, scale: int) -> None:
         super().__init__()
-        self.network, self.scale, self.architecture = network, scale, architecture
+        self.network, self.scale = network, scale
         self._call = call
 
     @property
@@ -55,7 +54,7 @@ def load_upscaler(path: str | Path) -> ForeignCleaner:
     Raises:
         ImportError: if spandrel is not installed, with the command that installs it.
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is none of a model from RGB images to RGB images.
+        ValueError: if the file holds no model from RGB images to RGB images.
     """
     path = Path(path)
     if not path.is_file():
@@ -74,7 +73,7 @@ def load_upscaler(path: str | Path) -> ForeignCleaner:
             f"{model.output_channels} out."
         )
     network = model.model.eval().requires_grad_(False)
-    return ForeignCleaner(network, model, scale=model.scale, architecture=name).eval()
+    return ForeignCleaner(network, model, scale=model.scale).eval()
 
 
 def _import_spandrel() -> ModuleType:
@@ -83,5 +82,5 @@ def _import_spandrel() -> ModuleType:
     except ImportError as error:
         raise ImportError(
             f"Opening upscalers needs spandrel and torchvision ({error}). {INSTALL}. "
-            "SwinIR, SCUNet and BSRNet need neither: `milo_latent.diffbir.swinir` and its neighbours."
+            "SwinIR, SCUNet and BSRNet need neither: `milo_latent.diffbir.swinir` and its neighbors."
         ) from error

@@ -18,13 +18,10 @@ ROUNDING = 0.01  # by which resampled images may leave [0, 1]
 
 
 def images_to_tensor(image: PipelineImageInput | None) -> Tensor:
-    """Turn whatever diffusers accepts as images into a batch.
+    """Return whatever diffusers accepts as images as one batch, (B, 3, H, W) float32, in [0, 1].
 
     Args:
         image: PIL image or images of one size, arrays (B, H, W, 3) or tensors (B, 3, H, W) in [0, 1].
-
-    Returns:
-        Images, (B, 3, H, W) float32, in [0, 1].
 
     Raises:
         ValueError: for None, sizes that differ, images that are not RGB, and values not finite or not in [0, 1].
@@ -52,15 +49,7 @@ def images_to_tensor(image: PipelineImageInput | None) -> Tensor:
 
 
 def to_output(images: Tensor, output_type: str) -> Tensor | np.ndarray | list[PIL.Image.Image]:
-    """Turn restored images into what was asked for.
-
-    Args:
-        images: (B, 3, H, W), in [0, 1].
-        output_type: "pt", "np" for (B, H, W, 3) float32, or "pil" for pictures of 8 bit, rounded.
-
-    Returns:
-        The images.
-    """
+    """Return images, (B, 3, H, W) in [0, 1], as "pt", as "np", (B, H, W, 3) float32, or as "pil", rounded to 8 bit."""
     if output_type == "pt":
         return images
     if output_type == "np":
@@ -70,11 +59,7 @@ def to_output(images: Tensor, output_type: str) -> Tensor | np.ndarray | list[PI
 
 @contextmanager
 def explained_memory() -> Iterator[None]:
-    """Name the ways out where a device has not enough memory.
-
-    Raises:
-        MemoryError: if there is not enough memory.
-    """
+    """Raise MemoryError, which names the ways out, where a device has not enough memory inside this block."""
     try:
         yield
     except RuntimeError as error:

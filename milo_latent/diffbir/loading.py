@@ -44,7 +44,7 @@ class FolderMixin:
         Args:
             pretrained_model_name_or_path: a folder, or a hub id. All files are fetched from the hub first, since
                 diffusers refuses to load classes from there that are not its own.
-            **kwargs: as of `DiffusionPipeline.from_pretrained`; `revision`, `cache_dir`, `token` and `local_files_only`
+            **kwargs: as in `DiffusionPipeline.from_pretrained`; `revision`, `cache_dir`, `token` and `local_files_only`
                 choose what is fetched.
 
         Returns:
@@ -88,7 +88,7 @@ class FolderMixin:
 
         Args:
             save_directory: folder, made if need be.
-            **kwargs: as of `DiffusionPipeline.save_pretrained`.
+            **kwargs: as in `DiffusionPipeline.save_pretrained`.
 
         Raises:
             OSError: if the disk is full.

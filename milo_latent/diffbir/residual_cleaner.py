@@ -56,14 +56,7 @@ class ResidualCleaner(ModelMixin, ConfigMixin):
         self.conv_out = nn.Conv2d(channels[0], 12, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Clean an image.
-
-        Args:
-            image: (B, 3, H, W), in [0, 1], any size.
-
-        Returns:
-            Cleaned image, (B, 3, H, W), about [0, 1], not clipped.
-        """
+        """Clean images, (B, 3, H, W) of any size, in [0, 1]; the result may leave that range a little."""
         height, width = image.shape[2:]
         multiple = 2 ** len(self.down_blocks)
         padded = F.pad(image, (0, -width % multiple, 0, -height % multiple), mode="replicate")

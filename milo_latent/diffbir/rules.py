@@ -30,7 +30,7 @@ class Rules:
         enlarge: from an image, (B, 3, H, W) in [0, 1], to one of a given height and width, before it is cleaned.
         pad: from (B, C, H, W), a multiple and the least side to images whose sides are multiples, with `smallest=`.
         clips: whether the cleaned and the decoded image are clipped to [0, 1].
-        tiles_must_fit: whether images with a side below a tile's are processed whole; else only those that fit in one.
+        tiles_must_fit: whether images are processed whole if either side is below a tile's, not only if both are.
         pads_tiles: whether images are padded for the networks even if encoder or diffusion work in tiles.
         place_tiles: from a tile, a multiple and a cell, both in pixels, to what applies a function to tiles.
         enlarges_tiled_first: whether SwinIR's image is enlarged to 512 pixels before it is cleaned in tiles, not after.

@@ -137,9 +137,6 @@ def extrapolate(without: Tensor, with_prompt: Tensor, *, scale: float, rescale: 
         scale: 1 gives `with_prompt`.
         rescale: share in which each sample's standard deviation is put back to that of `with_prompt`, in [0, 1].
 
-    Returns:
-        Model output, (B, C, h, w).
-
     Source: the rescaling is Lin et al., arXiv 2305.08891, section 3.4.
     """
     guided = without + scale * (with_prompt - without)
@@ -175,8 +172,8 @@ def controlled_output(
         negative_prompt_embeds: (B, tokens, width); None without classifier-free guidance.
         conditioning_scale: factor of the ControlNet's residuals.
         scale: of classifier-free guidance.
-        rescale: as of `extrapolate`.
-        tiles: applies a function to tiles of the latents, as of `Rules.tiles`; None predicts from the whole.
+        rescale: as in `extrapolate`.
+        tiles: applies a function to tiles of the latents, as `Rules.tiles` returns it; None predicts from the whole.
 
     Returns:
         Model output, (B, C, h, w) float32.

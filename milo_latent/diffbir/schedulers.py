@@ -215,12 +215,12 @@ class SolverScheduler(EulerDiscreteScheduler):
         if sigma_next == 0.0:
             following = denoised
         else:
-            following, spread = self._solve(sample, denoised, index)
-            if spread > 0.0:
+            following, deviation = self._solve(sample, denoised, index)
+            if deviation > 0.0:
                 if variance_noise is None:
                     shape, device = model_output.shape, model_output.device
                     variance_noise = randn_tensor(shape, generator=generator, device=device, dtype=model_output.dtype)
-                following = following + variance_noise * spread
+                following = following + variance_noise * deviation
             if index == last:  # noise is left: as a variance-preserving solver returns it
                 following = following / math.sqrt(1.0 + sigma_next**2)
         self._history = [denoised, *self._history][:2]

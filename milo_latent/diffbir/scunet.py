@@ -116,14 +116,7 @@ class SCUNet(Cleaner):
         return MULTIPLE
 
     def forward(self, image: Tensor) -> Tensor:
-        """Clean an image.
-
-        Args:
-            image: (B, 3, H, W), in [0, 1], any size; padded inside by repeating the border.
-
-        Returns:
-            Cleaned image, (B, 3, H, W), about [0, 1], not clipped.
-        """
+        """Clean images, (B, 3, H, W) of any size, in [0, 1]; the result may leave that range a little."""
         height, width = image.shape[2:]
         hidden = self.m_head(channels_last(pad_image(image, self.multiple)))  # (B, dim, H, W)
         skips = [hidden]

@@ -157,14 +157,7 @@ class SwinIR(Cleaner):
         return self.config.downscale * self.config.window_size
 
     def forward(self, image: Tensor) -> Tensor:
-        """Clean an image.
-
-        Args:
-            image: (B, 3, H, W), in [0, 1], any size; padded inside by repeating the border.
-
-        Returns:
-            Cleaned image, (B, 3, scale * H, scale * W), about [0, 1], not clipped.
-        """
+        """Clean images of any size, (B, 3, H, W) in [0, 1], to (B, 3, scale * H, scale * W), about in [0, 1]."""
         height, width = image.shape[2:]
         padded = channels_last(pad_image(image, self.multiple))
         mean = padded.new_tensor(IMAGE_MEAN)[:, None, None]
