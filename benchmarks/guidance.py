@@ -6,7 +6,7 @@
 
 The task "sr" makes the degraded images itself: a quarter of the size, bicubic, 8 bit. Options that let the generator
 invent more: `--control` below 1, `--noise-aug`, few `--steps`. Sampling starts from noise. A rerun with the same CSV
-skips what is there. PSNR in dB and SSIM are better when higher; MILO_I, the official raw error, when lower.
+skips what is there. PSNR in dB and SSIM are better when higher; the error E of MILO_I when lower.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py --clean FOLDER --degraded FOLDER --milo-image MILO.pth
 
-PSNR in dB and SSIM (torchmetrics) are better when higher; MILO_I, the raw error against the clean image, when lower.
+PSNR in dB and SSIM (torchmetrics) are better when higher; the error E of MILO_I against the clean image when lower.
 All on images rounded to 8 bit, as a file would be.
 """
 

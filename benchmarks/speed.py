@@ -1,4 +1,4 @@
-"""Speed of MILO against the official network: score and gradient with respect to `dist`, paired in one run.
+"""Speed of MILO against the official network: error and gradient with respect to `dist`, paired in one run.
 
     git clone https://github.com/ugurcogalan06/MILO milo_official
     python benchmarks/speed.py --official milo_official
@@ -77,25 +77,25 @@ def load_official(folder: Path, *, latent: bool) -> nn.Module:
 
 
 def official_step(network: nn.Module, ref: Tensor, dist: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Return a call that computes the official score and its gradient with respect to `dist`."""
+    """Return a call that computes the official error and its gradient with respect to `dist`."""
 
     def step() -> tuple[Tensor, Tensor]:
         leaf = dist.clone().requires_grad_(True)
-        score = network(leaf, ref)
-        score.backward()
-        return score, leaf.grad
+        error = network(leaf, ref)
+        error.backward()
+        return error, leaf.grad
 
     return step
 
 
 def our_step(metric: Any, ref: Tensor, dist: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Return a call that computes our score and its gradient with respect to `dist`."""
+    """Return a call that computes our error and its gradient with respect to `dist`."""
 
     def step() -> tuple[Tensor, Tensor]:
         leaf = dist.clone().requires_grad_(True)
-        score = metric(dist=leaf, ref=ref).mean()
-        (gradient,) = torch.autograd.grad(score, leaf)
-        return score, gradient
+        error = metric(dist=leaf, ref=ref).mean()
+        (gradient,) = torch.autograd.grad(error, leaf)
+        return error, gradient
 
     return step
 
@@ -139,7 +139,7 @@ def print_many(weights: Path, repeats: int) -> None:
 
 
 def print_compiled(weights: Path, repeats: int) -> None:
-    """Print the time of the score and its gradient with `torch.compile` and without."""
+    """Print the time of the error and its gradient with `torch.compile` and without."""
     print("\n| torch.compile | eager, ms | compiled, ms | ratio |")
     print("| --- | ---: | ---: | ---: |")
     for name, (shape, latent) in CASES.items():
@@ -172,8 +172,8 @@ def peak_memory(official: Path, name: str, which: str) -> float:
 
 
 def print_memory(official: Path, threads: int) -> None:
-    """Print the peak memory of score and gradient in float32, each side in a process of its own."""
-    print("| score and gradient, float32 | official, MiB | ours, MiB | ours / official |")
+    """Print the peak memory of error and gradient in float32, each side in a process of its own."""
+    print("| error and gradient, float32 | official, MiB | ours, MiB | ours / official |")
     print("| --- | ---: | ---: | ---: |")
     for name in CASES:
         sides = []

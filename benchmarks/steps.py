@@ -2,7 +2,7 @@
 
     python benchmarks/steps.py --clean FOLDER --degraded FOLDER --milo-image MILO.pth --limit 6 --csv steps.csv
 
-PSNR in dB and SSIM (torchmetrics) are better when higher; MILO_I, the raw error against the clean image, when lower.
+PSNR in dB and SSIM (torchmetrics) are better when higher; the error E of MILO_I against the clean image when lower.
 Each image is cut to `--crop` pixels in the middle, and restored with the same noise by every scheduler.
 """
 
