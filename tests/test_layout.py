@@ -11,7 +11,7 @@ import milo_latent
 # may import from the lines above its own and from its own folder, never from a line below.
 LEVELS = (
     "pictures",
-    "checkpoints checks files programs resources weights",
+    "checkpoints checks extras files programs resources weights",
     "distortions latents metric",
     "guidance",
     "diffbir",

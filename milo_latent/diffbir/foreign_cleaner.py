@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-INSTALL = 'pip install "milo_latent[upscalers]"'
+from milo_latent.extras import import_extra
 
 
 class ForeignCleaner(nn.Module):
@@ -59,7 +57,7 @@ def load_upscaler(path: str | Path) -> ForeignCleaner:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"Expected a model file, got {path}, which does not exist.")
-    spandrel = _import_spandrel()
+    spandrel = import_extra("spandrel", "upscalers", "Opening upscalers")
     try:
         model = spandrel.ModelLoader(device="cpu").load_from_file(path)
     except (spandrel.UnsupportedModelError, ValueError, RuntimeError, OSError) as error:
@@ -74,13 +72,3 @@ def load_upscaler(path: str | Path) -> ForeignCleaner:
         )
     network = model.model.eval().requires_grad_(False)
     return ForeignCleaner(network, model, scale=model.scale).eval()
-
-
-def _import_spandrel() -> ModuleType:
-    try:
-        return importlib.import_module("spandrel")
-    except ImportError as error:
-        raise ImportError(
-            f"Opening upscalers needs spandrel and torchvision ({error}). {INSTALL}. "
-            "SwinIR, SCUNet and BSRNet need neither: `milo_latent.diffbir.swinir` and its neighbors."
-        ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from tqdm.auto import tqdm
 
 from milo_latent.evaluation.iqa_datasets import Rating
 from milo_latent.evaluation.metrics import FullReference
+from milo_latent.extras import import_extra
 from milo_latent.files import read_image
 
 RESAMPLES = 500  # of the bootstrap
@@ -22,15 +22,8 @@ SMALLEST_GROUP = 5  # a correlation of fewer ratings says nothing
 
 
 def import_scipy(module: str) -> Any:
-    """Import a module of scipy, which correlations and the logistic fit need.
-
-    Raises:
-        ImportError: if scipy is not installed, with the command that installs it.
-    """
-    try:
-        return importlib.import_module(f"scipy.{module}")
-    except ImportError as error:
-        raise ImportError('Agreement with people needs scipy: pip install "milo_latent[eval]".') from error
+    """Import a module of scipy; ImportError tells how to install it."""
+    return import_extra(f"scipy.{module}", "eval", "Agreement with people")
 
 
 def pearson(first: Tensor, second: Tensor) -> float:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from milo_latent.extras import import_extra
 from milo_latent.latents.codec import VAE, encode_image
 from milo_latent.metric.loading import weights_path
 from milo_latent.metric.network import MILO
@@ -55,12 +54,7 @@ def structural(name: str) -> FullReference:
     Raises:
         ImportError: if torchmetrics is not installed.
     """
-    try:
-        functional: Any = importlib.import_module("torchmetrics.functional.image")
-    except ImportError as error:
-        raise ImportError(
-            'The structural metrics need torchmetrics: pip install "milo_latent[eval]", or leave them out.'
-        ) from error
+    functional = import_extra("torchmetrics.functional.image", "eval", f"The metric {name}")
 
     def compute(*, ref: Tensor, dist: Tensor) -> Tensor:
         if name == "ssim":

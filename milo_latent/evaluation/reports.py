@@ -14,6 +14,7 @@ from torch import Tensor
 from milo_latent.distortions import DISTORTIONS, LEVELS
 from milo_latent.evaluation.agreement import Agreement, fit_logistic
 from milo_latent.evaluation.distortion_settings import rising_share
+from milo_latent.extras import import_extra
 from milo_latent.files import write_text
 
 Row = dict[str, str | float | int]
@@ -65,11 +66,8 @@ def format_rows(rows: Sequence[Row]) -> str:
 
 
 def _new_figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('Figures need matplotlib: pip install "milo_latent[plots]".') from error
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = import_extra("matplotlib.figure", "plots", "A figure")
+    return figure.Figure(figsize=(width, height), layout="constrained")
 
 
 def scatter(errors: Tensor, opinions: Tensor, kinds: Sequence[str], *, title: str) -> Any:

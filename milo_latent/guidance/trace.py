@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from milo_latent.extras import import_extra
 from milo_latent.guidance.curriculum import LEVELS
 from milo_latent.metric.network import pixel_mean, visible_error
 from milo_latent.metric.visualize import color_error_map, color_ramp
@@ -113,11 +114,8 @@ class GuidanceTrace:
             ValueError: if nothing is recorded, or `sample` is not in the batch.
         """
         self._check(sample)
-        try:
-            from matplotlib import pyplot as plt
-            from matplotlib.colors import ListedColormap
-        except ImportError as error:
-            raise ImportError('The plot needs matplotlib: pip install "milo_latent[plots]".') from error
+        plt = import_extra("matplotlib.pyplot", "plots", "The plot")
+        colors = import_extra("matplotlib.colors", "plots", "The plot").ListedColormap(color_ramp().numpy())
         shown = [self.steps[int(index)] for index in torch.linspace(0, len(self) - 1, min(len(self), PICTURES_IN_PLOT))]
         figure = plt.figure(figsize=(12, 5.5), layout="constrained")
         rows: Any = figure.subfigures(2, 1, height_ratios=[3, 2])
@@ -127,7 +125,7 @@ class GuidanceTrace:
             axes.plot([step.step for step in self], values, marker=".")
             axes.set(title=label, xlabel="step", ylim=(0, 1.1 * max(values) or 1.0))
             axes.grid(alpha=0.3)
-        colors, pictures = ListedColormap(color_ramp().numpy()), masks.subplots(1, len(shown), squeeze=False)[0]
+        pictures = masks.subplots(1, len(shown), squeeze=False)[0]
         for axes, step in zip(pictures, shown, strict=True):
             picture = axes.imshow(step.mask[sample, 0].numpy(), vmin=0, vmax=self._largest(sample), cmap=colors)
             axes.set(title=f"step {step.step}", xticks=[], yticks=[])

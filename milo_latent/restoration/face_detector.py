@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor
 
 from milo_latent.checks import check_batch, check_range
+from milo_latent.extras import import_extra
 from milo_latent.pictures import to_8bit
 from milo_latent.restoration.faces import Face
 
-INSTALL = 'pip install "milo_latent[faces]"'
 WEIGHTS = "https://github.com/opencv/opencv_zoo/tree/main/models/face_detection_yunet"
 
 
@@ -39,12 +38,7 @@ class YuNet:
             raise FileNotFoundError(
                 f"Expected YuNet's .onnx file, got {path}, which does not exist. It is at {WEIGHTS}."
             )
-        try:
-            cv2 = importlib.import_module("cv2")
-        except ImportError as error:
-            raise ImportError(
-                f"Finding faces needs OpenCV ({error}). {INSTALL}. Or pass any function from an image to faces."
-            ) from error
+        cv2 = import_extra("cv2", "faces", "Finding faces")
         try:
             self._network = cv2.FaceDetectorYN.create(str(path), "", (320, 320), score_threshold=score_threshold)
         except cv2.error as error:

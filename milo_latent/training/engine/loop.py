@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
+from milo_latent.extras import import_extra
 from milo_latent.training.data.crops import list_images
 from milo_latent.training.data.fingerprints import files_digest, source_digest
 from milo_latent.training.engine.run import OptimizerName, Precision, Run, RunConfig, start_accelerator
@@ -82,12 +83,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: RunConfig) -> to
         return torch.optim.AdamW(parameters, **settings)
     if config.optimizer != "soap":
         raise ValueError(f"Expected the optimizer to be 'adamw' or 'soap', got {config.optimizer!r}.")
-    try:
-        from pytorch_optimizer import SOAP
-    except ImportError as error:
-        raise ImportError('SOAP needs pytorch-optimizer: pip install "milo_latent[train]", or take "adamw".') from error
-    optimizer: torch.optim.Optimizer = SOAP(parameters, **settings)
-    return optimizer
+    return import_extra("pytorch_optimizer", "train", "SOAP").SOAP(parameters, **settings)
 
 
 def learning_rate_factor(step: int, config: RunConfig) -> float:
