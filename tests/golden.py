@@ -123,6 +123,4 @@ def golden_pipeline(networks, parameterization, sampler="spaced", cleaner=None):
 def tiny_cleaner(cleaner):
     """Return an official tiny cleaner, by its class."""
     name = cleaner.__name__.lower()
-    network = cleaner(**CLEANERS[name]).eval().requires_grad_(False)
-    network.load_state_dict(cleaner.official_state(official_weights(name), CLEANERS[name]))
-    return network
+    return find_network(cleaner.__name__, official_weights(name), CLEANERS[name]).load().requires_grad_(False)

@@ -25,6 +25,7 @@ SCALING_FACTOR = 0.18215  # of Stable Diffusion's latents
 TEXT_PREFIX = "text_model."  # the hub's spelling, which every release of transformers reads
 HEAD_WIDTH = 64  # channels of an attention head of Stable Diffusion 2 and of OpenCLIP ViT-H
 CLEANERS = {"SwinIR": SwinIR, "SCUNet": SCUNet, "BSRNet": BSRNet}
+COMPUTED = ("attn_mask", "relative_position_index")  # buffers in the files of cleaners that ours compute
 
 Config = dict[str, Any]
 
@@ -81,11 +82,12 @@ def find_network(kind: str, state: Mapping[str, Tensor], config: Config | None =
     """
     what, changes = what or f"the official {kind}", config or {}
     if kind in CLEANERS:
-        try:
-            return Network(_empty(CLEANERS[kind], changes), CLEANERS[kind].official_state(state, config))
-        except ValueError as error:
-            raise ValueError(f"{what}: {error}") from error
-    model, layout = _BUILDERS[kind](_Shapes(state, what), changes)
+        model: nn.Module = _empty(CLEANERS[kind], changes)
+        computed = {f"{name}.{buffer}" for name, _ in model.named_modules() for buffer in COMPUTED}
+        state = {key: tensor for key, tensor in state.items() if key not in computed}
+        layout = Layout({key: key for key in model.state_dict()})
+    else:
+        model, layout = _BUILDERS[kind](_Shapes(state, what), changes)
     return Network(model, map_strictly(model, state, layout, what=what))
 
 

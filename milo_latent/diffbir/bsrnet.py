@@ -13,7 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from milo_latent.diffbir.cleaner import Cleaner, channels_last
+from milo_latent.diffbir.cleaning import Cleaner, channels_last
 
 __all__ = ["BSRNet", "ModelMixin"]  # ModelMixin: diffusers looks for it beside the class
 RESIDUAL_SCALE = 0.2
@@ -61,6 +61,8 @@ class BSRNet(Cleaner):
         growth: channels of each result inside a dense block.
     """
 
+    scale = 4
+
     @register_to_config
     def __init__(self, channels: int = 64, blocks: int = 23, growth: int = 32) -> None:
         super().__init__()
@@ -71,11 +73,6 @@ class BSRNet(Cleaner):
         self.upconv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.HRconv = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_last = nn.Conv2d(channels, 3, 3, padding=1)
-
-    @property
-    def scale(self) -> int:
-        """How many times larger the result is than the image."""
-        return 4
 
     def forward(self, image: Tensor) -> Tensor:
         """Clean images of any size, (B, 3, H, W) in [0, 1], to (B, 3, 4 * H, 4 * W), about in [0, 1]."""

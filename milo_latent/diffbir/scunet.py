@@ -11,14 +11,13 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from milo_latent.diffbir.cleaner import Cleaner, channels_last
+from milo_latent.diffbir.cleaning import Cleaner, channels_last
 from milo_latent.diffbir.windows import join_windows, position_bias, split_windows, window_attention
 from milo_latent.latents.codec import pad_image
 
 __all__ = ["ModelMixin", "SCUNet"]  # ModelMixin: diffusers looks for it beside the class
 HEAD_CHANNELS = 32
 WINDOW = 8
-MULTIPLE = 64  # of the sides: three halvings, then windows
 
 
 class WindowAttention(nn.Module):
@@ -95,6 +94,8 @@ class SCUNet(Cleaner):
         ValueError: if there are not seven numbers of blocks.
     """
 
+    multiple = 8 * WINDOW  # the pixels of a window on the coarsest level, after three halvings
+
     @register_to_config
     def __init__(self, dim: int = 64, blocks: tuple[int, ...] = (4,) * 7) -> None:
         super().__init__()
@@ -109,11 +110,6 @@ class SCUNet(Cleaner):
             self.add_module(f"m_up{level + 1}", nn.Sequential(up, *_blocks(fine, blocks[6 - level])))
         self.m_body = nn.Sequential(*_blocks(8 * dim, blocks[3]))
         self.m_tail = nn.Sequential(nn.Conv2d(dim, 3, 3, padding=1, bias=False))
-
-    @property
-    def multiple(self) -> int:
-        """Pixels of a window on the coarsest level."""
-        return MULTIPLE
 
     def forward(self, image: Tensor) -> Tensor:
         """Clean images, (B, 3, H, W) of any size, in [0, 1]; the result may leave that range a little."""

@@ -16,7 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from milo_latent.diffbir.cleaner import Cleaner, channels_last
+from milo_latent.diffbir.cleaning import Cleaner, channels_last
 from milo_latent.diffbir.windows import join_windows, position_bias, split_windows, window_attention
 from milo_latent.latents.codec import pad_image
 
@@ -108,7 +108,6 @@ class SwinIR(Cleaner):
             power of two.
     """
 
-    computed: ClassVar[tuple[str, ...]] = ("attn_mask", "relative_position_index")
     enlarge_first: ClassVar[bool] = True
     outer_multiple: ClassVar[int] = 64
 
@@ -128,6 +127,7 @@ class SwinIR(Cleaner):
             raise ValueError(f"Expected as many `depths` as `num_heads`, got {len(depths)} and {len(num_heads)}.")
         if upscale % downscale or upscale.bit_count() != 1:
             raise ValueError(f"Expected `upscale` to be a power of two, times {downscale}, got {upscale}.")
+        self.scale, self.multiple = upscale // downscale, downscale * window_size  # 1 and 64 in DiffBIR
         self.conv_first = nn.Sequential(
             nn.PixelUnshuffle(downscale), nn.Conv2d(3 * downscale**2, embed_dim, 3, padding=1)
         )
@@ -145,16 +145,6 @@ class SwinIR(Cleaner):
             self.add_module(f"conv_up{index}", nn.Conv2d(channels, channels, 3, padding=1))
         self.conv_hr = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_last = nn.Conv2d(channels, 3, 3, padding=1)
-
-    @property
-    def scale(self) -> int:
-        """How many times larger the result is than the image: 1 in DiffBIR."""
-        return self.config.upscale // self.config.downscale
-
-    @property
-    def multiple(self) -> int:
-        """Pixels of a window: 64 in DiffBIR."""
-        return self.config.downscale * self.config.window_size
 
     def forward(self, image: Tensor) -> Tensor:
         """Clean images of any size, (B, 3, H, W) in [0, 1], to (B, 3, scale * H, scale * W), about in [0, 1]."""
