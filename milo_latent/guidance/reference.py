@@ -56,13 +56,7 @@ def encode_reference(
 
 
 def check_latent_space(metric: MILO, vae: Any, pipeline_name: str) -> None:
-    """Raise ValueError if the metric was trained on other latents than those of `vae`.
-
-    Args:
-        metric: MILO_L.
-        vae: of the pipeline; None is not checked.
-        pipeline_name: for the message.
-    """
+    """Raise ValueError if the metric was trained on other latents than those of the pipeline's `vae`, if it has one."""
     if vae is None:
         return
     channels, factor = vae.config.get("latent_channels"), vae.config.get("scaling_factor")
@@ -81,11 +75,7 @@ def check_latent_space(metric: MILO, vae: Any, pipeline_name: str) -> None:
 
 
 def match_reference(reference: Tensor, sample: Tensor) -> Tensor:
-    """Return the reference latents in the shape of the samples, on their device.
-
-    Args:
-        reference: (B or 1, C, h, w).
-        sample: clean estimate, (B, C, h, w).
+    """Return the reference latents, (B or 1, C, h, w), in the shape of the samples, (B, C, h, w), on their device.
 
     Raises:
         ValueError: for another shape.
@@ -122,10 +112,6 @@ def check_count(name: str, given: Tensor, sample: Tensor) -> None:
 
 def match_region(region: Tensor | None, sample: Tensor) -> Tensor:
     """Return the region, (B or 1, 1, h, w), in the dtype and on the device of the samples; 1 if there is none.
-
-    Args:
-        region: (B or 1, 1, h, w), or None.
-        sample: clean estimate, (B, C, h, w).
 
     Raises:
         ValueError: for another shape.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -74,17 +75,7 @@ class GuidanceTrace:
         mask: Tensor,
         weight: Tensor,
     ) -> None:
-        """Add a step.
-
-        Args:
-            timestep: as passed to the scheduler.
-            scale: the strength in this step.
-            x0: clean estimate before guidance, (B, C, h, w).
-            guided: clean estimate after it, (B, C, h, w).
-            reference: r, (B, C, h, w).
-            mask: M, (B, 1, h, w).
-            weight: what the difference is multiplied by, (B, 1, h, w).
-        """
+        """Add a step: x0 before guidance and after it, r, (B, C, h, w) each, M and W, (B, 1, h, w) each."""
         difference = reference - x0
         way = difference.flatten(1).norm(dim=1).clamp(min=1e-12)
         size = (min(mask.shape[2], THUMBNAIL), min(mask.shape[3], THUMBNAIL))
@@ -150,14 +141,11 @@ class GuidanceTrace:
             raise ValueError(f"Expected an animation as one of {ANIMATIONS}, got {path.name!r}.")
         frames = [self._frame(step, sample, side) for step in self]
         options: dict[str, Any] = {"lossless": True} if path.suffix.lower() == ".webp" else {}
-        frames[0].save(
-            path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, **options
-        )  # fmt: skip
+        options |= {"save_all": True, "append_images": frames[1:], "duration": milliseconds, "loop": 0}
+        frames[0].save(path, **options)
 
-    def _frame(self, step: TraceStep, sample: int, side: int) -> Any:
+    def _frame(self, step: TraceStep, sample: int, side: int) -> Image.Image:
         """Return one frame: the mask in color, with the step's index, timestep and scale below."""
-        from PIL import Image, ImageDraw
-
         height, width = step.mask.shape[2:]
         size = (round(height * side / max(height, width)), round(width * side / max(height, width)))
         painted = color_error_map(step.mask[sample : sample + 1], size=size, largest=self._largest(sample), bar=False)

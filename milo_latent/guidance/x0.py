@@ -92,15 +92,10 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
 
 
 def predict_original_sample(model_output: Tensor, sample: Tensor, coefficients: StepCoefficients) -> Tensor:
-    """Return the clean latents x0 that a model output predicts.
+    """Return the clean latents x0, (B, C, h, w) float32, that a model output predicts, before the scheduler clips them.
 
-    Args:
-        model_output: after classifier-free guidance, (B, C, h, w), or (B, 2C, h, w) where it also predicts a variance.
-        sample: the noisy latents as `scheduler.step` takes them, (B, C, h, w).
-        coefficients: of the step.
-
-    Returns:
-        `pred_original_sample`, (B, C, h, w) float32; it is not clipped where the scheduler clips it.
+    The model output is (B, C, h, w), or (B, 2C, h, w) where it also predicts a variance, and the sample the noisy
+    latents, as `scheduler.step` takes both.
     """
     predicted = coefficients.out * model_output[:, : sample.shape[1]].float()
     if coefficients.skip == 0.0:  # 0 times a sample that overflowed would be NaN
@@ -109,16 +104,10 @@ def predict_original_sample(model_output: Tensor, sample: Tensor, coefficients: 
 
 
 def shift_model_output(model_output: Tensor, change: Tensor, coefficients: StepCoefficients) -> Tensor:
-    """Return the model output whose x0 differs by `change` from that of `model_output`.
+    """Return the model output whose x0 differs by `change`, (B, C, h, w), from that of `model_output`.
 
-    Args:
-        model_output: (B, C, h, w), or (B, 2C, h, w), whose predicted variance is kept.
-        change: of `pred_original_sample`, (B, C, h, w).
-        coefficients: of the step.
-
-    Returns:
-        Model output, in the shape and dtype of `model_output`; `model_output` itself where the sample is clean
-        already, since the scheduler ignores it there.
+    It has the shape and dtype of `model_output`, whose predicted variance is kept. Where the sample is clean already,
+    `model_output` itself is returned, since the scheduler ignores it there.
     """
     if coefficients.out == 0.0:
         return model_output
@@ -246,10 +235,7 @@ def decoder_push(
 def official_step(way: Tensor, weight: Tensor | float, scale: float) -> Tensor:
     """Return minus the official gradient, 3000 * scale times that of mean(weight * way^2), for each item of a batch.
 
-    Args:
-        way: target - estimate, (B, C, H, W).
-        weight: (B, 1, H, W), or 1.
-        scale: s.
+    The way is target - estimate, (B, C, H, W), and the weight (B, 1, H, W), or 1.
     """
     return (2.0 * OFFICIAL_FACTOR * scale / way[0].numel()) * weight * way
 
