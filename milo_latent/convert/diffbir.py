@@ -15,7 +15,6 @@ from diffusers.utils import logging
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from milo_latent.convert.card import diffbir_card
 from milo_latent.convert.kinds import check_name, check_schedule, read_kind
 from milo_latent.convert.mapping import check_rest, select
 from milo_latent.convert.networks import Config, Network, find_network
@@ -23,9 +22,10 @@ from milo_latent.convert.tokenizer import HUB_TOKENIZER, WAY_OUT, open_tokenizer
 from milo_latent.convert.writing import write_safetensors
 from milo_latent.diffbir.prompts import PROMPT_EMBEDS_FILE, PROMPT_TOKENS, prompt_tokens
 from milo_latent.diffbir.schedulers import official_scheduler
-from milo_latent.diffbir.versions import FILES, TaskName, Version, VersionName, version_of
+from milo_latent.diffbir.versions import FILES, UPSCALE, TaskName, Version, VersionName, version_of
 from milo_latent.files import write_text
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
+from milo_latent.resources import sha256
 
 logger = logging.get_logger(__name__)
 STABLE_DIFFUSION = {  # component of the pipeline -> its kind, and where it is in the checkpoint
@@ -41,6 +41,27 @@ UNUSED = (  # of a Stable Diffusion file: averaged weights, tables of the traini
     r"posterior_(variance|log_variance_clipped|mean_coef[12])",
     r"denoiser\.sigmas",
 )
+CARD = """\
+---
+library_name: diffusers
+pipeline_tag: image-to-image
+tags: [image-restoration, diffbir]
+---
+# {name}
+
+DiffBIR {version}, task {task}, converted from the official checkpoints. Only names were changed{cast}.
+
+| part | file | SHA-256 |
+| --- | --- | --- |
+{rows}
+
+The UNet predicts {prediction}; the noise schedule {end}. The official README samples with `{sampler}`, {steps} steps
+and a guidance scale of {scale:g}, and enlarges {upscale:g} times.
+
+Source: Lin et al., "DiffBIR: Towards Blind Image Restoration with Generative Diffusion Prior", ECCV 2024, repository
+XPixelGroup/DiffBIR. The weights keep the licences of their owners: Stable Diffusion 2.1 that of its model card
+(CreativeML Open RAIL++-M), DiffBIR's those of its repositories.
+"""
 
 
 def convert_diffbir(
@@ -91,7 +112,7 @@ def convert_diffbir(
     with _folder_at_once(folder) as partial:
         networks = _find_networks(release, task, files, configs or {}, ignore)
         _save(networks, release, task, partial, _open_tokenizer(tokenizer, networks["text_encoder"]), dtype)
-        write_text(partial / "README.md", diffbir_card(folder.name, release, task, files, dtype=dtype))
+        write_text(partial / "README.md", _card(folder.name, release, task, files, dtype))
     return folder
 
 
@@ -204,3 +225,20 @@ def _save_prompt_embeds(network: Network, folder: Path, dtype: torch.dtype | Non
     if model.config.vocab_size > int(tokens.max()):  # type: ignore[union-attr,operator]
         encoded: Tensor = network.load(torch.float32)(tokens)[0]  # (prompts, 77, width)
         write_safetensors(folder / PROMPT_EMBEDS_FILE, dict(zip(PROMPT_TOKENS, encoded, strict=True)), dtype=dtype)
+
+
+def _card(name: str, version: Version, task: TaskName, files: Mapping[str, Path], dtype: torch.dtype | None) -> str:
+    """Return the text of the card of the folder `name`; `dtype` is that of the converted files if it was changed."""
+    return CARD.format(
+        name=name,
+        version=version.name,
+        task=task,
+        cast=f", and the precision to {str(dtype).removeprefix('torch.')}" if dtype is not None else "",
+        rows="\n".join(f"| {part} | {path.name} | {sha256(path)} |" for part, path in files.items()),
+        prediction="v" if version.prediction_type == "v_prediction" else "the noise",
+        end="ends without any signal" if version.zero_snr else "keeps some signal to its end",
+        sampler=version.recommended.sampler,
+        steps=version.recommended.steps,
+        scale=version.recommended.cfg_scale,
+        upscale=UPSCALE[task],
+    )

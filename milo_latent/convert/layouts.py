@@ -1,4 +1,7 @@
-"""How the official networks (of Latent Diffusion and OpenCLIP) name what diffusers and transformers name otherwise."""
+"""How the official networks (of Latent Diffusion and OpenCLIP) name what diffusers and transformers name otherwise.
+
+The number of resolutions is `levels`, and that of the residual blocks of a level on the way down is `layers`.
+"""
 
 from __future__ import annotations
 
@@ -44,17 +47,11 @@ def _encoder_names(levels: int, layers: int) -> dict[str, str]:
 
 
 def unet_layout(levels: int, layers: int, *, attends: tuple[bool, ...]) -> Layout:
-    """Return the layout of the UNet.
-
-    Args:
-        levels: number of resolutions.
-        layers: residual blocks of a level on the way down; there is one more on the way up.
-        attends: for each level, from the finest, whether it has attention.
-    """
+    """Return the layout of the UNet; `attends` tells for each level, from the finest, whether it has attention."""
     names = _encoder_names(levels, layers) | {"input_blocks.0.0": "conv_in"}
     index = 0
     for block, level in enumerate(reversed(range(levels))):
-        for layer in range(layers + 1):
+        for layer in range(layers + 1):  # one more than on the way down
             names |= _below(f"output_blocks.{index}.0", f"up_blocks.{block}.resnets.{layer}", RESNET)
             if attends[level]:
                 names[f"output_blocks.{index}.1"] = f"up_blocks.{block}.attentions.{layer}"
@@ -69,10 +66,6 @@ def controlnet_layout(levels: int, layers: int) -> Layout:
 
     Its first convolution takes noisy latents and condition latents, concatenated. Split along its input channels, it
     becomes `conv_in` and the convolution of the condition.
-
-    Args:
-        levels: number of resolutions.
-        layers: residual blocks of a level.
     """
     names = _encoder_names(levels, layers) | {"input_blocks.0.0.bias": "conv_in.bias"}
     for index in range(levels * (layers + 1)):
@@ -83,12 +76,7 @@ def controlnet_layout(levels: int, layers: int) -> Layout:
 
 
 def vae_layout(levels: int, layers: int) -> Layout:
-    """Return the layout of the VAE. The official decoder counts its levels from the finest, ours from the coarsest.
-
-    Args:
-        levels: number of resolutions.
-        layers: residual blocks of a level of the encoder; the decoder has one more.
-    """
+    """Return the layout of the VAE. The official decoder counts its levels from the finest, ours from the coarsest."""
     names = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     flattened = set()
     for level in range(levels):
@@ -111,11 +99,9 @@ def vae_layout(levels: int, layers: int) -> Layout:
 
 
 def text_layout(layers: int, *, prefix: str) -> Layout:
-    """Return the layout of OpenCLIP's text tower without its last layer, whose output DiffBIR does not use.
+    """Return the layout of the first `layers` of OpenCLIP's text tower, which lacks the last that DiffBIR does not use.
 
-    Args:
-        layers: number of layers that are kept.
-        prefix: of our names; it depends on the release of transformers.
+    The prefix of our names depends on the release of transformers.
     """
     names = {
         "token_embedding": f"{prefix}embeddings.token_embedding",

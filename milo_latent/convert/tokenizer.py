@@ -23,7 +23,7 @@ def open_tokenizer(source: str | Path, *, length: int = 77) -> CLIPTokenizer:
     """Open CLIP's tokenizer, padding with token 0 as DiffBIR does.
 
     Token 0 is "!", so the tokenizer by itself reads an exclamation mark as padding, as diffusers' Stable Diffusion 2.1
-    does; the official code reads it as a word. `milo_latent.diffbir.prompt_cache.tokens_of` does as the official code.
+    does; the official code reads it as a word. `milo_latent.diffbir.prompts.tokens_of` does as the official code.
 
     Args:
         source: a folder (the tokenizer's, or a pipeline's with `tokenizer` in it), a hub id, or a vocabulary file
