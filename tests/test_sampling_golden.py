@@ -219,18 +219,14 @@ def minus_mean(tile):
         ("minus_mean.gaussian.size12.stride5", minus_mean, 1),
         ("minus_mean.gaussian.size8.stride4", minus_mean, 1),
         ("minus_mean.gaussian.size8.stride8", minus_mean, 1),
-        ("minus_mean.uniform.size12.stride5", minus_mean, 1),
-        ("minus_mean.uniform.size8.stride4", minus_mean, 1),
-        ("minus_mean.uniform.size8.stride8", minus_mean, 1),
-        ("down2.gaussian.size8.stride4", lambda tile: F.avg_pool2d(minus_mean(tile), 2), 0.5),
         ("up4_channel3.gaussian.size8.stride4", lambda tile: F.interpolate(minus_mean(tile), scale_factor=4)[:, :3], 4),
     ],
 )
 def test_official_tiles(name, function, scale):
     tensors = golden("image_ops")
     image = tensors["tiled.x"] if scale != 4 else tensors["tiled.x"][:, :, :12, :16]
-    _, weights, size, stride = name.split(".")
-    tiled = official_tiled(function, image, tile=int(size[4:]), stride=int(stride[6:]), scale=scale, weights=weights)
+    *_, size, stride = name.split(".")
+    tiled = official_tiled(function, image, tile=int(size[4:]), stride=int(stride[6:]), scale=scale)
     assert relative(tiled, tensors[f"tiled.{name}"]) < 1e-5
 
 
@@ -238,7 +234,6 @@ def test_official_weights_and_windows():
     tensors = golden("image_ops")
     for key in ("8x8", "9x9", "16x16", "64x64"):
         assert relative(gaussian_weights(int(key.split("x")[0])), tensors[f"gaussian_weights.{key}"]) < 1e-12
-    assert relative(gaussian_weights(10, 6), tensors["gaussian_weights.width6.height10"]) < 1e-12
     for height, width, size, stride in [(20, 30, 12, 5), (20, 30, 8, 4), (64, 64, 64, 32), (64, 96, 64, 32)]:
         starts = [(top, left) for top in tile_starts(height, size, stride) for left in tile_starts(width, size, stride)]
         windows = [[top, top + size, left, left + size] for top, left in starts]

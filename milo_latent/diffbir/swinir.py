@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import OrderedDict
 from typing import ClassVar
 
 import torch
@@ -46,19 +47,6 @@ class WindowAttention(nn.Module):
         return join_windows(self.proj(attended), self.window, shift)
 
 
-class FeedForward(nn.Module):
-    """Two linear layers around a GELU, at each token."""
-
-    def __init__(self, channels: int, hidden_channels: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(channels, hidden_channels)
-        self.fc2 = nn.Linear(hidden_channels, channels)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return (..., C) for (..., C)."""
-        return self.fc2(F.gelu(self.fc1(hidden)))
-
-
 class SwinBlock(nn.Module):
     """Attention in windows shifted by `shift`, then feed-forward, each after a norm and added to its input (eq. 7)."""
 
@@ -68,7 +56,9 @@ class SwinBlock(nn.Module):
         self.norm1 = nn.LayerNorm(channels)
         self.attn = WindowAttention(channels, heads, window)
         self.norm2 = nn.LayerNorm(channels)
-        self.mlp = FeedForward(channels, int(channels * mlp_ratio))
+        width = int(channels * mlp_ratio)
+        feed_forward = {"fc1": nn.Linear(channels, width), "gelu": nn.GELU(), "fc2": nn.Linear(width, channels)}
+        self.mlp = nn.Sequential(OrderedDict(feed_forward))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return (B, H, W, C) for (B, H, W, C)."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 from numbers import Integral
 from typing import Any, Literal, get_args
 
@@ -116,8 +115,7 @@ def official_tiled(
     *,
     tile: int,
     stride: int,
-    scale: float | Fraction = 1,
-    weights: Literal["gaussian", "uniform"] = "gaussian",
+    scale: int = 1,
 ) -> Tensor:
     """Apply `function` to tiles placed and weighed as in the official code; `tiled` blends them better.
 
@@ -126,8 +124,7 @@ def official_tiled(
         image: (B, C, H, W), both sides at least `tile`.
         tile: side of the tiles.
         stride: from the start of one tile to the next, at most `tile`.
-        scale: of the sides.
-        weights: "gaussian", or "uniform" for the plain mean.
+        scale: by which `function` enlarges the sides.
 
     Returns:
         Weighted mean of the tiles' results, (B, C2, H * scale, W * scale).
@@ -142,18 +139,17 @@ def official_tiled(
         raise ValueError(
             f"Expected sides of at least {tile} and a stride of 1 to {tile}, got {height}x{width}, {stride}."
         )
-    ratio = Fraction(scale).limit_denominator(1024)
-    side = int(tile * ratio)
-    weight = gaussian_weights(side) if weights == "gaussian" else torch.ones(side, side, dtype=torch.float64)
+    side = tile * scale
+    weight = gaussian_weights(side)
     total: Tensor | None = None
     for top in tile_starts(height, tile, stride):
         for left in tile_starts(width, tile, stride):
             part = function(image[..., top : top + tile, left : left + tile])
             if total is None:
                 weight = weight.to(part)
-                total = part.new_zeros(*part.shape[:2], int(height * ratio), int(width * ratio))
+                total = part.new_zeros(*part.shape[:2], height * scale, width * scale)
                 count = torch.zeros_like(total[:1, :1])
-            rows, columns = (slice(int(at * ratio), int(at * ratio) + side) for at in (top, left))
+            rows, columns = (slice(at * scale, at * scale + side) for at in (top, left))
             total[..., rows, columns] += part * weight
             count[..., rows, columns] += weight
     assert total is not None
@@ -166,12 +162,9 @@ def tile_starts(side: int, tile: int, stride: int) -> list[int]:
     return starts if starts[-1] + tile == side else [*starts, side - tile]
 
 
-def gaussian_weights(height: int, width: int | None = None) -> Tensor:
-    """Return the official weights of a tile, (height, width) float64: centered across, half a cell too low down."""
-    width = height if width is None else width
-
-    def profile(side: int, center: float) -> Tensor:
-        distance = (torch.arange(side, dtype=torch.float64) - center) / side
-        return torch.exp(-distance.square() / (2 * VARIANCE)) / (2 * torch.pi * VARIANCE) ** 0.5
-
-    return torch.outer(profile(height, height / 2), profile(width, (width - 1) / 2))
+def gaussian_weights(side: int) -> Tensor:
+    """Return the official weights of a tile, (side, side) float64: centered across, half a cell too low down."""
+    centers = torch.tensor([[side / 2], [(side - 1) / 2]], dtype=torch.float64)  # down, across
+    distance = (torch.arange(side) - centers) / side  # (2, side)
+    profiles = torch.exp(-distance.square() / (2 * VARIANCE)) / (2 * torch.pi * VARIANCE) ** 0.5
+    return torch.outer(*profiles)
