@@ -109,6 +109,14 @@ def test_cleaners_that_keep_the_size_see_the_enlarged_image():
     assert recorder.seen.shape == cleaned.shape == (1, 3, 42, 70)
 
 
+def test_the_official_rules_enlarge_in_8_bit_before_the_cleaner():
+    recorder, image = Recorder(), torch.rand(1, 3, 21, 35)
+    clean_image(recorder, image, output_size=(42, 70), rules=OFFICIAL)
+    assert torch.equal(recorder.seen, resize_8bit(image, (42, 70)))
+    clean_image(recorder, image, output_size=(42, 70))
+    assert torch.equal(recorder.seen, resize(image, (42, 70)).clamp(0, 1))
+
+
 def test_any_upscaler_is_taken_by_its_scale():
     image = torch.rand(1, 3, 10, 12)
     assert torch.equal(clean_image(Enlarger(), image), Enlarger()(image))

@@ -163,6 +163,15 @@ def test_starting_from_the_condition_or_with_a_noised_one_changes_the_result(pip
         assert torch.equal(run(pipeline, **options), run(pipeline, **options))
 
 
+def test_the_official_rules_noise_the_condition_to_the_last_timestep_the_default_to_the_first_of_the_run(pipeline):
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="leading")
+    pipeline.scheduler.set_timesteps(4)
+    reference, noise = (torch.randn(1, 4, 16, 16, generator=generator(index)) for index in range(2))
+    for compatibility, timestep in ((None, 750), ("official", 999)):
+        start = pipeline.prepare_latents(reference, latents=noise, start_point="cond", compatibility=compatibility)
+        assert torch.equal(start, sampling.add_noise(reference, noise, pipeline.scheduler, timestep))
+
+
 def test_the_noise_is_drawn_in_a_known_order(pipeline):
     pipeline.scheduler = official_scheduler("spaced", prediction_type="epsilon", rescale_betas_zero_snr=False)
     drawn = [torch.randn(1, 4, 16, 16, generator=generator(index)) for index in range(4)]
@@ -382,8 +391,11 @@ def test_the_official_rule_takes_tiles_only_where_one_fits(pipeline):
 def test_the_official_rule_pads_latents_where_it_padded_the_image_less(pipeline, stage):
     seen, image = [], torch.rand(1, 3, 136, 150, generator=generator())
     pipeline.unet.register_forward_pre_hook(lambda module, arguments: seen.append(tuple(arguments[0].shape[2:])))
+    encoded = []
+    pipeline.vae.encoder.register_forward_pre_hook(lambda module, arguments: encoded.append(arguments[0].shape[2:]))
     pipeline.enable_tiling(320, stages=(stage,))  # which neither image nor latents hold
     result = run(pipeline, image, compatibility="official")
+    assert encoded == [(136, 152)]  # padded to cells only
     assert result.shape == image.shape
     assert set(seen) == {(18, 20)}  # 17 and 19 cells, padded to those that the UNet halves
     for loss, space in (("mse", "rgb"), ("w_mse", "latent")):  # whose images are those of the latents
