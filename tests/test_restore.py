@@ -176,7 +176,7 @@ def test_an_official_diffbir_samples_as_its_readme_says(prompted, version):
     prompted.prompt_cache.stored = dict.fromkeys(texts, torch.rand(1, 5, 8))
     prompted.register_to_config(release_version=version, release_task="sr")
     settings = RestorationSettings(noise_aug=5).resolve(prompted)
-    assert (settings.task, settings.upscale, settings.steps) == ("sr", 4.0, recommended.steps)
+    assert (settings.task, settings.upscale, settings.steps) == ("sr", 4.0, recommended.num_inference_steps)
     official = prompted.release.call_arguments | {"noise_aug": 5}  # the caller's
     assert {name: settings.call_arguments[name] for name in official} == official
     assert RestorationSettings(steps=3).resolve(prompted).call_arguments["num_inference_steps"] == 3

@@ -19,7 +19,10 @@ def test_addresses_are_the_official_ones(facts):
 
 def test_the_command_lines_defaults_are_the_official_ones(facts):
     options = facts["command_line"]
-    renamed = {"prompt": "pos_prompt", "negative_prompt": "neg_prompt"}
+    renamed = {
+        "prompt": "pos_prompt", "negative_prompt": "neg_prompt", "num_inference_steps": "steps",
+        "guidance_scale": "cfg_scale", "controlnet_conditioning_scale": "strength", "start_point": "start_point_type",
+    }  # fmt: skip
     for name, value in vars(COMMAND_LINE).items():
         assert value == options[renamed.get(name, name)]["default"], name
     assert UPSCALE["sr"] == options["upscale"]["default"]

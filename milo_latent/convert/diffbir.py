@@ -238,7 +238,7 @@ def _card(name: str, version: Version, task: TaskName, files: Mapping[str, Path]
         prediction="v" if version.prediction_type == "v_prediction" else "the noise",
         end="ends without any signal" if version.zero_snr else "keeps some signal to its end",
         sampler=version.recommended.sampler,
-        steps=version.recommended.steps,
-        scale=version.recommended.cfg_scale,
+        steps=version.recommended.num_inference_steps,
+        scale=version.recommended.guidance_scale,
         upscale=UPSCALE[task],
     )

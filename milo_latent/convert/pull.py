@@ -36,11 +36,7 @@ def downloads_dir() -> Path:
 
 
 def official_files(version: VersionName, task: TaskName) -> dict[str, str]:
-    """Return what a version takes for a task: arguments of `convert_diffbir` to names in `FILES`.
-
-    Raises:
-        ValueError: if the version has no such task.
-    """
+    """Return what a version takes for one of its tasks: arguments of `convert_diffbir` to names in `FILES`."""
     release = version_of(version)
     names = {"sd": release.sd, **vars(release.checkpoints(task))}
     return {part: name for part, name in names.items() if name is not None}

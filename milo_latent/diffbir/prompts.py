@@ -7,7 +7,6 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ PROMPT_EMBEDS_FILE = "prompt_embeds.safetensors"
 _START, _END = 49406, 49407
 
 # fmt: off
-PROMPT_TOKENS: Mapping[str, tuple[int, ...]] = MappingProxyType({  # of CLIP
+PROMPT_TOKENS: Mapping[str, tuple[int, ...]] = {  # of CLIP
     "": (),
     PROMPT: (
         25602, 267, 1400, 18501, 267, 5302, 12609, 267, 2807, 1996, 320, 9310, 17805, 337, 3934, 267, 22146, 12609,
@@ -40,7 +39,7 @@ PROMPT_TOKENS: Mapping[str, tuple[int, ...]] = MappingProxyType({  # of CLIP
     NEGATIVE_PROMPT_V2: (
         1042, 3027, 267, 21977, 267, 1042, 268, 9977, 267, 33495, 267, 569, 8157, 267, 5613, 28063,
     ),
-})
+}
 # fmt: on
 
 

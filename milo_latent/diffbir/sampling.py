@@ -40,11 +40,6 @@ def set_timesteps(scheduler: SchedulerMixin, steps: int, device: torch.device) -
     A single step starts from the last timestep. Schedulers with "linspace" or "leading" spacing would start it from the
     first, whose model takes the noise for a clean image.
 
-    Args:
-        scheduler: any of diffusers'.
-        steps: number of denoising steps.
-        device: of the result.
-
     Returns:
         Timesteps, (steps,), or more for schedulers that call the model twice in a step.
     """
@@ -80,16 +75,9 @@ def draw_noise(
 
 
 def add_noise(latents: Tensor, noise: Tensor, scheduler: SchedulerMixin, timestep: int) -> Tensor:
-    """Noise latents to a timestep: sqrt(a) * latents + sqrt(1 - a) * noise, a the scheduler's `alphas_cumprod`.
+    """Noise latents, (B, C, h, w), to a timestep by unit normal noise of their shape.
 
-    Args:
-        latents: (B, C, h, w).
-        noise: unit normal, of the same shape.
-        scheduler: with the model's noise schedule.
-        timestep: of that schedule.
-
-    Returns:
-        Noisy latents, (B, C, h, w).
+    The result is sqrt(a) * latents + sqrt(1 - a) * noise, where a is the scheduler's `alphas_cumprod`.
 
     Raises:
         ValueError: if the scheduler has no `alphas_cumprod`.
