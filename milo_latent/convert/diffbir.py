@@ -19,8 +19,7 @@ from milo_latent.convert.kinds import check_name, check_schedule, read_kind
 from milo_latent.convert.mapping import check_rest, select
 from milo_latent.convert.networks import Config, Network, find_network
 from milo_latent.convert.tokenizer import HUB_TOKENIZER, WAY_OUT, open_tokenizer
-from milo_latent.convert.writing import write_safetensors
-from milo_latent.diffbir.prompts import PROMPT_EMBEDS_FILE, PROMPT_TOKENS, prompt_tokens
+from milo_latent.diffbir.prompts import PROMPT_TOKENS, prompt_tokens, write_prompt_embeds
 from milo_latent.diffbir.schedulers import official_scheduler
 from milo_latent.diffbir.versions import FILES, UPSCALE, TaskName, Version, VersionName, version_of
 from milo_latent.files import write_text
@@ -224,7 +223,7 @@ def _save_prompt_embeds(network: Network, folder: Path, dtype: torch.dtype | Non
     tokens, model = prompt_tokens(), network.model
     if model.config.vocab_size > int(tokens.max()):  # type: ignore[union-attr,operator]
         encoded: Tensor = network.load(torch.float32)(tokens)[0]  # (prompts, 77, width)
-        write_safetensors(folder / PROMPT_EMBEDS_FILE, dict(zip(PROMPT_TOKENS, encoded, strict=True)), dtype=dtype)
+        write_prompt_embeds(folder, dict(zip(PROMPT_TOKENS, encoded.to(dtype or encoded.dtype).split(1), strict=True)))
 
 
 def _card(name: str, version: Version, task: TaskName, files: Mapping[str, Path], dtype: torch.dtype | None) -> str:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 SHOWN = 4  # keys of each kind that an error names; the others are counted
@@ -110,11 +109,6 @@ def select(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def numbered(keys: Iterable[str], pattern: str) -> list[int]:
     """Return, in order and once each, the numbers that the group of `pattern` finds at the start of `keys`."""
     return sorted({int(match.group(1)) for key in keys if (match := re.match(pattern, key))})
-
-
-def convert_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Return a floating-point tensor in `dtype`, others as they are."""
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 def check_rest(state: Mapping[str, Tensor], prefixes: tuple[str, ...], ignorable: Iterable[str], *, what: str) -> None:
