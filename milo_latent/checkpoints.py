@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from milo_latent.checks import check_file
+
 CHECKPOINT_SUFFIXES = frozenset({".pth", ".pt", ".ckpt"})
 INERT_MODULES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.")
 
@@ -47,10 +49,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         ValueError: if it is damaged or incomplete, holds no tensors, or would run code.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"Expected a checkpoint, got {path}, which {'is a folder' if path.is_dir() else 'does not exist'}."
-        )
+    check_file(path, "a checkpoint")
     content = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pickled(path)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]

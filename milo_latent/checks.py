@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +25,13 @@ def check_range(name: str, value: float, low: float, high: float, way_out: str =
         raise ValueError(f"Expected `{name}` in [{low:g}, {high:g}], got {value}. {way_out}".rstrip())
 
 
+def check_file(path: Path, what: str, way_out: str = "") -> None:
+    """Raise FileNotFoundError unless `path` is a file; the message calls it `what`."""
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"Expected {what}, got {path}, which {found}. {way_out}".rstrip())
+
+
 def check_batch(name: str, tensor: Tensor, channels: int | None = None) -> None:
     """Raise TypeError or ValueError unless `tensor` is floating point, (B, C, H, W), with `channels` channels."""
     if not isinstance(tensor, Tensor):
@@ -40,13 +48,9 @@ def check_batch(name: str, tensor: Tensor, channels: int | None = None) -> None:
 
 
 def check_pair(ref: Tensor, dist: Tensor, *, channels: int, smallest: int) -> None:
-    """Raise TypeError or ValueError unless `ref` and `dist` can be compared.
+    """Raise TypeError or ValueError unless `ref`, (B or 1, C, H, W), and `dist`, (B, C, H, W), can be compared.
 
-    Args:
-        ref: reference, (B, C, H, W) or (1, C, H, W), floating point.
-        dist: distorted, (B, C, H, W), of the same dtype and on the same device.
-        channels: the C that both must have.
-        smallest: the least H and W.
+    Their C must be `channels`, and H and W at least `smallest`; dtype and device must be the same.
     """
     check_batch("ref", ref, channels)
     check_batch("dist", dist, channels)
@@ -63,12 +67,7 @@ def check_pair(ref: Tensor, dist: Tensor, *, channels: int, smallest: int) -> No
 
 
 def check_model_input(name: str, tensor: Tensor, parameter: Tensor, *, model: str) -> None:
-    """Raise unless `tensor` has the device and, without autocast, the dtype of a `parameter` of `model`.
-
-    Raises:
-        TypeError: if the dtypes differ.
-        ValueError: if the devices differ.
-    """
+    """Raise ValueError or TypeError unless `tensor` has the device and, without autocast, the dtype of `parameter`."""
     if tensor.device != parameter.device:
         raise ValueError(
             f"Expected `{name}` on the {model}'s device {parameter.device}, got {tensor.device}. Move one with `.to`."
@@ -110,14 +109,7 @@ class ValueWatch:
         self.warned = False
 
     def look(self, name: str, tensor: Tensor, *, latents: bool, stacklevel: int = 3) -> None:
-        """Warn of `tensor`, unless an earlier one was warned of.
-
-        Args:
-            name: what the message calls it, such as its file.
-            tensor: images or scaled latents, (B, C, H, W).
-            latents: whether it holds latents.
-            stacklevel: as of `warnings.warn`.
-        """
+        """Warn of images or scaled latents, (B, C, H, W), called `name`, unless it has warned before."""
         message = None if self.warned else (_odd_latents if latents else _odd_image)(name, tensor)
         if message is not None:
             self.warned = True

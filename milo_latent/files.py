@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from milo_latent.checks import check_file, check_finite
 from milo_latent.pictures import from_8bit, picture_to_tensor, to_8bit
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
@@ -60,10 +61,7 @@ def read_photo(path: str | Path) -> tuple[Tensor, Tensor | None]:
 
 def _open(path: str | Path) -> Image.Image:
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"Expected an image file, got {path}, which {'is a folder' if path.is_dir() else 'does not exist'}."
-        )
+    check_file(path, "an image file")
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours, below
@@ -118,8 +116,7 @@ def write_image(path: str | Path, image: Tensor, *, alpha: Tensor | None = None)
         image = image[0]
     if image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"Expected one image, (3, H, W), got {tuple(image.shape)}.")
-    if not torch.isfinite(image).all():
-        raise ValueError(f"Expected finite values, got NaN or infinity; {path} is not written.")
+    check_finite(f"image for {path}", image)
     if alpha is not None:
         image = torch.cat([image, alpha[0].to(image)])
     picture = Image.fromarray(to_8bit(image))
@@ -142,8 +139,7 @@ def read_latents(path: str | Path) -> Tensor:
         ValueError: if the file is damaged, holds pickled objects, or holds no latents.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected a file of latents, got {path}, which does not exist.")
+    check_file(path, "a file of latents")
     _check_suffix(path, LATENT_SUFFIXES)
     latents = _read_npy(path) if path.suffix.lower() == ".npy" else _read_safetensors(path)
     if latents.ndim == 3:
@@ -164,14 +160,15 @@ def _read_npy(path: Path) -> Tensor:
 
 
 def _read_safetensors(path: Path) -> Tensor:
-    with _open_safetensors(path) as file:
+    with open_safetensors(path) as file:
         if "latents" not in file.keys():  # noqa: SIM118 (safe_open is no mapping)
             raise ValueError(f"Expected an entry `latents` in {path}, got {sorted(file.keys())}.")
         return file.get_tensor("latents")
 
 
 @contextmanager
-def _open_safetensors(path: str | Path) -> Iterator[Any]:
+def open_safetensors(path: str | Path) -> Iterator[Any]:
+    """Open a safetensors file as `safe_open` does; a damaged one raises ValueError."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -187,7 +184,7 @@ def read_latents_metadata(path: str | Path) -> dict[str, str]:
     """
     if Path(path).suffix.lower() != ".safetensors":
         return {}
-    with _open_safetensors(path) as file:
+    with open_safetensors(path) as file:
         return dict(file.metadata() or {})
 
 
@@ -205,8 +202,7 @@ def write_latents(path: str | Path, latents: Tensor, *, metadata: dict[str, str]
     """
     path = Path(path)
     check_output(path, LATENT_SUFFIXES)
-    if not torch.isfinite(latents).all():
-        raise ValueError(f"Expected finite latents, got NaN or infinity; {path} is not written.")
+    check_finite(f"latents for {path}", latents)
     array = latents.detach().float().cpu().contiguous()
     if path.suffix.lower() == ".safetensors":
         content = save({"latents": array}, metadata=metadata)
@@ -244,10 +240,6 @@ def _umask() -> int:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file completely or not at all: `write` fills a temporary file beside `path`, which then replaces it.
 
-    Args:
-        path: the final name.
-        write: called with the temporary path.
-
     Raises:
         OSError: if writing fails, such as on a full disk; an older file at `path` is untouched then.
     """
@@ -263,22 +255,23 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def visible_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
-    """Return the files of a folder with one of `suffixes`, by name, but hidden ones such as macOS's `._photo.jpg`."""
-    paths = sorted(folder.iterdir())
-    return [path for path in paths if path.suffix.lower() in suffixes and not path.name.startswith(".")]
-
-
 def list_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
-    """Return the visible files of a folder with one of `suffixes`, sorted by name, for results named after them.
+    """Return the files of a folder with one of `suffixes`, by name, but hidden ones such as macOS's `._photo.jpg`.
 
     Raises:
-        FileNotFoundError: if there are none.
-        ValueError: if two names differ in their suffix only, so that their results would overwrite each other.
+        FileNotFoundError: if `folder` is none, or holds no such file.
     """
-    paths = visible_files(folder, suffixes)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"Expected a folder, got {folder}, which is not a folder.")
+    paths = [path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith(".")]
     if not paths:
         raise FileNotFoundError(f"Expected files of {sorted(suffixes)} in {folder}, found none.")
+    return sorted(paths)
+
+
+def list_unique_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
+    """Return the files of `list_files`, or raise ValueError if two have one name but for the suffix."""
+    paths = list_files(folder, suffixes)
     counts = Counter(path.stem for path in paths)
     twice = [path.name for path in paths if counts[path.stem] > 1]
     if twice:
@@ -297,7 +290,7 @@ def process_folder(
     Args:
         folder: the folder of the files.
         output: the folder of the results, made if it is missing; a result has the name of its file, with `suffix`.
-        work: reads the one file and writes the other; the others are processed even if it raises for one.
+        work: may raise ValueError, FileNotFoundError or MemoryError; the other files are processed all the same.
         inputs: the suffixes of the files.
         suffix: the suffix of the results, such as "png".
         unit: what messages call the files, in the plural.
@@ -307,10 +300,9 @@ def process_folder(
 
     Raises:
         FileNotFoundError: if the folder holds no such file.
-        ValueError: at the start, if two files would have one result; at the end, with the reason for each file that
-            failed.
+        ValueError: at the start, if two files would have one result; at the end, with the reason for each failure.
     """
-    paths = list_files(folder, inputs)
+    paths = list_unique_files(folder, inputs)
     output.mkdir(parents=True, exist_ok=True)
     results = {path: output / f"{path.stem}.{suffix}" for path in paths}
     left = [path for path in paths if not results[path].exists()]

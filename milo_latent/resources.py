@@ -21,14 +21,11 @@ def _shipped() -> dict[str, Path]:
 
 def available_weights() -> list[str]:
     """Return the names of the shipped sets of weights."""
-    return sorted(_shipped())
+    return list(_shipped())
 
 
 def weights_dir(name: str) -> Path:
-    """Return the folder of a shipped set of weights.
-
-    Args:
-        name: such as "nano".
+    """Return the folder of a shipped set of weights, such as "nano".
 
     Raises:
         FileNotFoundError: if there is no such set; the message lists the sets.
@@ -37,6 +34,11 @@ def weights_dir(name: str) -> Path:
     if name not in shipped:
         raise FileNotFoundError(f"Expected one of the shipped weights, {', '.join(shipped)}, got {name!r}.")
     return shipped[name]
+
+
+def find_weights(source: str | Path) -> Path:
+    """Return the folder of the shipped set that `source` names; if it names none, `source` itself."""
+    return _shipped().get(str(source), Path(source))
 
 
 def sha256(path: Path) -> str:

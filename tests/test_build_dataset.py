@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from milo_latent.distortions import distort
 from milo_latent.evaluation.agreement import Logistic
@@ -23,7 +23,7 @@ from milo_latent.testing import tiny_metric, tiny_pipeline
 from milo_latent.training import build_dataset, pseudo_mos
 from milo_latent.training.build_dataset import DatasetConfig, build, draw_settings, estimated_bytes, square
 from milo_latent.training.data.fingerprints import metric_digests
-from milo_latent.training.data.shards import PairSet, read_shard
+from milo_latent.training.data.shards import PairSet
 from milo_latent.training.pseudo_mos import Calibration, Ensemble, calibrate, member_agreement, read_calibrations
 
 MEMBERS = ["psnr", "mae"]
@@ -87,7 +87,7 @@ def test_labels_are_those_of_the_ensemble_for_the_distortion_named(material, bui
     images = PairSet(built, space="images")
     ensemble = Ensemble([by_name(name) for name in MEMBERS], read_calibrations(material / "calibrations.json"))
     ref, dist, dmos = images.pairs(torch.tensor([1]))
-    setting = SETTINGS[int(read_shard(built / "shard-00000.safetensors")[0]["setting"][1])]
+    setting = SETTINGS[int(load_file(built / "shard-00000.safetensors")["setting"][1])]
     assert torch.allclose(distort(ref, *setting, image_id="0"), dist, atol=1e-6)
     assert ensemble.labels(ref=ref, dist=dist).mean().item() == pytest.approx(dmos.item(), abs=1e-5)
 
@@ -213,7 +213,7 @@ def test_the_size_is_estimated_within_a_tenth(material, built):
 def test_missing_labels_and_spaces_are_named(built, tmp_path):
     with pytest.raises(FileNotFoundError, match="no shard"):
         PairSet(tmp_path, space="latents")
-    tensors, _ = read_shard(built / "shard-00000.safetensors")
+    tensors = load_file(built / "shard-00000.safetensors")
     tensors.pop("dmos")
     save_file(tensors, tmp_path / "shard-00000.safetensors")
     (tmp_path / "dataset.json").write_text('{"shards": 1}')

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 
 from milo_latent import MILO
 from milo_latent.cli import main
-from milo_latent.files import LATENT_SUFFIXES, list_files, read_image, read_latents, write_image, write_latents
+from milo_latent.files import LATENT_SUFFIXES, list_unique_files, read_image, read_latents, write_image, write_latents
 from milo_latent.score import pairs as scoring
 from milo_latent.score.pairs import match_pairs, score_pairs
 from milo_latent.score.table import ScoreRow, ScoreTable
@@ -66,7 +66,7 @@ def test_what_cannot_be_paired_is_refused(folders, tmp_path):
     with pytest.raises(ValueError, match="each name once"):
         match_pairs(ref, dist)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="images or latents"):
+    with pytest.raises(FileNotFoundError, match="found none"):
         match_pairs(ref / "00.npy", tmp_path / "empty")
 
 
@@ -76,7 +76,7 @@ def test_hidden_files_of_a_folder_are_none_to_score(folders):
     (ref / "._00.npy").write_bytes(b"what macOS writes beside a file")
     (dist / ".00.safetensors.k2j3.safetensors").write_bytes(b"half of a file, of a process that was killed")
     assert match_pairs(ref, dist) == pairs
-    assert [path.name for path in list_files(ref, LATENT_SUFFIXES)] == [pair.ref.name for pair in pairs]
+    assert [path.name for path in list_unique_files(ref, LATENT_SUFFIXES)] == [pair.ref.name for pair in pairs]
 
 
 def test_a_pair_of_many_that_cannot_be_scored_is_named(folders, metric):

@@ -144,7 +144,7 @@ def test_a_training_program_ends_in_one_line(tmp_path):
     )
     assert done.returncode == 1
     assert done.stderr.strip().splitlines() == [
-        f"milo-latent: Expected a folder of images, got {tmp_path / 'none'}, which is not a folder."
+        f"milo-latent: Expected a folder, got {tmp_path / 'none'}, which is not a folder."
     ]
 
 
@@ -186,7 +186,7 @@ def test_crops_follow_from_seed_and_step_alone(images):
 
 
 def test_folders_without_images_are_refused(tmp_path, images):
-    with pytest.raises(FileNotFoundError, match="no image"):
+    with pytest.raises(FileNotFoundError, match="found none"):
         list_images([tmp_path])
     with pytest.raises(FileNotFoundError, match="not a folder"):
         list_images([tmp_path / "absent"])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from milo_latent.checks import check_file
 from milo_latent.distortions import DISTORTIONS, LEVELS, distort
 from milo_latent.evaluation.metrics import FullReference
 from milo_latent.files import read_image
@@ -38,10 +39,7 @@ def read_setting_opinions(path: str | Path) -> Tensor:
         ValueError: if a column or a setting is missing.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"Expected a table of opinions by distortion setting, got {path}, which does not exist."
-        )
+    check_file(path, "a table of opinions by distortion setting")
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     try:

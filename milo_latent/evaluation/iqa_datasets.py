@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from milo_latent.checks import check_file
+
 
 @dataclass(frozen=True)
 class Rating:
@@ -27,10 +29,7 @@ class Rating:
 
 
 def _rows(path: Path, delimiter: str = ",") -> list[list[str]]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"Expected the opinion scores in {path}, which does not exist. Is this the right folder?"
-        )
+    check_file(path, "a file of opinion scores", "Is this the right folder?")
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
         return [row for row in rows if any(cell.strip() for cell in row)]

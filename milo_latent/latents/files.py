@@ -22,7 +22,7 @@ from milo_latent.files import (
     write_latents,
 )
 from milo_latent.latents.codec import VAE, check_tile, decode_latents, encode_image, vae_scale_factor
-from milo_latent.resources import available_weights, weights_dir
+from milo_latent.resources import find_weights
 
 
 def vae_folder(source: str | Path) -> Path:
@@ -31,7 +31,7 @@ def vae_folder(source: str | Path) -> Path:
     Raises:
         FileNotFoundError: if there is no VAE.
     """
-    folder = weights_dir(str(source)) if str(source) in available_weights() else Path(source)
+    folder = find_weights(source)
     if (folder / "vae").is_dir():
         folder = folder / "vae"
     if not (folder / "config.json").is_file():

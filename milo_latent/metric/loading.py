@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from milo_latent.checkpoints import CHECKPOINT_SUFFIXES, read_checkpoint, rename_keys
 from milo_latent.files import make_readable
 from milo_latent.metric.card import write_card
-from milo_latent.resources import available_weights, cache_dir, sha256, weights_dir
+from milo_latent.resources import available_weights, cache_dir, find_weights, sha256
 
 OFFICIAL_URL = "https://raw.githubusercontent.com/ugurcogalan06/MILO/a54e50e9cd1aaaefd6fddfacacc1427f8387af1c/weights/"
 
@@ -155,17 +155,11 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
 
 def weights_path(source: str | Path) -> Path:
     """Return the path of named weights, fetching official ones as `fetch_official` does; else `source` itself."""
-    name = str(source)
-    if name in OFFICIAL:
-        return fetch_official(name)
-    return weights_dir(name) if name in available_weights() else Path(source)
+    return fetch_official(str(source)) if str(source) in OFFICIAL else find_weights(source)
 
 
 def fetch_official(name: str) -> Path:
-    """Return the path of official weights in the cache, and fetch them first where they are not there.
-
-    Args:
-        name: one of `OFFICIAL`.
+    """Return the path of official weights, one of `OFFICIAL`, in the cache; they are fetched if they are not there.
 
     Raises:
         OSError: if they cannot be fetched.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from milo_latent.checks import check_batch, check_range
+from milo_latent.checks import check_batch, check_file, check_range
 from milo_latent.extras import import_extra
 from milo_latent.pictures import to_8bit
 from milo_latent.restoration.faces import Face
@@ -33,11 +33,7 @@ class YuNet:
 
     def __init__(self, path: str | Path, *, score_threshold: float = 0.6) -> None:
         check_range("score_threshold", score_threshold, 0.0, 1.0)
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"Expected YuNet's .onnx file, got {path}, which does not exist. It is at {WEIGHTS}."
-            )
+        check_file(Path(path), "YuNet's .onnx file", f"It is at {WEIGHTS}.")
         cv2 = import_extra("cv2", "faces", "Finding faces")
         try:
             self._network = cv2.FaceDetectorYN.create(str(path), "", (320, 320), score_threshold=score_threshold)

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 
 from milo_latent.metric.network import MILO
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
-from milo_latent.resources import available_weights, weights_dir
+from milo_latent.resources import available_weights, find_weights
 
 
 def best_device() -> str:
@@ -42,7 +42,7 @@ def load_restorer(
         FileNotFoundError: if there is no such model, or a metric only.
         ValueError: if there is no such device, or weights are missing.
     """
-    folder = weights_dir(str(model)) if str(model) in available_weights() else Path(model)
+    folder = find_weights(model)
     if not folder.is_dir() and (folder.is_absolute() or str(model).count("/") != 1):
         raise FileNotFoundError(
             f"Expected a model, got {str(model)!r}: neither a shipped set ({', '.join(available_weights())}), "

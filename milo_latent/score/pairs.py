@@ -16,10 +16,10 @@ from milo_latent.files import (
     IMAGE_SUFFIXES,
     LATENT_SUFFIXES,
     list_files,
+    list_unique_files,
     read_image,
     read_latents,
     read_latents_metadata,
-    visible_files,
 )
 from milo_latent.latents.codec import VAE
 from milo_latent.metric.network import MILO, MILOOutput, is_image_metric
@@ -57,22 +57,15 @@ def match_pairs(ref: str | Path, dist: str | Path) -> list[Pair]:
         if not path.exists():
             raise FileNotFoundError(f"Expected a file or folder to score, got {path}, which does not exist.")
     if ref.is_file():
-        candidates = [dist] if dist.is_file() else _scorable(dist)
+        candidates = [dist] if dist.is_file() else list_files(dist, SCORABLE)
         return [Pair(path.name, ref, path) for path in candidates]
     if dist.is_file():
         raise ValueError(f"Expected a folder for `dist`, as `ref` is the folder {ref}, got the file {dist}.")
-    refs, dists = ({path.stem: path for path in list_files(folder, SCORABLE)} for folder in (ref, dist))
+    refs, dists = ({path.stem: path for path in list_unique_files(folder, SCORABLE)} for folder in (ref, dist))
     if refs.keys() != dists.keys():
         alone = sorted(refs.keys() ^ dists.keys())
         raise ValueError(f"Expected the same names in {ref} and {dist}, {len(alone)} are in one only: {alone[:5]}.")
     return [Pair(name, refs[name], dists[name]) for name in sorted(refs)]
-
-
-def _scorable(folder: Path) -> list[Path]:
-    paths = visible_files(folder, SCORABLE)
-    if not paths:
-        raise FileNotFoundError(f"Expected images or latents in {folder}, found none of {sorted(SCORABLE)}.")
-    return paths
 
 
 def is_latents(path: Path) -> bool:

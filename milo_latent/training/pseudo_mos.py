@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from milo_latent.checks import check_file
 from milo_latent.evaluation.agreement import Logistic, fit_logistic, spearman
 from milo_latent.evaluation.distortion_settings import measure_settings, read_setting_opinions
 from milo_latent.evaluation.metrics import FullReference, by_name
@@ -122,8 +123,7 @@ def read_calibrations(path: str | Path) -> dict[str, Calibration]:
         ValueError: if the file holds something else.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected a file of calibrations, got {path}, which does not exist.")
+    check_file(path, "a file of calibrations")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {name: Calibration(Logistic(**each["curve"]), each["best"]) for name, each in content.items()}

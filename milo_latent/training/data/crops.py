@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from milo_latent.files import IMAGE_SUFFIXES, read_image, visible_files
+from milo_latent.files import IMAGE_SUFFIXES, list_files, read_image
 from milo_latent.pictures import from_8bit, to_8bit
 
 
@@ -17,18 +17,9 @@ def list_images(folders: Sequence[str | Path]) -> list[Path]:
     """Return the image files of folders, not of their subfolders, sorted by name within each folder.
 
     Raises:
-        FileNotFoundError: if a folder does not exist or none holds an image.
+        FileNotFoundError: if a folder does not exist or holds no image.
     """
-    paths: list[Path] = []
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"Expected a folder of images, got {folder}, which is not a folder.")
-        paths += visible_files(folder, IMAGE_SUFFIXES)
-    if not paths:
-        raise FileNotFoundError(
-            f"Found no image in {', '.join(map(str, folders))}; looked for {sorted(IMAGE_SUFFIXES)}."
-        )
-    return paths
+    return [path for folder in folders for path in list_files(Path(folder), IMAGE_SUFFIXES)]
 
 
 def spread_over(paths: Sequence[Path], count: int | None) -> list[Path]:

@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from milo_latent.files import open_safetensors
 from milo_latent.pictures import from_8bit
 
 CONFIG_FILE, SUMMARY_FILE = "config.json", "dataset.json"  # of a training set; a complete set has the second one
 
 
-def read_shard(path: Path, keys: Iterable[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a shard.
-
-    Args:
-        path: its file.
-        keys: tensors to read, if the shard has them; None reads all.
-
-    Returns:
-        Tensors by key, and the metadata.
+def read_shard(path: Path, keys: set[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a shard that `keys` name, as far as it has them, and its metadata.
 
     Raises:
         ValueError: if the file is damaged.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            wanted = [key for key in file.keys() if keys is None or key in set(keys)]  # noqa: SIM118
-            return {key: file.get_tensor(key) for key in wanted}, dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise ValueError(f"Expected a shard in {path}: {error}. Delete it and build the training set again.") from error
+        with open_safetensors(path) as file:
+            return {key: file.get_tensor(key) for key in keys & set(file.keys())}, dict(file.metadata() or {})
+    except ValueError as error:
+        raise ValueError(f"{error} Delete it and build the training set again.") from error
 
 
 class PairSet:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from milo_latent.checks import check_file
 from milo_latent.training.engine.loop import SOAP_BETAS
 from milo_latent.training.engine.run import Precision, RunConfig
 
@@ -63,8 +64,7 @@ def read_recipe(path: str | Path | None) -> Recipe:
     if path is None:
         return Recipe()
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected a recipe, got {path}, which does not exist.")
+    check_file(path, "a recipe")
     try:
         content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
