@@ -1,18 +1,19 @@
-"""What a restorer learns to undo: noise first, blur, downscaling and JPEG mixed in."""
+"""What restorers learn to undo: noise, blur, enlarging and JPEG, alone and mixed."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from milo_latent.pictures import gaussian_blur, jpeg_round_trip, round_to_8bit
 from milo_latent.training.data.crops import ImageCrops
+
+Degradation = Callable[[Tensor, np.random.Generator], Tensor]  # of (3, H, W) in [0, 1], every draw from the generator
 
 
 @dataclass(frozen=True)
@@ -50,55 +51,80 @@ def degrade(image: Tensor, rng: np.random.Generator, ranges: DegradationRange | 
     if rng.random() < ranges.noise_only:
         return add_noise(image, sigma, rng)
     if rng.random() < 0.6:
-        image = blur(image, rng.uniform(*ranges.blur_sigma))
+        image = gaussian_blur(image, rng.uniform(*ranges.blur_sigma))
     if rng.random() < 0.6:
         image = downscale_and_back(image, rng.uniform(*ranges.downscale))
     if rng.random() < 0.5:
         image = add_noise(image, sigma / 2, rng)
     if rng.random() < 0.6:
-        image = compress_jpeg(image, int(rng.integers(*ranges.jpeg_quality, endpoint=True)))
-    return image.clamp(0, 1).mul(255).round().div(255)
+        image = jpeg_round_trip(image, int(rng.integers(*ranges.jpeg_quality, endpoint=True)))
+    return round_to_8bit(image)
 
 
 def add_noise(image: Tensor, sigma: float, rng: np.random.Generator) -> Tensor:
     """Add white Gaussian noise of standard deviation `sigma` / 255 to (3, H, W); clipped and rounded to 8 bit."""
     noise = torch.from_numpy(rng.standard_normal(tuple(image.shape), dtype="float32"))
-    return (image + noise * (sigma / 255)).clamp(0, 1).mul(255).round().div(255)
-
-
-def blur(image: Tensor, sigma: float) -> Tensor:
-    """Blur (3, H, W) with a Gaussian of `sigma` pixels, edges replicated."""
-    radius = max(1, int(3 * sigma + 0.5))
-    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)
-    padded = F.pad(image[None], (radius, radius, radius, radius), mode="replicate")
-    return F.conv2d(F.conv2d(padded, kernel, groups=3), kernel.transpose(2, 3), groups=3)[0]
+    return round_to_8bit(image + noise * (sigma / 255))
 
 
 def downscale_and_back(image: Tensor, factor: float) -> Tensor:
-    """Shrink (3, H, W) by `factor` with antialiasing and enlarge it again, both bicubic."""
+    """Shrink (3, H, W) by `factor` with antialiasing, round to 8 bit and enlarge again, both bicubic."""
     height, width = image.shape[1:]
     small = (max(1, round(height / factor)), max(1, round(width / factor)))
-    shrunk = F.interpolate(image[None], size=small, mode="bicubic", antialias=True, align_corners=False)
-    return F.interpolate(shrunk, size=(height, width), mode="bicubic", align_corners=False)[0].clamp(0, 1)
+    return resize(round_to_8bit(resize(image, small)), (height, width)).clamp(0, 1)
 
 
-def compress_jpeg(image: Tensor, quality: int) -> Tensor:
-    """Write and read (3, H, W) as JPEG of `quality`, by Pillow."""
-    array = image.clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="JPEG", quality=quality)
-    decoded = np.asarray(Image.open(buffer)).astype(np.float32) / 255.0
-    return torch.from_numpy(decoded.transpose(2, 0, 1).copy())
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize (3, H, W) as the pipeline enlarges photos: bicubic, antialiased where it shrinks; may leave [0, 1]."""
+    return F.interpolate(image[None], size=size, mode="bicubic", antialias=True, align_corners=False)[0]
 
 
-def draw_degraded(crops: ImageCrops, batch_size: int) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+def noise_alone(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Add noise of 0 to 60 / 255, clipped and rounded, as in the noisy files of CBSD68."""
+    return add_noise(image, rng.uniform(0, 60), rng)
+
+
+def everyday(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Draw one of the degradations that the embedded first stage undoes. Own.
+
+    Shares: noise of 0 to 60 / 255, 0.55; enlarging by 4 from a bicubic reduction, a third of which has noise of up to
+    10 / 255 or JPEG of quality 50 to 95 in the small picture, 0.15; JPEG of quality 5 to 95, 0.1; Gaussian blur of 0.3
+    to 2.5 pixels, 0.05; several of these mixed as `degrade` does, 0.1; clean images, left as they are so that the
+    network learns to do no harm, 0.05.
+    """
+    kind = rng.random()
+    if kind < 0.55:
+        return noise_alone(image, rng)
+    if kind < 0.7:
+        return _enlarged_by_4(image, rng)
+    if kind < 0.8:
+        return jpeg_round_trip(image, int(rng.integers(5, 95, endpoint=True)))
+    if kind < 0.85:
+        return round_to_8bit(gaussian_blur(image, rng.uniform(0.3, 2.5)))
+    return degrade(image, rng, DegradationRange(noise_only=0.0)) if kind < 0.95 else image
+
+
+def _enlarged_by_4(image: Tensor, rng: np.random.Generator) -> Tensor:
+    small = round_to_8bit(resize(image, (max(1, image.shape[1] // 4), max(1, image.shape[2] // 4))))
+    harm = rng.random()
+    if harm < 1 / 6:
+        small = add_noise(small, rng.uniform(0, 10), rng)
+    elif harm < 1 / 3:
+        small = jpeg_round_trip(small, int(rng.integers(50, 95, endpoint=True)))
+    return resize(small, (image.shape[1], image.shape[2])).clamp(0, 1)
+
+
+DEGRADATIONS: dict[str, Degradation] = {"noise": noise_alone, "mixed": degrade, "everyday": everyday}
+
+
+def draw_degraded(
+    crops: ImageCrops, batch_size: int, degradation: Degradation = degrade
+) -> Callable[[int, int], tuple[Tensor, Tensor]]:
     """Return the function from (step, process) to a batch of clean and degraded images, (B, 3, H, W) each."""
 
     def draw(step: int, process_index: int) -> tuple[Tensor, Tensor]:
         rng = crops.generator(step, process_index)
         clean = crops.batch(rng, batch_size)
-        return clean, torch.stack([degrade(image, rng) for image in clean])
+        return clean, torch.stack([degradation(image, rng) for image in clean])
 
     return draw

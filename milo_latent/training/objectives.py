@@ -1,0 +1,75 @@
+"""What image networks are trained to lower: plain errors, MILO's error, and the curricula of the paper."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from milo_latent.checks import check_choice
+from milo_latent.guidance.curriculum import curriculum_weight
+from milo_latent.metric.network import MILO, check_metric
+
+ObjectiveName = Literal["mae", "log-mse", "milo", "linear", "cosine"]
+OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
+WITH_MASK = ("milo", "linear", "cosine")
+LOG_OFFSET = 1e-4  # of squared errors in [0, 1]: PSNRs above 40 dB are hardly rewarded
+
+
+class Objective:
+    """A loss of restored images against clean ones; no gradient passes through the mask of the metric.
+
+    With the visibility mask M of MILO, (B, 1, H, W), and the curriculum's weight W, the objectives are
+
+    - "mae": mean(|pred - target|);
+    - "log-mse": mean over images of log(mean((pred - target)^2) + 1e-4), minus the mean PSNR up to a factor;
+    - "milo": mean(M * |pred - target|), MILO's error E;
+    - "linear" and "cosine": mean(W(progress) * |pred - target|): less visible regions first, visible ones last.
+
+    If the gradient passed through the mask, a network would learn to close the mask and not the difference.
+
+    Args:
+        name: one of the five.
+        metric: for images or latents; only its mask is used, which "mae" and "log-mse" do without.
+
+    Raises:
+        TypeError: if `metric` is no MILO, or missing.
+        ValueError: for another name.
+
+    Source: MILO (ACM TOG 44(6), 2025) for E and the curriculum; the normalisation of W to mean 1 is own.
+    """
+
+    def __init__(self, name: str, metric: MILO | None = None) -> None:
+        check_choice("objective", name, OBJECTIVES)
+        if name in WITH_MASK:
+            check_metric(metric)
+        self.name, self.metric = name, metric
+
+    def __call__(self, pred: Tensor, target: Tensor, *, progress: float = 0.0) -> Tensor:
+        """Return the loss, a scalar.
+
+        Args:
+            pred: restored, (B, C, H, W).
+            target: clean, of the same shape.
+            progress: share of the training that is done, in [0, 1]; only the curricula depend on it.
+        """
+        pred = pred.float()
+        if self.name == "log-mse":
+            return ((pred - target).square().mean(dim=(1, 2, 3)) + LOG_OFFSET).log().mean()
+        error = (pred - target).abs()
+        if self.name not in WITH_MASK:
+            return error.mean()
+        return (self._weight(pred, target, progress) * error).mean()
+
+    @torch.no_grad()
+    def _weight(self, pred: Tensor, target: Tensor, progress: float) -> Tensor:
+        """Return the weight of every pixel, (B, 1, H, W): M, or W(progress)."""
+        assert self.metric is not None
+        mask = self.metric.to(pred.device).mask(dist=pred, ref=target).float()
+        return mask if self.name == "milo" else curriculum_weight(mask, progress, schedule=self.name)  # type: ignore[arg-type]
+
+
+def training_progress(step: int, steps: int) -> float:
+    """Return the share of a run that is done at `step`: 0 at its first step, 1 at its last."""
+    return min(step / max(steps - 1, 1), 1.0)
