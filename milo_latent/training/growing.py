@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from typing import Any
 
 import torch
 from torch import nn
 
-from milo_latent.diffbir.residual_cleaner import ResidualBlock, ResidualCleaner
+from milo_latent.diffbir.residual_cleaner import ResidualCleaner
 
 
 @torch.no_grad()
@@ -27,18 +28,14 @@ def grow_cleaner(small: ResidualCleaner, large: ResidualCleaner) -> None:
     _check_larger(small, large)
     _widen(small.conv_in, large.conv_in)
     _widen(small.conv_out, large.conv_out)
-    levels = len(small.down_blocks)
-    for level, blocks in enumerate(large.down_blocks):
-        _grow_blocks(small.down_blocks[level] if level < levels else (), blocks)
-    for level, blocks in enumerate(large.up_blocks):
-        _grow_blocks(small.up_blocks[level] if level < levels - 1 else (), blocks)
-    for level, (down, up) in enumerate(zip(large.downsamplers, large.upsamplers, strict=True)):
-        if level < levels - 1:
-            _widen(small.downsamplers[level], down)
-            _widen(small.upsamplers[level], up)
-        else:
-            nn.init.zeros_(up.weight)
-            nn.init.zeros_(up.bias)
+    for trained, blocks in ((small.down_blocks, large.down_blocks), (small.up_blocks, large.up_blocks)):
+        for level, grown in enumerate(blocks):
+            _grow_blocks(trained[level] if level < len(trained) else (), grown)
+    for trained, samplers in ((small.downsamplers, large.downsamplers), (small.upsamplers, large.upsamplers)):
+        for few, many in zip(trained, samplers, strict=False):
+            _widen(few, many)
+    for sampler in large.upsamplers[len(small.upsamplers) :]:
+        _silence(sampler)
 
 
 def _check_larger(small: ResidualCleaner, large: ResidualCleaner) -> None:
@@ -48,18 +45,21 @@ def _check_larger(small: ResidualCleaner, large: ResidualCleaner) -> None:
             raise ValueError(f"Expected `{name}` of at least {few} on each level, got {many}. Choose a larger network.")
 
 
-def _grow_blocks(small: nn.Module | Sequence[ResidualBlock], large: nn.Module) -> None:
-    trained = list(small)  # type: ignore[arg-type]
-    for index, block in enumerate(large):  # type: ignore[arg-type, var-annotated]
-        if index < len(trained):
-            _widen(trained[index].conv1, block.conv1)
-            _widen(trained[index].conv2, block.conv2)
+def _grow_blocks(small: Any, large: Any) -> None:
+    for trained, block in itertools.zip_longest(small, large):
+        if trained is None:
+            _silence(block.conv2)
         else:
-            nn.init.zeros_(block.conv2.weight)
-            nn.init.zeros_(block.conv2.bias)
+            _widen(trained.conv1, block.conv1)
+            _widen(trained.conv2, block.conv2)
 
 
-def _widen(small: nn.Module, large: nn.Module) -> None:
+def _silence(layer: Any) -> None:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
+def _widen(small: Any, large: Any) -> None:
     """Copy the weights of a convolution into the first channels of a wider one, whose new inputs count for nothing."""
     inputs, outputs = (1, 0) if isinstance(large, nn.Conv2d) else (0, 1)  # of transposed ones it is the other way round
     weight, trained = large.weight.movedim((outputs, inputs), (0, 1)), small.weight.movedim((outputs, inputs), (0, 1))

@@ -81,7 +81,7 @@ def load_initial(network: nn.Module, source: Path) -> None:
 def save_network(network: nn.Module, output: Path) -> Path:
     """Write a trained network so that `milo-latent` opens it again as a cleaner, and return where it is.
 
-    A `ResidualCleaner` is a folder of diffusers, any other a file whose architecture `load_upscaler` finds from its keys.
+    A `ResidualCleaner` is a folder of diffusers, any other network a file whose architecture `load_upscaler` finds.
     """
     if isinstance(network, ResidualCleaner):
         folder = output / NETWORK_FOLDER

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from milo_latent.diffbir.cleaning import resize
 from milo_latent.pictures import gaussian_blur, jpeg_round_trip, round_to_8bit
+from milo_latent.training.data.blind_degradations import blind_face, blind_super_resolution
 from milo_latent.training.data.crops import ImageCrops
 
 Degradation = Callable[[Tensor, np.random.Generator], Tensor]  # of (3, H, W) in [0, 1], every draw from the generator
@@ -71,12 +72,7 @@ def downscale_and_back(image: Tensor, factor: float) -> Tensor:
     """Shrink (3, H, W) by `factor` with antialiasing, round to 8 bit and enlarge again, both bicubic."""
     height, width = image.shape[1:]
     small = (max(1, round(height / factor)), max(1, round(width / factor)))
-    return resize(round_to_8bit(resize(image, small)), (height, width)).clamp(0, 1)
-
-
-def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize (3, H, W) as the pipeline enlarges photos: bicubic, antialiased where it shrinks; may leave [0, 1]."""
-    return F.interpolate(image[None], size=size, mode="bicubic", antialias=True, align_corners=False)[0]
+    return resize(round_to_8bit(resize(image[None], small)), (height, width))[0].clamp(0, 1)
 
 
 def noise_alone(image: Tensor, rng: np.random.Generator) -> Tensor:
@@ -105,16 +101,22 @@ def everyday(image: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def _enlarged_by_4(image: Tensor, rng: np.random.Generator) -> Tensor:
-    small = round_to_8bit(resize(image, (max(1, image.shape[1] // 4), max(1, image.shape[2] // 4))))
+    small = round_to_8bit(resize(image[None], (max(1, image.shape[1] // 4), max(1, image.shape[2] // 4))))[0]
     harm = rng.random()
     if harm < 1 / 6:
         small = add_noise(small, rng.uniform(0, 10), rng)
     elif harm < 1 / 3:
         small = jpeg_round_trip(small, int(rng.integers(50, 95, endpoint=True)))
-    return resize(small, (image.shape[1], image.shape[2])).clamp(0, 1)
+    return resize(small[None], (image.shape[1], image.shape[2]))[0].clamp(0, 1)
 
 
-DEGRADATIONS: dict[str, Degradation] = {"noise": noise_alone, "mixed": degrade, "everyday": everyday}
+DEGRADATIONS: dict[str, Degradation] = {
+    "noise": noise_alone,
+    "mixed": degrade,
+    "everyday": everyday,
+    "blind-sr": blind_super_resolution,
+    "blind-face": blind_face,
+}
 
 
 def draw_degraded(
