@@ -109,22 +109,25 @@ def validator(options: argparse.Namespace) -> Callable[[nn.Module], dict[str, fl
     return validate
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_run_options(parser, crop_size=128)
-    parser.add_argument("--network", default=OWN, help="ours, or an architecture of spandrel, such as NAFNet")
-    parser.add_argument("--network-options", type=json.loads, default={}, help="JSON, such as '{\"width\": 32}'")
-    parser.add_argument("--start", type=Path, help="trained weights to start from; of ours also those of a smaller one")
-    parser.add_argument("--objective", choices=OBJECTIVES, default="mae")
-    parser.add_argument("--metric", default="milo-image", help="MILO_I, whose mask the last three objectives use")
-    parser.add_argument("--degradation", choices=sorted(DEGRADATIONS), default="mixed")
-    parser.add_argument("--warmup", type=int, default=100, help="steps in which the learning rate rises")
-    parser.add_argument("--decay", type=float, default=0.5, help="share of the steps in which it falls to zero")
-    parser.add_argument("--validation", type=Path, required=True, help="folder of clean validation images")
-    parser.add_argument("--validation-images", type=int, default=20, help="how many of them, while it trains")
-    parser.add_argument("--tests", nargs="+", choices=sorted(TESTS), default=["noise15", "noise25", "noise50"])
-    parser.add_argument("--checkpoint-minutes", type=float, default=4.0)
-    return parser
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    options = argparse.ArgumentParser(description=__doc__)
+    add_run_options(options, crop_size=128)
+    options.add_argument("--network", default=OWN, help="ours, or an architecture of spandrel, such as NAFNet")
+    options.add_argument("--network-options", type=json.loads, default={}, help="JSON, such as '{\"width\": 32}'")
+    options.add_argument(
+        "--start", type=Path, help="trained weights to start from; of ours also those of a smaller one"
+    )
+    options.add_argument("--objective", choices=OBJECTIVES, default="mae")
+    options.add_argument("--metric", default="milo-image", help="MILO_I, whose mask the last three objectives use")
+    options.add_argument("--degradation", choices=sorted(DEGRADATIONS), default="mixed")
+    options.add_argument("--warmup", type=int, default=100, help="steps in which the learning rate rises")
+    options.add_argument("--decay", type=float, default=0.5, help="share of the steps in which it falls to zero")
+    options.add_argument("--validation", type=Path, required=True, help="folder of clean validation images")
+    options.add_argument("--validation-images", type=int, default=20, help="how many of them, while it trains")
+    options.add_argument("--tests", nargs="+", choices=sorted(TESTS), default=["noise15", "noise25", "noise50"])
+    options.add_argument("--checkpoint-minutes", type=float, default=4.0)
+    return options
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -156,7 +159,7 @@ def train(options: argparse.Namespace) -> nn.Module:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, validate, save."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     network = train(options).eval()
     if not training_state().is_main_process:
         return
