@@ -19,7 +19,8 @@ from milo_latent.training.data.blind_degradations import sinc_kernel
 from milo_latent.training.data.degradations import DEGRADATIONS
 from milo_latent.training.growing import grow_cleaner
 from milo_latent.training.image_networks import build_network, load_initial, save_network
-from milo_latent.training.train_image_restorer import TESTS, ImageRestorerLoss, restoration_psnr, with_progress
+from milo_latent.training.objectives import with_progress
+from milo_latent.training.train_image_restorer import TESTS, ImageRestorerLoss, restoration_psnr
 
 SMALL = '{"channels": [4, 8], "blocks": [1, 1]}'
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -73,3 +75,30 @@ class Objective:
 def training_progress(step: int, steps: int) -> float:
     """Return the share of a run that is done at `step`: 0 at its first step, 1 at its last."""
     return min(step / max(steps - 1, 1), 1.0)
+
+
+def with_progress(
+    draw: Callable[[int, int], tuple[Tensor, ...]], steps: int
+) -> Callable[[int, int], tuple[Tensor, ...]]:
+    """Add the share of the training that is done, a scalar, to the batches of `draw(step, process)`."""
+    return lambda step, process_index: (
+        *draw(step, process_index),
+        torch.tensor(training_progress(step, steps), dtype=torch.float64),
+    )
+
+
+def add_objective_options(parser: argparse.ArgumentParser, *, default: ObjectiveName) -> None:
+    """Add the options from which `open_objective` makes an objective."""
+    parser.add_argument("--objective", choices=OBJECTIVES, default=default)
+    parser.add_argument("--metric", default="milo-image", help="MILO_I, whose mask the last three objectives use")
+
+
+def open_objective(options: argparse.Namespace) -> Objective:
+    """Return the objective that `add_objective_options` was told."""
+    masked = options.objective in WITH_MASK
+    return Objective(options.objective, MILO.from_pretrained(options.metric) if masked else None)
+
+
+def objective_settings(options: argparse.Namespace) -> dict[str, str | None]:
+    """Return what settles a run: the objective, and the metric only where it is used."""
+    return {"objective": options.objective} | ({} if options.objective in WITH_MASK else {"metric": None})

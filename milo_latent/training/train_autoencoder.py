@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,15 @@ from milo_latent.files import make_readable, read_image
 from milo_latent.latents.codec import decode_latents, encode_image, latents_spread
 from milo_latent.programs import run_program
 from milo_latent.training.data.crops import ImageCrops, list_images
+from milo_latent.training.data.fingerprints import source_digest
 from milo_latent.training.engine.loop import add_run_options, fit, run_config, training_state
+from milo_latent.training.objectives import (
+    Objective,
+    add_objective_options,
+    objective_settings,
+    open_objective,
+    with_progress,
+)
 
 NUM_BLOCKS = (0, 0, 2, 4)  # of the encoder, from full size to 1/8; the decoder mirrors it
 LATENT_NOISE = 0.05  # of latents with a spread of about 1: keeps nearby latents decoding to nearby images
@@ -53,27 +62,29 @@ def _initialise(vae: AutoencoderTiny) -> None:
 
 
 class AutoencoderLoss(nn.Module):
-    """Mean log squared error of reconstructions, which is minus the mean PSNR up to a factor.
+    """The objective of what an autoencoder makes of images.
 
     Args:
-        vae: the autoencoder.
+        vae: the autoencoder; an encoder whose parameters need no gradient stays as it is.
+        objective: compares reconstructions with the images.
     """
 
-    def __init__(self, vae: AutoencoderTiny) -> None:
+    def __init__(self, vae: AutoencoderTiny, objective: Objective) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae, self.objective = vae, objective
 
-    def forward(self, image: Tensor, noise: Tensor) -> Tensor:
+    def forward(self, image: Tensor, noise: Tensor, progress: Tensor) -> Tensor:
         """Return the loss.
 
         Args:
             image: (B, 3, H, W), in [0, 1].
             noise: of the latents, (B, 4, H / 8, W / 8).
+            progress: share of the training, a scalar in [0, 1].
         """
-        image = image.mul(2).sub(1).contiguous(memory_format=torch.channels_last)
-        latents = self.vae.encode(image).latents + LATENT_NOISE * noise  # (B, 4, h, w)
-        error = (self.vae.decode(latents).sample.float() - image).square().mean(dim=(1, 2, 3))
-        return (error + 1e-4).log().mean()
+        pixels = image.mul(2).sub(1).contiguous(memory_format=torch.channels_last)
+        latents = self.vae.encode(pixels).latents + LATENT_NOISE * noise  # (B, 4, h, w)
+        decoded = self.vae.decode(latents).sample.float().add(1).div(2)
+        return self.objective(decoded, image, progress=progress.item())
 
 
 def reconstruction_psnr(vae: AutoencoderTiny, folder: Path, *, every: int = 1) -> float:
@@ -110,25 +121,42 @@ def main(arguments: list[str] | None = None) -> None:
     """Train, validate, save a diffusers folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_run_options(parser)
+    add_objective_options(parser, default="log-mse")
+    parser.add_argument("--start", type=Path, help="folder of a trained autoencoder to start from")
+    parser.add_argument("--freeze-encoder", action="store_true", help="train the decoder alone; needs --start")
     parser.add_argument("--validation", type=Path, required=True, help="folder of validation images")
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
-    vae = nano_autoencoder().to(memory_format=torch.channels_last)
+    vae = _open_autoencoder(options)
     crops = ImageCrops(options.images, crop_size=options.crop_size, seed=options.seed)
     config = run_config(options, decay=0.7, max_grad_norm=5.0)
+    start = options.start and source_digest(options.start)
+    settings = objective_settings(options) | {"start": start, "freeze_encoder": options.freeze_encoder}
     fit(
-        AutoencoderLoss(vae),
-        draw_batches(crops, options.batch_size),
-        config,
+        AutoencoderLoss(vae, open_objective(options)),
+        with_progress(draw_batches(crops, options.batch_size), options.steps),
+        replace(config, data=config.data | settings),
         validate=lambda loss: {"psnr": reconstruction_psnr(loss.vae, options.validation, every=4)},
     )
     if not training_state().is_main_process:
         return
-    sample = crops.batch(crops.generator(options.steps), 64)
-    vae.register_to_config(scaling_factor=round(1.0 / latents_spread(vae, sample), 5))
+    if not options.freeze_encoder:  # whose latents stay as they are
+        sample = crops.batch(crops.generator(options.steps), 64)
+        vae.register_to_config(scaling_factor=round(1.0 / latents_spread(vae, sample), 5))
     vae.save_pretrained(options.output / "vae")
     make_readable(options.output / "vae")
     print(f"Mean PSNR on {options.validation}: {reconstruction_psnr(vae, options.validation):.2f} dB")
+
+
+def _open_autoencoder(options: argparse.Namespace) -> AutoencoderTiny:
+    """Return the autoencoder that is trained, its encoder frozen if that was asked for."""
+    if options.freeze_encoder and options.start is None:
+        raise ValueError("Expected --start with --freeze-encoder: an encoder with random weights is of no use.")
+    if options.start is not None and not (options.start / "config.json").is_file():
+        raise FileNotFoundError(f"Expected the folder of an autoencoder, got {options.start}, without config.json.")
+    vae = nano_autoencoder() if options.start is None else AutoencoderTiny.from_pretrained(options.start).float()
+    vae.encoder.requires_grad_(not options.freeze_encoder)
+    return vae.train().to(memory_format=torch.channels_last)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from milo_latent.files import read_image
 from milo_latent.latents.codec import pad_image
-from milo_latent.metric.network import MILO
 from milo_latent.pictures import jpeg_round_trip, round_to_8bit
 from milo_latent.programs import run_program
 from milo_latent.training.data.crops import ImageCrops, list_images, spread_over
@@ -31,7 +30,13 @@ from milo_latent.training.data.degradations import (
 from milo_latent.training.data.fingerprints import source_digest
 from milo_latent.training.engine.loop import add_run_options, fit, run_config, training_state
 from milo_latent.training.image_networks import OWN, build_network, load_initial, save_network
-from milo_latent.training.objectives import OBJECTIVES, WITH_MASK, Objective, training_progress
+from milo_latent.training.objectives import (
+    Objective,
+    add_objective_options,
+    objective_settings,
+    open_objective,
+    with_progress,
+)
 
 MULTIPLE = 64  # of the sides of validation images, which the networks of other libraries may need
 TESTS: dict[str, Degradation] = {
@@ -60,16 +65,6 @@ class ImageRestorerLoss(nn.Module):
         """Return the loss for images (B, 3, H, W) in [0, 1] at a share of the training, a scalar in [0, 1]."""
         restored = self.network(degraded.contiguous(memory_format=torch.channels_last))
         return self.objective(restored, clean, progress=progress.item())
-
-
-def with_progress(
-    draw: Callable[[int, int], tuple[Tensor, ...]], steps: int
-) -> Callable[[int, int], tuple[Tensor, ...]]:
-    """Add the share of the training that is done to the batches of `draw`."""
-    return lambda step, process_index: (
-        *draw(step, process_index),
-        torch.tensor(training_progress(step, steps), dtype=torch.float64),
-    )
 
 
 @torch.no_grad()
@@ -118,8 +113,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--start", type=Path, help="trained weights to start from; of ours also those of a smaller one"
     )
-    options.add_argument("--objective", choices=OBJECTIVES, default="mae")
-    options.add_argument("--metric", default="milo-image", help="MILO_I, whose mask the last three objectives use")
+    add_objective_options(options, default="mae")
     options.add_argument("--degradation", choices=sorted(DEGRADATIONS), default="mixed")
     options.add_argument("--warmup", type=int, default=100, help="steps in which the learning rate rises")
     options.add_argument("--decay", type=float, default=0.5, help="share of the steps in which it falls to zero")
@@ -133,9 +127,8 @@ def parser() -> argparse.ArgumentParser:
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return what settles the run besides the options that every command has."""
     start = options.start and source_digest(options.start)
-    names = ("network", "network_options", "objective", "degradation")
-    settings = {name: getattr(options, name) for name in names} | {"start": start}
-    return settings if options.objective in WITH_MASK else settings | {"metric": None}
+    settings = {name: getattr(options, name) for name in ("network", "network_options", "degradation")}
+    return settings | objective_settings(options) | {"start": start}
 
 
 def train(options: argparse.Namespace) -> nn.Module:
@@ -145,14 +138,13 @@ def train(options: argparse.Namespace) -> nn.Module:
     if options.start is not None:
         load_initial(network, options.start)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    metric = MILO.from_pretrained(options.metric) if options.objective in WITH_MASK else None
     crops = ImageCrops(options.images, crop_size=options.crop_size, seed=options.seed)
     draw = draw_degraded(crops, options.batch_size, DEGRADATIONS.get(options.degradation, degrade))
     config = run_config(
         options, decay=options.decay, warmup=options.warmup, checkpoint_minutes=options.checkpoint_minutes
     )
     config = replace(config, data=config.data | _settings(options))
-    loss = ImageRestorerLoss(network, Objective(options.objective, metric))
+    loss = ImageRestorerLoss(network, open_objective(options))
     fit(loss, with_progress(draw, options.steps), config, validate=validator(options))
     return network
 
