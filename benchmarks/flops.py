@@ -85,7 +85,7 @@ def make_calls(networks: dict[str, torch.nn.Module], size: int, device: str) -> 
         leaf = latents.clone().requires_grad_(True)
         # times 1, since the counter of FLOPs refuses leaves that go into a module
         decoded = networks["vae"].decode(leaf * 1.0).sample / 2 + 0.5
-        error = MILOLoss(networks["image metric"])(decoded, image)
+        error = MILOLoss(networks["image metric"], mask_gradient=True)(decoded, image)
         return torch.autograd.grad(error, leaf)[0]
 
     calls: dict[str, Call] = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from milo_latent import MILOLoss
+from milo_latent import MILO, MILOLoss
 from milo_latent.testing import latent_pair, tiny_metric
 
 
@@ -27,6 +27,33 @@ def test_descending_the_loss_finds_the_target(metric):
         loss(pred, target).backward()
         optimizer.step()
     assert loss(pred, target).item() < 0.2 * before
+
+
+@pytest.mark.parametrize("reading", ["error", "error_map"])
+def test_no_gradient_passes_through_the_mask_by_default(reading):
+    """The gradient is that of a fixed mask, whereas the metric's own has a share of the mask's."""
+    metric = MILO.from_pretrained("nano")
+    target, pred = latent_pair()
+    pred.requires_grad_(True)
+    fixed = metric.mask(dist=pred, ref=target).detach()
+    error = (fixed * (target - pred).abs()).mean(dim=1, keepdim=True)
+    error = error if reading == "error" else metric.scale_error(error)
+    by_hand = torch.autograd.grad(error.mean(dim=(1, 2, 3)).mean(), pred)[0]
+    whole = metric(dist=pred, ref=target) if reading == "error" else metric.error_map(dist=pred, ref=target)
+    through_mask = torch.autograd.grad(whole.mean(), pred)[0]
+    (default,) = torch.autograd.grad(MILOLoss(metric, reading=reading)(pred, target), pred)
+    (other,) = torch.autograd.grad(MILOLoss(metric, reading=reading, mask_gradient=True)(pred, target), pred)
+    assert torch.allclose(default, by_hand, rtol=1e-4, atol=1e-8)
+    assert torch.allclose(other, through_mask, rtol=1e-4, atol=1e-8)
+    assert (default - other).abs().max() > 0.01 * default.abs().max()
+
+
+def test_the_value_does_not_depend_on_the_gradient(metric):
+    target, pred = latent_pair()
+    pred.requires_grad_(True)
+    expected = metric(dist=pred, ref=target).mean()
+    for mask_gradient in (False, True):
+        assert torch.allclose(MILOLoss(metric, mask_gradient=mask_gradient)(pred, target), expected)
 
 
 def test_the_metric_is_neither_trained_nor_saved():

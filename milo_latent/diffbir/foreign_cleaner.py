@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -58,6 +60,8 @@ def load_upscaler(path: str | Path) -> ForeignCleaner:
     if not path.is_file():
         raise FileNotFoundError(f"Expected a model file, got {path}, which does not exist.")
     spandrel = import_extra("spandrel", "upscalers", "Opening upscalers")
+    with suppress(ImportError):  # Restormer and others, whose licenses are not open
+        importlib.import_module("spandrel_extra_arches").install(ignore_duplicates=True)
     try:
         model = spandrel.ModelLoader(device="cpu").load_from_file(path)
     except (spandrel.UnsupportedModelError, ValueError, RuntimeError, OSError) as error:

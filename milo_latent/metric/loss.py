@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from milo_latent.checks import check_batch, check_choice
-from milo_latent.metric.network import MILO, check_metric, pixel_mean
+from milo_latent.metric.network import MILO, check_metric, pixel_mean, visible_error
 
 Reduction = Literal["mean", "sum", "none"]
 Reading = Literal["error", "error_map"]
@@ -37,6 +38,9 @@ class MILOLoss(nn.Module):
         reduction: "mean", "sum" or "none", over the batch.
         reading: "error", E, never negative and unbounded above; or "error_map", the mean of the error map, which is on
             the scale on which people judged, in [0, 1) for the shipped and the official weights.
+        mask_gradient: whether the gradient passes through the visibility mask, too. Leave it off to train a network:
+            through the mask it learns to make differences invisible to the metric instead of small. On means the
+            gradient of the metric itself, for optimizing or studying single images.
 
     Raises:
         TypeError: if `metric` is no MILO.
@@ -49,13 +53,20 @@ class MILOLoss(nn.Module):
         True
     """
 
-    def __init__(self, metric: MILO, *, reduction: Reduction = "mean", reading: Reading = "error") -> None:
+    def __init__(
+        self,
+        metric: MILO,
+        *,
+        reduction: Reduction = "mean",
+        reading: Reading = "error",
+        mask_gradient: bool = False,
+    ) -> None:
         super().__init__()
         check_metric(metric)
         check_choice("reduction", reduction, get_args(Reduction))
         check_choice("reading", reading, get_args(Reading))
         self._metric = [metric.requires_grad_(False)]  # in a list, so that checkpoints of a model do not hold it
-        self.reduction, self.reading = reduction, reading
+        self.reduction, self.reading, self.mask_gradient = reduction, reading, mask_gradient
 
     @property
     def metric(self) -> MILO:
@@ -79,6 +90,9 @@ class MILOLoss(nn.Module):
         """
         check_batch("pred", pred, self.metric.config.channels)
         metric = self.metric.to(pred.device)
-        if self.reading == "error":
-            return reduce_scores(metric(dist=pred, ref=target, region=region), self.reduction)
-        return reduce_scores(pixel_mean(metric.error_map(dist=pred, ref=target), region), self.reduction)
+        with torch.set_grad_enabled(self.mask_gradient and torch.is_grad_enabled()):
+            mask = metric.mask(dist=pred, ref=target)
+        values = visible_error(mask, dist=pred, ref=target)  # (B, 1, H, W)
+        if self.reading == "error_map":
+            values = metric.scale_error(values)
+        return reduce_scores(pixel_mean(values, region), self.reduction)
