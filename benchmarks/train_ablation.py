@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from milo_latent.evaluation.gmsd import gmsd
 from milo_latent.evaluation.metrics import by_name
 from milo_latent.evaluation.reports import Row, write_rows
 from milo_latent.files import read_image, write_text
@@ -34,13 +33,13 @@ from milo_latent.training.data.crops import list_images, spread_over
 from milo_latent.training.objectives import OBJECTIVES
 
 BASELINE = "mae"
-STRUCTURAL = ("psnr", "ssim", "ms-ssim", "vif")
+METRICS = ("psnr", "ssim", "ms-ssim", "vif", "gmsd")
 MULTIPLE = 64  # of the sides that a network is given
 
 
 def full_reference_metrics(judge: MILO) -> dict[str, Callable[..., Tensor]]:
     """Return the metrics of the table, called with the keywords `ref` and `dist`."""
-    return {name: by_name(name).score for name in STRUCTURAL} | {"gmsd": gmsd, "milo_i": judge}
+    return {name: by_name(name).compute for name in METRICS} | {"milo_i": judge}
 
 
 @torch.no_grad()

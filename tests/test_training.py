@@ -66,6 +66,29 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path):
     assert torch.equal(train(tmp_path / "parts", 12), whole)
 
 
+def test_the_average_of_the_weights_is_validated_and_returned_and_resumed(tmp_path):
+    seen = []
+
+    def validate(module):
+        seen.append(module.point.detach().clone())
+        return {"first": 0.0}
+
+    points = [train(tmp_path / f"{steps}", steps) for steps in range(1, 5)]
+    average = torch.ones(3)
+    for step, point in enumerate(points):
+        decay = min(0.7, (1 + step) / (10 + step)) if step else 0.0  # as diffusers' EMAModel, which starts slowly
+        average = decay * average + (1 - decay) * point
+    torch.manual_seed(0)
+    options = {"checkpoint_minutes": 0.0, "precision": "no", "warmup": 2, "learning_rate": 0.1, "ema_decay": 0.7}
+    config = RunConfig(tmp_path / "whole", 4, **options)
+    whole = fit(Quadratic(), draw_target, config, validate=validate).point.detach()
+    assert torch.allclose(whole, average, atol=1e-6)
+    assert torch.equal(seen[-1], whole)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", 4, stop_at=2, ema_decay=0.7)
+    assert torch.equal(train(tmp_path / "parts", 4, ema_decay=0.7), whole)
+
+
 def test_only_the_last_checkpoint_is_kept_with_the_run_s_record(tmp_path):
     train(tmp_path / "run", 5)
     assert [path.name for path in sorted((tmp_path / "run").glob("checkpoint*"))] == ["checkpoint-00000005"]

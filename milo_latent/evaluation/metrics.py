@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from milo_latent.evaluation.gmsd import gmsd
 from milo_latent.extras import import_extra
 from milo_latent.latents.codec import VAE, encode_image
 from milo_latent.metric.loading import weights_path
@@ -128,7 +129,7 @@ def by_name(text: str, *, vae: VAE | None = None) -> FullReference:
     """Open a metric by the name that a command line gives.
 
     Args:
-        text: psnr, mae, ssim, ms-ssim, vif, milo:WEIGHTS, milo-latent:WEIGHTS, latent-l1 or pyiqa:NAME.
+        text: psnr, mae, gmsd, ssim, ms-ssim, vif, milo:WEIGHTS, milo-latent:WEIGHTS, latent-l1 or pyiqa:NAME.
         vae: autoencoder for the metrics on latents.
 
     Raises:
@@ -146,10 +147,14 @@ def by_name(text: str, *, vae: VAE | None = None) -> FullReference:
         return pyiqa_metric(source)
     if kind in ("ssim", "ms-ssim", "vif"):
         return structural(kind)
-    simple = {"psnr": FullReference("psnr", psnr, True), "mae": FullReference("mae", mean_absolute_error, False)}
+    simple = {
+        "psnr": FullReference("psnr", psnr, True),
+        "mae": FullReference("mae", mean_absolute_error, False),
+        "gmsd": FullReference("gmsd", gmsd, False),
+    }
     if kind not in simple:
         raise ValueError(
-            "Expected psnr, mae, ssim, ms-ssim, vif, milo:WEIGHTS, milo-latent:WEIGHTS, latent-l1 or pyiqa:NAME, "
+            "Expected psnr, mae, gmsd, ssim, ms-ssim, vif, milo:WEIGHTS, milo-latent:WEIGHTS, latent-l1 or pyiqa:NAME, "
             f"got {text!r}."
         )
     return simple[kind]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -129,13 +128,12 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(options.seed)
     vae = _open_autoencoder(options)
     crops = ImageCrops(options.images, crop_size=options.crop_size, seed=options.seed)
-    config = run_config(options, decay=0.7, max_grad_norm=5.0)
     start = options.start and source_digest(options.start)
-    settings = objective_settings(options) | {"start": start, "freeze_encoder": options.freeze_encoder}
+    data = objective_settings(options) | {"start": start, "freeze_encoder": options.freeze_encoder}
     fit(
         AutoencoderLoss(vae, open_objective(options)),
         with_progress(draw_batches(crops, options.batch_size), options.steps),
-        replace(config, data=config.data | settings),
+        run_config(options, data=data, decay=0.7, max_grad_norm=5.0),
         validate=lambda loss: {"psnr": reconstruction_psnr(loss.vae, options.validation, every=4)},
     )
     if not training_state().is_main_process:

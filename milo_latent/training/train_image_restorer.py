@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--degradation", choices=sorted(DEGRADATIONS), default="mixed")
     options.add_argument("--warmup", type=int, default=100, help="steps in which the learning rate rises")
     options.add_argument("--decay", type=float, default=0.5, help="share of the steps in which it falls to zero")
+    options.add_argument("--ema-decay", type=float, help="of a moving average of the weights, such as 0.999")
     options.add_argument("--validation", type=Path, required=True, help="folder of clean validation images")
     options.add_argument("--validation-images", type=int, default=20, help="how many of them, while it trains")
     options.add_argument("--tests", nargs="+", choices=sorted(TESTS), default=["noise15", "noise25", "noise50"])
@@ -141,9 +141,13 @@ def train(options: argparse.Namespace) -> nn.Module:
     crops = ImageCrops(options.images, crop_size=options.crop_size, seed=options.seed)
     draw = draw_degraded(crops, options.batch_size, DEGRADATIONS.get(options.degradation, degrade))
     config = run_config(
-        options, decay=options.decay, warmup=options.warmup, checkpoint_minutes=options.checkpoint_minutes
+        options,
+        data=_settings(options),
+        decay=options.decay,
+        warmup=options.warmup,
+        checkpoint_minutes=options.checkpoint_minutes,
+        ema_decay=options.ema_decay,
     )
-    config = replace(config, data=config.data | _settings(options))
     loss = ImageRestorerLoss(network, open_objective(options))
     fit(loss, with_progress(draw, options.steps), config, validate=validator(options))
     return network

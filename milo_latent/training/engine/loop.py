@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from milo_latent.extras import import_extra
 from milo_latent.training.data.crops import list_images
 from milo_latent.training.data.fingerprints import files_digest, source_digest
+from milo_latent.training.engine.average import WeightAverage
 from milo_latent.training.engine.run import OptimizerName, Precision, Run, RunConfig, start_accelerator
 
 SOAP_BETAS = (0.95, 0.95)  # as in its paper
@@ -135,6 +136,7 @@ def fit(
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(parameters, config)
     prepared, optimizer = accelerator.prepare(module, optimizer)
+    average = WeightAverage(accelerator, parameters, config.ema_decay)
     run = Run(accelerator, config)
     for step in range(run.resume(), config.steps):
         for group in optimizer.param_groups:
@@ -149,11 +151,14 @@ def fit(
             run.check_finite(torch.as_tensor(norm), "gradient", step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        average.update()
         done = step + 1
         run.record_loss(done, loss.detach())
         if run.is_checkpoint_due(done):
             if validate is not None and accelerator.is_main_process:
-                run.record_validation(done, validate(accelerator.unwrap_model(prepared)))
+                with average.swapped_in():
+                    run.record_validation(done, validate(accelerator.unwrap_model(prepared)))
             run.save_checkpoint(done)
     run.close()
+    average.swap_in()
     return accelerator.unwrap_model(prepared)

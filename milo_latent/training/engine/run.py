@@ -48,6 +48,7 @@ class RunConfig:
         step_size: for "step": steps between the multiplications.
         step_factor: for "step": factor of each multiplication.
         optimizer: "adamw", or "soap", which fits one network to another in far fewer steps.
+        ema_decay: decay of the moving average of the weights, which is validated and returned; None: no average.
         trackers: accelerate's trackers, such as "tensorboard" and "wandb"; None takes TensorBoard if it is installed.
         data: what else defines the run, such as fingerprints of its data; a resumed run must have the same.
     """
@@ -69,6 +70,7 @@ class RunConfig:
     step_size: int = 1000
     step_factor: float = 1.0
     optimizer: OptimizerName = "adamw"
+    ema_decay: float | None = None
     trackers: tuple[str, ...] | None = None
     data: dict[str, Any] = field(default_factory=dict)
 
