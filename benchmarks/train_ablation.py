@@ -1,12 +1,13 @@
 """What each training objective does to a restorer: equal budgets, several seeds, metrics that nothing was trained with.
 
     python benchmarks/train_ablation.py --images FOLDER --clean FOLDER --degraded NOISY15 NOISY25 NOISY50 \
-        --judge MILO.pth --start weights/nano/cleaner --output RUNS
+        --judges MILO.pth milo-image --start weights/nano/cleaner --output RUNS
 
 Every run starts from the same weights, and runs of one seed see the same crops and degradations. The masks are those
-of `--metric`; MILO_I in the results is the error E of `--judge`. PSNR in dB, SSIM, MS-SSIM and VIF (torchmetrics) are
-better when higher, GMSD and MILO_I when lower; all are taken on images rounded to 8 bit. `RUNS/ablation.csv` has a row
-for each run and folder of degraded images. The same command resumes after an interruption.
+of `--metric`; "milo" in the results is the error E of each MILO_I of `--judges`. PSNR in dB, SSIM, MS-SSIM and VIF
+(torchmetrics) are better when higher, GMSD and MILO when lower; all are taken on images rounded to 8 bit. A verdict
+needs a judge that was not trained with: GMSD, or a MILO_I whose masks were not used. `RUNS/ablation.csv` has a row for
+each run and folder of degraded images. The same command resumes after an interruption.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,7 @@ from milo_latent.metric.network import MILO
 from milo_latent.pictures import round_to_8bit
 from milo_latent.training import train_image_restorer
 from milo_latent.training.data.crops import list_images, spread_over
+from milo_latent.training.engine.run import OptimizerName
 from milo_latent.training.objectives import OBJECTIVES
 
 BASELINE = "mae"
@@ -37,9 +40,10 @@ METRICS = ("psnr", "ssim", "ms-ssim", "vif", "gmsd")
 MULTIPLE = 64  # of the sides that a network is given
 
 
-def full_reference_metrics(judge: MILO) -> dict[str, Callable[..., Tensor]]:
+def full_reference_metrics(judges: list[str]) -> dict[str, Callable[..., Tensor]]:
     """Return the metrics of the table, called with the keywords `ref` and `dist`."""
-    return {name: by_name(name).compute for name in METRICS} | {"milo_i": judge}
+    errors = {f"milo:{Path(judge).stem}": MILO.from_pretrained(judge) for judge in judges}
+    return {name: by_name(name).compute for name in METRICS} | errors
 
 
 @torch.no_grad()
@@ -62,7 +66,8 @@ def train(options: argparse.Namespace, objective: str, seed: int) -> nn.Module:
         "--output", str(options.output / f"{objective}-{seed}"), "--seed", str(seed), "--objective", objective,
         "--metric", options.metric, "--degradation", options.degradation, "--steps", str(options.steps),
         "--batch-size", str(options.batch_size), "--crop-size", str(options.crop_size),
-        "--learning-rate", str(options.learning_rate), "--warmup", "20", "--decay", "0.7",
+        "--learning-rate", str(options.learning_rate), "--optimizer", options.optimizer, "--warmup", "20",
+        "--decay", "0.7",
         "--network", options.network, "--network-options", json.dumps(options.network_options),
     ]  # fmt: skip
     arguments += ["--start", str(options.start)] if options.start else []
@@ -118,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--images", nargs="+", required=True, help="folders of clean training images")
     parser.add_argument("--clean", type=Path, required=True, help="folder of clean test images")
     parser.add_argument("--degraded", type=Path, nargs="+", required=True, help="folders of files of the same names")
-    parser.add_argument("--judge", required=True, help="MILO_I that nothing is trained with, such as MILO.pth")
+    parser.add_argument("--judges", nargs="+", required=True, help="weights of MILO_I, such as MILO.pth")
     parser.add_argument("--metric", default="milo-image", help="MILO_I whose masks the objectives use")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="weights that every run starts from")
@@ -127,14 +132,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--degradation", default="noise")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--crop-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--optimizer", choices=get_args(OptimizerName), default="soap")
     parser.add_argument("--limit", type=int, help="so many test images, spread over the folder")
     options = parser.parse_args(arguments)
     check_settings(options)
-    metrics = full_reference_metrics(MILO.from_pretrained(options.judge))
+    metrics = full_reference_metrics(options.judges)
     clean, path = spread_over(list_images([options.clean]), options.limit), options.output / "ablation.csv"
     rows = read_results(path)
     for seed in options.seeds:
