@@ -1,0 +1,79 @@
+"""The ablation over objectives: what it writes, that it resumes, and that settings are not mixed."""
+
+import csv
+import importlib.util
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from milo_latent.testing import tiny_metric
+
+
+@pytest.fixture
+def ablation(repository, tmp_path):
+    pytest.importorskip("torchmetrics")
+    specification = importlib.util.spec_from_file_location(
+        "train_ablation", repository / "benchmarks/train_ablation.py"
+    )
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def command(ablation, tmp_path):
+    """Call the benchmark on photos of 192 px, the least that MS-SSIM takes, with networks of two levels."""
+    rng = np.random.default_rng(0)
+    for folder in ("clean", "noisy"):
+        (tmp_path / folder).mkdir()
+    clean = np.add.outer(np.arange(192), np.arange(192))[..., None].repeat(3, 2) / 2
+    noisy = (clean + rng.normal(0, 25, clean.shape)).clip(0, 255)
+    for folder, image in (("clean", clean), ("noisy", noisy)):
+        Image.fromarray(image.astype(np.uint8)).save(tmp_path / folder / "a.png")
+    tiny_metric(channels=3).save_pretrained(tmp_path / "metric")
+
+    def run(*options):
+        arguments = ["--images", str(tmp_path / "clean"), "--clean", str(tmp_path / "clean")]
+        arguments += ["--degraded", str(tmp_path / "noisy"), "--output", str(tmp_path / "runs"), "--optimizer", "adamw"]
+        arguments += ["--judges", str(tmp_path / "metric"), "--metric", str(tmp_path / "metric"), "--steps", "1"]
+        arguments += ["--network-options", '{"channels": [4, 8], "blocks": [1, 1]}', "--crop-size", "32"]
+        ablation.main([*arguments, "--batch-size", "1", *options])
+        with (tmp_path / "runs" / "ablation.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    return run
+
+
+def test_every_objective_and_seed_has_a_row_and_what_is_done_stays(command, capsys):
+    first = command("--seeds", "0", "--objectives", "mae")
+    assert [(row["objective"], row["seed"], row["degraded"]) for row in first] == [("mae", "0", "noisy")]
+    rows = command("--seeds", "0", "1", "--objectives", "mae", "milo")
+    assert [(row["objective"], row["seed"]) for row in rows] == [
+        ("mae", "0"),
+        ("milo", "0"),
+        ("mae", "1"),
+        ("milo", "1"),
+    ]
+    assert rows[0] == first[0]
+    assert {"psnr", "ssim", "ms-ssim", "vif", "gmsd", "milo:metric"} <= rows[0].keys()
+    table = capsys.readouterr().out.splitlines()
+    assert table[-2].startswith("| noisy | mae | 2 |")
+    assert "%)" in table[-1]
+
+
+def test_results_of_other_settings_are_not_added(command):
+    command("--seeds", "0", "--objectives", "mae")
+    with pytest.raises(ValueError, match="Choose another --output"):
+        command("--seeds", "1", "--objectives", "mae", "--learning-rate", "0.1")
+
+
+def test_the_table_has_the_mean_and_the_change(ablation):
+    rows = [
+        {"objective": objective, "seed": str(seed), "degraded": "noisy", "psnr": str(psnr), "gmsd": str(gmsd)}
+        for objective, seed, psnr, gmsd in [("mae", 0, 27.0, 0.1), ("mae", 1, 27.2, 0.1), ("milo", 0, 27.0, 0.09)]
+    ]
+    assert ablation.table(rows).splitlines()[2:] == [
+        "| noisy | mae | 2 | 27.1 ± 0.1 | 0.1 ± 0 |",
+        "| noisy | milo | 1 | 27 ± 0 (-0.10) | 0.09 ± 0 (-10.0%) |",
+    ]
