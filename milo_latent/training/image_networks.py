@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from milo_latent.checkpoints import read_checkpoint
-from milo_latent.diffbir.foreign_cleaner import INSTALL
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner
+from milo_latent.extras import import_extra
 from milo_latent.files import make_readable
 from milo_latent.training.growing import grow_cleaner
 
 OWN = "ResidualCleaner"
-LIBRARIES = ("spandrel", "spandrel_extra_arches")  # the second has Restormer and others under academic licences
+LIBRARIES = ("spandrel", "spandrel_extra_arches")  # the second has Restormer and others under academic licenses
 NETWORK_FOLDER, NETWORK_FILE = "network", "network.safetensors"
 
 
@@ -39,16 +39,12 @@ def build_network(name: str, options: dict[str, Any]) -> nn.Module:
 
 
 def _spandrel_class(name: str) -> Any:
-    found = False
+    import_extra("spandrel", "upscalers", f"The network {name!r}")
     for library in LIBRARIES:
         try:
-            importlib.import_module(library)
-            found = True
             return getattr(importlib.import_module(f"{library}.architectures.{name}"), name)
         except (ImportError, AttributeError):
             continue
-    if not found:
-        raise ImportError(f"Expected spandrel for the network {name!r}: {INSTALL}. {OWN} needs no other library.")
     raise ValueError(
         f"Expected {OWN} or an architecture of {' or '.join(LIBRARIES)}, got {name!r}. Names are case-sensitive, such "
         "as NAFNet, SwinIR and SCUNet; Restormer needs `pip install spandrel_extra_arches`."
