@@ -5,6 +5,7 @@ import importlib.util
 
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from milo_latent.testing import tiny_metric
@@ -42,7 +43,9 @@ def command(ablation, tmp_path):
         with (tmp_path / "runs" / "ablation.csv").open(newline="") as file:
             return list(csv.DictReader(file))
 
-    return run
+    AcceleratorState._reset_state(reset_partial_state=True)  # the ablation trains in bfloat16, other tests do not
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_every_objective_and_seed_has_a_row_and_what_is_done_stays(command, capsys):

@@ -204,7 +204,7 @@ def test_what_cannot_be_trained_is_refused(command, spandrel, tmp_path, monkeypa
 
 def test_folders_without_fitting_images_are_refused(command, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="Found no image"):
+    with pytest.raises(FileNotFoundError, match="found none"):
         command("--images", str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="at least 500 px"):
         command("--crop-size", "500")
