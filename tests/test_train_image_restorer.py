@@ -78,7 +78,7 @@ def test_noise_is_rounded_and_clipped_and_reaches_60():
 def test_everyday_leaves_a_share_of_the_images_as_they_are(images):
     image = read_image(images / "1.png")[0]
     same = [torch.equal(DEGRADATIONS["everyday"](image, np.random.default_rng(seed)), image) for seed in range(400)]
-    assert 0.015 < np.mean(same) < 0.08  # 0.04
+    assert 0.02 < np.mean(same) < 0.09  # 0.05
 
 
 def test_blind_degradations_take_small_crops():

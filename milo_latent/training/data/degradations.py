@@ -83,21 +83,21 @@ def noise_alone(image: Tensor, rng: np.random.Generator) -> Tensor:
 def everyday(image: Tensor, rng: np.random.Generator) -> Tensor:
     """Draw one of the degradations that the embedded first stage undoes. Own.
 
-    Shares: noise of 0 to 60 / 255, strong noise more often than weak (its square is uniform), 0.7; enlarging by 4 from
+    Shares: noise of 0 to 60 / 255, strong noise more often than weak (its square is uniform), 0.55; enlarging by 4 from
     a bicubic reduction, a third of which has noise of up to 10 / 255 or JPEG of quality 50 to 95 in the small picture,
-    0.1; JPEG of quality 5 to 95, 0.07; Gaussian blur of 0.3 to 2.5 pixels, 0.03; several of these mixed as `degrade`
-    does, 0.06; clean images, left as they are so that the network learns to do no harm, 0.04.
+    0.15; JPEG of quality 5 to 95, 0.1; Gaussian blur of 0.3 to 2.5 pixels, 0.05; several of these mixed as `degrade`
+    does, 0.1; clean images, left as they are so that the network learns to do no harm, 0.05.
     """
     kind = rng.random()
-    if kind < 0.7:
+    if kind < 0.55:
         return add_noise(image, 60 * rng.random() ** 0.5, rng)
-    if kind < 0.8:
+    if kind < 0.7:
         return _enlarged_by_4(image, rng)
-    if kind < 0.87:
+    if kind < 0.8:
         return jpeg_round_trip(image, int(rng.integers(5, 95, endpoint=True)))
-    if kind < 0.9:
+    if kind < 0.85:
         return round_to_8bit(gaussian_blur(image, rng.uniform(0.3, 2.5)))
-    return degrade(image, rng, DegradationRange(noise_only=0.0)) if kind < 0.96 else image
+    return degrade(image, rng, DegradationRange(noise_only=0.0)) if kind < 0.95 else image
 
 
 def _enlarged_by_4(image: Tensor, rng: np.random.Generator) -> Tensor:
