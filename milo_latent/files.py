@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 import warnings
@@ -205,16 +206,16 @@ def write_latents(path: str | Path, latents: Tensor, *, metadata: dict[str, str]
     check_finite(f"latents for {path}", latents)
     array = latents.detach().float().cpu().contiguous()
     if path.suffix.lower() == ".safetensors":
-        content = save({"latents": array}, metadata=metadata)
-        write_atomically(path, lambda partial: partial.write_bytes(content))
-        return
-    single = array[0] if array.ndim == 4 and array.shape[0] == 1 else array
+        write_bytes(path, save({"latents": array}, metadata=metadata))
+    else:
+        buffer = io.BytesIO()
+        np.save(buffer, (array[0] if array.ndim == 4 and array.shape[0] == 1 else array).numpy(), allow_pickle=False)
+        write_bytes(path, buffer.getvalue())
 
-    def write(partial: Path) -> None:
-        with partial.open("wb") as file:
-            np.save(file, single.numpy(), allow_pickle=False)
 
-    write_atomically(path, write)
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file of these bytes."""
+    write_atomically(path, lambda partial: partial.write_bytes(content))
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -17,14 +17,7 @@ GRAY_MODES = ("1", "L", "LA")
 
 
 def to_8bit(image: Tensor) -> np.ndarray:
-    """Round images to 8 bit, channels last; values outside [0, 1] are clipped.
-
-    Args:
-        image: (C, H, W) or (B, C, H, W), in [0, 1].
-
-    Returns:
-        (H, W, C) or (B, H, W, C) uint8.
-    """
+    """Round images, (C, H, W) or (B, C, H, W), clipped to [0, 1], to 8 bit: (H, W, C) or (B, H, W, C) uint8."""
     pixels = image.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
     return np.ascontiguousarray(pixels.movedim(-3, -1).cpu().numpy())
 
@@ -40,14 +33,9 @@ def round_to_8bit(image: Tensor) -> Tensor:
 
 
 def center_crop(image: Tensor, side: int | None = None) -> Tensor:
-    """Return the middle of an image.
+    """Return the middle of an image, (..., H, W), as a view of it.
 
-    Args:
-        image: (..., H, W).
-        side: the most that is kept of H and of W; None keeps the largest square.
-
-    Returns:
-        The crop, a view of `image`.
+    `side` is the most that is kept of H and of W; None keeps the largest square.
     """
     side = min(image.shape[-2:]) if side is None else side
     top, left = (max(length - side, 0) // 2 for length in image.shape[-2:])
@@ -78,14 +66,9 @@ def gaussian_blur(image: Tensor, sigma: float | Tensor, *, radius: int | None = 
 
 
 def codec_round_trip(image: Tensor, **options: Any) -> Tensor:
-    """Write and read images in memory.
+    """Write images, (3, H, W) or (B, 3, H, W), in [0, 1], to memory and read them back, float32 of the same shape.
 
-    Args:
-        image: (3, H, W) or (B, 3, H, W), in [0, 1]; rounded to 8 bit first.
-        options: of Pillow's `Image.save`, such as `format`.
-
-    Returns:
-        The decoded images, in the shape of `image`, float32.
+    They are rounded to 8 bit first; `options` are those of Pillow's `Image.save`, such as `format`.
     """
     if image.ndim == 4:
         return torch.stack([codec_round_trip(each, **options) for each in image])

@@ -16,14 +16,10 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def run_program(program: Callable[[], object], *, interrupted: str = "run the same command again") -> int:
-    """Run a program.
+    """Run a program, and return its exit code.
 
-    Args:
-        program: called without arguments.
-        interrupted: what is printed when it is interrupted.
-
-    Returns:
-        Exit code: 0, 1 after one line on standard error that says what was wrong, 130 if it was interrupted.
+    The code is 0, 1 after one line on standard error that says what was wrong, or 130 after an interruption, when
+    `interrupted` is printed.
     """
     try:
         with warnings.catch_warnings():

@@ -164,7 +164,7 @@ def test_a_set_that_is_not_whole_is_refused(built, tmp_path):
 
 
 def test_a_disk_that_fills_up_leaves_whole_shards_only(material, tmp_path, monkeypatch):
-    write, calls = build_dataset.write_atomically, []
+    write, calls = build_dataset.write_bytes, []
 
     def full(path, fill):
         calls.append(path)
@@ -172,7 +172,7 @@ def test_a_disk_that_fills_up_leaves_whole_shards_only(material, tmp_path, monke
             raise OSError(28, "No space left on device")
         write(path, fill)
 
-    monkeypatch.setattr(build_dataset, "write_atomically", full)
+    monkeypatch.setattr(build_dataset, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         build_dataset.main(arguments(material, tmp_path / "set"))
     monkeypatch.undo()
@@ -196,7 +196,7 @@ def test_the_draw_of_settings_follows_from_image_and_seed():
 
 def test_squares_are_resized_or_cut():
     image = torch.rand(1, 3, 90, 120, generator=torch.Generator().manual_seed(0))
-    assert square(image, 64).shape == (1, 3, 64, 64)
+    assert square(image, 64, resize=True).shape == (1, 3, 64, 64)
     cut = square(image, 64, resize=False)
     assert torch.allclose(cut, image[..., 13:77, 28:92], atol=1 / 255)
     assert square(image[..., :50, :50], 64, resize=False).shape == (1, 3, 64, 64)

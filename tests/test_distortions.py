@@ -7,7 +7,8 @@ from PIL import Image
 
 from milo_latent.distortions import DISTORTIONS, LEVELS, distort, seed_of
 from milo_latent.distortions.blurs import disk_kernel, line_kernel
-from milo_latent.distortions.color_spaces import lab_to_rgb, rgb_to_lab, scale_hsv_saturation
+from milo_latent.distortions.color_spaces import lab_to_rgb, rgb_to_lab
+from milo_latent.distortions.colors import color_saturation_hsv
 from milo_latent.distortions.contact_sheet import contact_sheet
 from milo_latent.distortions.spatial import best_thresholds
 from milo_latent.distortions.tones import tone_curve
@@ -109,7 +110,7 @@ def test_color_spaces_round_trip_and_meet_known_values(image):
     assert torch.allclose(lab_to_rgb(rgb_to_lab(image)), image, atol=1e-4)
     red = rgb_to_lab(torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1)).flatten()
     assert red.tolist() == pytest.approx([53.24, 80.09, 67.20], abs=0.05)
-    assert torch.allclose(scale_hsv_saturation(image, 1.0), image, atol=1e-6)
+    assert torch.allclose(color_saturation_hsv(image, 1.0, torch.Generator()), image, atol=1e-6)
 
 
 def test_tone_curves_pass_through_their_points():

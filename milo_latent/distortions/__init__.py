@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from milo_latent.checks import check_batch, check_choice
-from milo_latent.distortions import blurs, codecs, colors, noises, spatial, tones
+from milo_latent.distortions import blurs, colors, noises, spatial, tones
 from milo_latent.pictures import round_to_8bit
 
 LEVELS = (1, 2, 3, 4, 5)
@@ -23,19 +23,12 @@ SMALLEST_SIDE = 64  # pixels; blocks and patches do not fit into smaller images
 
 @dataclass(frozen=True)
 class Distortion:
-    """One kind of distortion.
+    """One kind of distortion."""
 
-    Args:
-        number: in KADID-10k, from 1.
-        name: the kind.
-        amounts: the parameter at levels 1 to 5.
-        apply: takes images, (B, 3, H, W), an amount and a generator, and returns the distorted images.
-    """
-
-    number: int
+    number: int  # in KADID-10k, from 1
     name: str
-    amounts: tuple[float, float, float, float, float]
-    apply: Callable[[Tensor, float, torch.Generator], Tensor]
+    amounts: tuple[float, float, float, float, float]  # at levels 1 to 5
+    apply: Callable[[Tensor, float, torch.Generator], Tensor]  # from images, (B, 3, H, W), and an amount
 
 
 _TABLE = (
@@ -47,8 +40,8 @@ _TABLE = (
     ("color quantization", (64, 48, 32, 16, 8), colors.color_quantization),
     ("color saturation 1", (0.4, 0.2, 0.1, 0, -0.4), colors.color_saturation_hsv),
     ("color saturation 2", (1, 2, 3, 6, 9), colors.color_saturation_lab),
-    ("JPEG2000", (16, 32, 45, 120, 400), codecs.jpeg2000),
-    ("JPEG", (43, 36, 24, 7, 4), codecs.jpeg),
+    ("JPEG2000", (16, 32, 45, 120, 400), spatial.jpeg2000),
+    ("JPEG", (43, 36, 24, 7, 4), spatial.jpeg),
     ("white noise", (0.001, 0.002, 0.003, 0.005, 0.01), noises.white_noise),
     (
         "white noise in color component",

@@ -1,4 +1,4 @@
-"""RGB to CIE Lab, HSV and YCbCr and back; all (B, 3, H, W)."""
+"""RGB to CIE Lab and YCbCr and back; all (B, 3, H, W)."""
 
 from __future__ import annotations
 
@@ -51,12 +51,3 @@ def ycbcr_to_rgb(ycbcr: Tensor) -> Tensor:
 def luminance(image: Tensor) -> Tensor:
     """Return the luma Y of RGB, (B, 1, H, W)."""
     return rgb_to_ycbcr(image)[:, :1]
-
-
-def scale_hsv_saturation(image: Tensor, factor: float) -> Tensor:
-    """Multiply the saturation of HSV by `factor`; below zero, colors turn into their complements.
-
-    Hue and value stay, so a channel c moves on the line to the value v = max(r, g, b): c' = v - factor (v - c).
-    """
-    value = image.amax(dim=1, keepdim=True)
-    return (value - factor * (value - image)).clamp(0, 1)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from milo_latent.distortions.blurs import gaussian_blur
-from milo_latent.distortions.color_spaces import lab_to_rgb, luminance, rgb_to_lab, scale_hsv_saturation
+from milo_latent.distortions.color_spaces import lab_to_rgb, luminance, rgb_to_lab
 from milo_latent.pictures import from_8bit, to_8bit
 
 SHIFTED_CHANNEL = 1  # green, to which the eye is most sensitive
@@ -57,8 +57,12 @@ def color_quantization(image: Tensor, amount: float, generator: torch.Generator)
 
 
 def color_saturation_hsv(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    """Multiply the saturation of HSV by `amount`."""
-    return scale_hsv_saturation(image, amount)
+    """Multiply the saturation of HSV by `amount`; below zero, colors turn into their complements.
+
+    Hue and value stay, so a channel c moves on the line to the value v = max(r, g, b): c' = v - amount (v - c).
+    """
+    value = image.amax(dim=1, keepdim=True)
+    return (value - amount * (value - image)).clamp(0, 1)
 
 
 def color_saturation_lab(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""Spatial distortions: jitter, moved patches, pixelation, quantization, blocks of color."""
+"""Distortions of structure: jitter, moved patches, pixelation, quantization, blocks of color, compression."""
 
 from __future__ import annotations
 
@@ -7,11 +7,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from milo_latent.distortions.color_spaces import luminance
+from milo_latent.pictures import codec_round_trip, jpeg_round_trip
 
 JITTER_PASSES = 5
 PATCH = 16  # side in pixels; a patch moves by up to half of it
 COLOR_BLOCK = 32  # pixels
 THRESHOLD_PASSES = 20  # of Lloyd's method
+
+
+def jpeg(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:
+    """Compress as JPEG of quality `amount`."""
+    return jpeg_round_trip(image, int(amount))
+
+
+def jpeg2000(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:
+    """Compress by the lossy wavelets of JPEG 2000 to 1 / `amount` of the size."""
+    options = {"quality_mode": "rates", "quality_layers": [amount], "irreversible": True}
+    return codec_round_trip(image, format="JPEG2000", **options)
 
 
 def jitter(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:

@@ -89,10 +89,7 @@ def _tile_sizes(vae: VAE, tile: int) -> dict[str, int]:
 def check_tile(vae: VAE, tile: int, *, given: int | None = None) -> None:
     """Raise ValueError unless tiles of `tile` pixels fit the VAE.
 
-    Args:
-        vae: encodes or decodes the tiles.
-        tile: their side, in pixels.
-        given: the value that the user passed, for the message, if `tile` was derived from it.
+    The message names `given`, the value that the user passed, if `tile` was derived from it.
     """
     factor = vae_scale_factor(vae)
     smallest = 2 * TINY_OVERLAP * factor
@@ -138,12 +135,9 @@ def _to_vae(tensor: Tensor, vae: VAE) -> Tensor:
 
 
 def pad_image(image: Tensor, multiple: int, *, smallest: int = 1) -> Tensor:
-    """Pad images at the bottom and right by repeating the border; `[..., :H, :W]` of the result is the input.
+    """Pad images, (B, C, H, W), at the bottom and right by repeating the border; `[..., :H, :W]` is the input.
 
-    Args:
-        image: (B, C, H, W).
-        multiple: the padded sides are multiples of this.
-        smallest: the least padded side, rounded up to a multiple.
+    The padded sides are the least multiples of `multiple` that are neither below `smallest` nor below the image's.
     """
     height, width = image.shape[2:]
     bottom, right = (-(-max(side, smallest) // multiple) * multiple - side for side in (height, width))

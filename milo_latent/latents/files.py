@@ -67,12 +67,7 @@ def load_vae(source: str | Path) -> VAE:
 def encode_file(vae: VAE, photo: Path, output: Path, *, vae_name: str, tile: int | None = None) -> tuple[int, ...]:
     """Encode a photo into a file of latents; `.safetensors` also stores the photo's size and the VAE's name and scale.
 
-    Args:
-        vae: encodes.
-        photo: an image file of any size; it is padded to whole latent cells, which `decode_file` undoes.
-        output: `.npy` or `.safetensors`.
-        vae_name: the name to store.
-        tile: as of `encode_image`.
+    The photo is padded to whole latent cells, which `decode_file` undoes.
 
     Returns:
         Shape of the latents, (C, h, w).
@@ -151,23 +146,10 @@ def _source_size(metadata: dict[str, str], padded: tuple[int, int], path: Path) 
 def encode_folder(
     vae: VAE, photos: Path, output: Path, *, suffix: str, vae_name: str, tile: int | None = None
 ) -> tuple[int, int]:
-    """Encode every photo of a folder that has no file of latents in `output` yet, so that a run can be resumed.
+    """Encode every photo of a folder by `encode_file`, unless `output` holds its latents already.
 
-    Args:
-        vae: encodes.
-        photos: folder of images.
-        output: folder, made if it is missing; files keep their names, with `suffix`.
-        suffix: "npy" or "safetensors".
-        vae_name: the name to store.
-        tile: as of `encode_image`.
-
-    Returns:
-        How many photos were encoded now, and how many had been before.
-
-    Raises:
-        FileNotFoundError: if there is no image in the folder.
-        ValueError: at the start, if two photos differ in their suffix only or `tile` does not fit; at the end, with
-            the reason for each photo that failed.
+    The files keep their names, with the suffix "npy" or "safetensors". Returns and errors are those of
+    `process_folder`; tiles that do not fit the VAE are refused at the start.
     """
     if tile is not None:
         check_tile(vae, tile)
@@ -179,12 +161,9 @@ def encode_folder(
 
 
 def decode_folder(vae: VAE, latents: Path, output: Path, *, tile: int | None = None) -> tuple[int, int]:
-    """Decode every file of latents of a folder into a PNG, unless `output` holds that already.
+    """Decode every file of latents of a folder by `decode_file` into a PNG, unless `output` holds that already.
 
-    Args and errors are those of `encode_folder` and `decode_file`.
-
-    Returns:
-        How many files were decoded now, and how many had been before.
+    Returns and errors are those of `process_folder`; tiles that do not fit the VAE are refused at the start.
     """
     if tile is not None:
         check_tile(vae, tile)

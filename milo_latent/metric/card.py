@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from milo_latent.files import write_atomically, write_text
+from milo_latent.files import write_bytes, write_text
 from milo_latent.resources import sha256
 
 TEMPLATE = """\
@@ -46,10 +46,7 @@ may be used, is for whoever made them to add here."""
 def write_card(metric: Any, folder: Path, *, origin: str | None = None) -> None:
     """Write `README.md` into the folder of a saved metric.
 
-    Args:
-        metric: the metric.
-        folder: where its weights are.
-        origin: where the weights come from. None keeps a card that is there, and renews the SHA-256 that it gives.
+    `origin` tells where the weights come from; None keeps a card that is there, and renews the SHA-256 that it gives.
     """
     path = folder / "README.md"
     digests = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
@@ -79,4 +76,4 @@ def _renew_digests(path: Path, digests: dict[str, str]) -> None:
         row = rf"(\| SHA-256 of `{re.escape(file)}` \| `)[0-9a-f]{{64}}(?=`)".encode()
         after = re.sub(row, rf"\g<1>{digest}".encode(), after)
     if after != before:
-        write_atomically(path, lambda partial: partial.write_bytes(after))
+        write_bytes(path, after)

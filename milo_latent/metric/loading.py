@@ -21,17 +21,11 @@ OFFICIAL_URL = "https://raw.githubusercontent.com/ugurcogalan06/MILO/a54e50e9cd1
 
 @dataclass(frozen=True)
 class PinnedFile:
-    """A public file whose content is known.
-
-    Args:
-        url: its address.
-        size: in bytes.
-        digest: its SHA-256, in hexadecimal.
-    """
+    """A public file whose content is known."""
 
     url: str
-    size: int
-    digest: str
+    size: int  # in bytes
+    digest: str  # SHA-256, in hexadecimal
 
     @property
     def path(self) -> Path:

@@ -25,22 +25,13 @@ OKLAB_PATH = (
 BAR_WIDTH, BAR_GAP, TEXT_HEIGHT = 16, 8, 12  # pixels
 
 
-def color_ramp(steps: int = 256) -> Tensor:
-    """Return the colors of errors from 0 to the largest, (steps, 3), RGB in [0, 1], evenly spaced in lightness.
-
-    Args:
-        steps: the number of colors, at least 2.
-
-    Raises:
-        ValueError: for fewer than 2 steps.
+def color_ramp() -> Tensor:
+    """Return the colors of errors from 0 to the largest, (256, 3), RGB in [0, 1], evenly spaced in lightness.
 
     Source: own path; Oklab to sRGB as published by B. Ottosson, "A perceptual color space for image processing", 2020.
     """
-    if steps < 2:
-        raise ValueError(f"Expected `steps` of at least 2, got {steps}.")
     path = torch.tensor(OKLAB_PATH).T[None]  # (1, 3, points)
-    lab = F.interpolate(path, size=steps, mode="linear", align_corners=True)[0].T  # (steps, 3)
-    return oklab_to_rgb(lab)
+    return oklab_to_rgb(F.interpolate(path, size=256, mode="linear", align_corners=True)[0].T)
 
 
 def oklab_to_rgb(lab: Tensor) -> Tensor:
@@ -60,13 +51,9 @@ def oklab_to_rgb(lab: Tensor) -> Tensor:
 
 
 def map_scale(error_map: Tensor) -> float:
-    """Return the error that is painted in the lightest color by default: the 99.5th percentile of the map.
+    """Return the error that is painted in the lightest color by default: the 99.5th percentile of V, (B, 1, h, w).
 
-    Args:
-        error_map: V, (B, 1, h, w); all items share one scale.
-
-    Returns:
-        A number above 0: the largest error if fewer than 0.5 % of the pixels differ, and 1 if none does.
+    It is above 0: the largest error if fewer than 0.5 % of the pixels differ, and 1 if none does.
     """
     errors = error_map.detach().float().cpu().flatten()
     percentile = errors.kthvalue(max(1, round(0.995 * errors.numel()))).values.item()
@@ -119,12 +106,7 @@ def color_error_map(
 def color_bar(height: int, largest: float) -> Tensor:
     """Return a bar of the colors from 0, at the bottom, to `largest`, at the top, with errors written beside it.
 
-    Args:
-        height: height in pixels; a bar lower than 3 lines of text has no text.
-        largest: the error of the lightest color.
-
-    Returns:
-        Picture on white, (1, 3, height, W), in [0, 1].
+    It is a picture on white, (1, 3, height, W), in [0, 1]; a bar lower than 3 lines of text has no text.
     """
     ramp = torch.linspace(1, 0, height).reshape(1, 1, -1, 1)
     painted = _look_up(ramp.expand(1, 1, -1, BAR_WIDTH))

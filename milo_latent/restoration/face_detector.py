@@ -42,14 +42,7 @@ class YuNet:
             raise ValueError(f"Expected YuNet's .onnx file, got {path}: {first_line} It is at {WEIGHTS}.") from error
 
     def __call__(self, image: Tensor) -> list[Face]:
-        """Find the faces of an image.
-
-        Args:
-            image: (1, 3, H, W), in [0, 1].
-
-        Returns:
-            Faces, those of the highest confidence first.
-        """
+        """Return the faces of an image, (1, 3, H, W), in [0, 1], those of the highest confidence first."""
         check_batch("image", image, 3)
         self._network.setInputSize((image.shape[3], image.shape[2]))
         blue_green_red = np.ascontiguousarray(to_8bit(image[0])[..., ::-1])

@@ -83,16 +83,13 @@ def inverse_transform(matrix: Tensor) -> Tensor:
 def warp(
     image: Tensor, to_source: Tensor, size: tuple[int, int], *, padding: Literal["zeros", "border", "reflection"]
 ) -> Tensor:
-    """Resample an image along an affine map: bicubic, and averaged where the image shrinks.
+    """Resample an image, (1, C, H, W), along an affine map: bicubic, and averaged where the image shrinks.
 
     Args:
-        image: (1, C, H, W).
+        image: continues outside its border as `padding` says.
         to_source: (2, 3), from points of the result to points of `image`.
-        size: height and width of the result.
-        padding: how `image` continues outside its border.
-
-    Returns:
-        (1, C, *size); bicubic overshoot may leave the range of `image`.
+        size: height and width of the result, (1, C, *size); bicubic overshoot may leave the range of `image`.
+        padding: as of `torch.nn.functional.grid_sample`.
     """
     zoom = float(torch.linalg.det(to_source[:, :2]).abs().sqrt())  # pixels of `image` in one of the result
     samples = max(1, round(zoom))

@@ -16,11 +16,6 @@ from milo_latent.restoration.faces import Restore
 def restore_file(photo: Path, output: Path, restore: Restore) -> tuple[str, str]:
     """Restore a photo; a gray one stays gray, and transparency is kept where the format of `output` holds it.
 
-    Args:
-        photo: any size.
-        output: image.
-        restore: from an image, (1, 3, H, W), in [0, 1], to the restored image.
-
     Returns:
         Sizes before and after, WIDTHxHEIGHT.
 
@@ -50,18 +45,8 @@ def to_gray(image: Tensor) -> Tensor:
 def restore_folder(photos: Path, output: Path, restore: Restore) -> tuple[int, int]:
     """Restore every photo of a folder, each as it would be restored alone; photos with a result already are skipped.
 
-    Args:
-        photos: folder of images of any sizes.
-        output: folder, made where it is missing; results are PNG files of the photos' names.
-        restore: as of `restore_file`.
-
-    Returns:
-        How many photos were restored, and how many had a result already.
-
-    Raises:
-        FileNotFoundError: if there is no image in the folder.
-        ValueError: at the start, if two photos differ in their suffix only, or the results would lie among the photos;
-            at the end, with the reason for each photo that could not be restored.
+    The results are PNG files of the photos' names. Returns and errors are those of `process_folder`; results that would
+    lie among the photos are refused too.
     """
     if output.resolve() == photos.resolve():
         raise ValueError(f"Expected another folder for the results than that of the photos, got {output} for both.")

@@ -74,14 +74,7 @@ def is_latents(path: Path) -> bool:
 
 
 def read_input(path: Path, encode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Read latents, or an image, which `encode` turns into latents where it is given.
-
-    Args:
-        path: image or latents.
-        encode: from images, (1, 3, H, W), to latents.
-
-    Returns:
-        (B, C, H, W).
+    """Read latents, or an image, which `encode` turns into latents where it is given, (B, C, H, W).
 
     Raises:
         ValueError: if the file is damaged, or its values are not finite.
@@ -96,14 +89,8 @@ def read_input(path: Path, encode: Callable[[Tensor], Tensor] | None = None) -> 
 
 
 def check_fits(metric: MILO, path: Path, tensor: Tensor) -> None:
-    """Raise ValueError if `tensor`, read from `path`, is not what `metric` was trained on.
-
-    Args:
-        metric: scores the file.
-        path: its suffix and metadata say what `tensor` is; only a `.safetensors` file says of which VAE.
-        tensor: (B, C, H, W).
-    """
-    metadata = read_latents_metadata(path) if path.suffix.lower() == ".safetensors" else {}
+    """Raise ValueError if `tensor`, (B, C, H, W), read from `path`, is not what `metric` was trained on."""
+    metadata = read_latents_metadata(path)  # only a `.safetensors` file tells of which VAE it is
     factor, vae = _factor(path, metadata), metadata.get("vae", "another VAE")
     takes = describe_input(metric)
     if tensor.shape[1] != metric.config.channels:
@@ -151,11 +138,7 @@ def describe_input(metric: MILO) -> str:
 def score_pairs(
     metric: MILO, pairs: Iterable[Pair], *, encode: Callable[[Tensor], Tensor] | None = None
 ) -> Iterator[ScoreRow]:
-    """Score pairs; the arguments and errors are those of `compare_pairs`.
-
-    Yields:
-        A row for each pair, in their order; a file of several latents gives the means over them.
-    """
+    """Return the rows of `compare_pairs` alone; a file of several latents gives the means over them."""
     return (row for row, _ in compare_pairs(metric, pairs, encode=encode))
 
 
@@ -226,13 +209,9 @@ def _compare(metric: MILO, pair: Pair, ref: Tensor, dist: Tensor) -> MILOOutput:
 
 
 def unfinished(pairs: list[Pair], done: Container[str]) -> list[Pair]:
-    """Return the pairs of every batch that is not complete.
+    """Return the pairs of every batch that is not complete, given the names of the pairs that were scored before.
 
     Batches are scored whole, since a batch of another size could round the last digit of a score differently.
-
-    Args:
-        pairs: all pairs of the table.
-        done: names of the pairs that were scored before.
     """
     batches = [pairs[first : first + BATCH_SIZE] for first in range(0, len(pairs), BATCH_SIZE)]
     return [pair for batch in batches if any(each.name not in done for each in batch) for pair in batch]

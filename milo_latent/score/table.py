@@ -14,17 +14,11 @@ from milo_latent.files import write_text
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """A row of a table of scores.
+    """A row of a table of scores."""
 
-    Args:
-        name: of the pair.
-        error: E; 0 = identical, unbounded above, lower is better.
-        mos: mean opinion score, 0 to 5, higher is better.
-    """
-
-    name: str
-    error: float
-    mos: float
+    name: str  # of the pair
+    error: float  # E; 0 = identical, unbounded above, lower is better
+    mos: float  # mean opinion score, 0 to 5, higher is better
 
 
 class ScoreTable:
@@ -76,13 +70,7 @@ class ScoreTable:
 
 
 def rows_to_json(rows: list[ScoreRow], *, metric: str, weights: str) -> str:
-    """Return a JSON object of the metric's name, its weights, the mean over the pairs, and a list of the pairs.
-
-    Args:
-        rows: of the table.
-        metric: "MILO_I" or "MILO_L".
-        weights: the name, folder or file that they were opened from.
-    """
+    """Return a JSON object of the metric's name, where its weights are from, the mean over the pairs, and the pairs."""
     mean = mean_row(rows)
     table = {
         "metric": metric,

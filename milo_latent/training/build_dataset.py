@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from milo_latent.distortions import distort
 from milo_latent.evaluation.distortion_settings import SETTINGS
-from milo_latent.files import read_image, write_atomically, write_text
+from milo_latent.files import read_image, write_bytes, write_text
 from milo_latent.latents.codec import VAE, encode_image, vae_scale_factor
 from milo_latent.latents.files import load_vae, vae_folder
 from milo_latent.metric.network import MILO
@@ -77,13 +77,7 @@ class DatasetConfig:
 
 
 class Worker:
-    """Makes shards; each process has one.
-
-    Args:
-        config: of the training set.
-        paths: its image files.
-        output: its folder.
-    """
+    """Makes the shards of the training set in `output` from the images in `paths`; each process has one."""
 
     def __init__(self, config: DatasetConfig, paths: Sequence[Path], output: Path) -> None:
         self.config, self.paths, self.output = config, list(paths), output
@@ -107,7 +101,7 @@ class Worker:
             names.append(path.name)
         # safetensors does not keep the order of metadata entries, so that only one entry gives the same bytes each time
         content = save(join_rows(rows), metadata={RECORD: json.dumps({"images": names, "skipped": skipped})})
-        write_atomically(shard_path(self.output, index), lambda partial: partial.write_bytes(content))
+        write_bytes(shard_path(self.output, index), content)
 
     def _pairs(self, ref: Tensor, name: str) -> dict[str, Tensor]:
         """Return everything that is kept of one image, (1, 3, side, side), and its distorted versions."""
@@ -127,7 +121,7 @@ class Worker:
         return kept
 
 
-def square(image: Tensor, side: int, *, resize: bool = True) -> Tensor:
+def square(image: Tensor, side: int, *, resize: bool) -> Tensor:
     """Return a central square of (1, 3, H, W), of `side` pixels: the largest one resized, or cut to size.
 
     An image that is too small to be cut is resized. Source: supplement, section 1, of the resized square.
@@ -196,13 +190,9 @@ def one_thread() -> Iterator[None]:
 
 
 def build(config: DatasetConfig, paths: Sequence[Path], output: Path, *, workers: int = 1) -> dict[str, Any]:
-    """Build a training set, or finish one.
+    """Build a training set in the folder `output`, or finish one: shards that exist are kept.
 
-    Args:
-        config: its configuration, whose images are the names of `paths`.
-        paths: image files.
-        output: its folder; shards that exist are kept.
-        workers: number of processes.
+    The images of `config` are the names of `paths`, and `workers` is the number of processes.
 
     Returns:
         The summary that is also written to `dataset.json`: counts, skipped images, agreement of the members.
