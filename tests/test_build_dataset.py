@@ -24,7 +24,14 @@ from milo_latent.training import build_dataset, pseudo_mos
 from milo_latent.training.build_dataset import DatasetConfig, build, draw_settings, estimated_bytes, square
 from milo_latent.training.data.fingerprints import metric_digests
 from milo_latent.training.data.shards import PairSet
-from milo_latent.training.pseudo_mos import Calibration, Ensemble, calibrate, member_agreement, read_calibrations
+from milo_latent.training.pseudo_mos import (
+    Calibration,
+    Ensemble,
+    calibrate,
+    format_agreement,
+    member_agreement,
+    read_calibrations,
+)
 
 MEMBERS = ["psnr", "mae"]
 
@@ -263,4 +270,5 @@ def test_the_shipped_metric_labels_without_any_file():
 def test_agreement_between_members_is_a_matrix():
     first = torch.rand(50, generator=torch.Generator().manual_seed(0))
     matrix = member_agreement(torch.stack([first, first**2, -first], dim=1))
-    assert torch.allclose(matrix, torch.tensor([[1.0, 1, -1], [1, 1, -1], [-1, -1, 1]]))
+    assert torch.allclose(torch.tensor(matrix), torch.tensor([[1.0, 1, -1], [1, 1, -1], [-1, -1, 1]]))
+    assert format_agreement(["a", "b", "c"], matrix).splitlines()[2] == "| a | 1.000 | 1.000 | -1.000 |"

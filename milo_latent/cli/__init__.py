@@ -36,13 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command.
+    """Run the command that `arguments` name, or those of the process for None, and return the exit code.
 
-    Args:
-        arguments: without the program's name; None reads those of the process.
-
-    Returns:
-        Exit code: 0, or 1 after one line on standard error that says what was wrong; wrong arguments exit with 2.
+    The code is 0, or 1 after one line on standard error that says what was wrong; wrong arguments exit with 2.
     """
     parser = build_parser()
     options = parser.parse_args(arguments)
@@ -55,7 +51,3 @@ def main(arguments: list[str] | None = None) -> int:
     return run_program(
         lambda: print(options.run(options)), interrupted="no file is half written; the same command resumes"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -55,19 +55,13 @@ def _correlation(name: str, first: Tensor, second: Tensor) -> float:
 class Logistic:
     """The four-parameter logistic `low + (high - low) * sigmoid((error - center) / scale)`.
 
-    Args:
-        high: limit on one side.
-        low: limit on the other side.
-        center: error at which the curve is halfway between the limits.
-        scale: width of the transition; the curve falls from `high` to `low` if it is negative.
-
     Source: VQEG's mapping, which the MILO supplement (section 2.1) calls the four-parameter logistic.
     """
 
-    high: float
-    low: float
-    center: float
-    scale: float
+    high: float  # limit on one side
+    low: float  # limit on the other side
+    center: float  # error at which the curve is halfway between the limits
+    scale: float  # width of the transition; the curve falls from `high` to `low` if it is negative
 
     def __call__(self, errors: Tensor) -> Tensor:
         """Map errors, of any shape, to opinions."""
@@ -106,23 +100,14 @@ def fit_logistic(errors: Tensor, opinions: Tensor) -> Logistic:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Correlations of a metric with opinions; 1 is perfect.
+    """Correlations of a metric with opinions; 1 is perfect. Intervals are those of 95 % confidence, by bootstrap."""
 
-    Args:
-        srcc: Spearman's correlation.
-        krcc: Kendall's correlation.
-        plcc: Pearson's correlation after the four-parameter logistic.
-        srcc_interval: 95 % confidence interval of `srcc`, from the bootstrap.
-        plcc_interval: 95 % confidence interval of `plcc`, from the bootstrap.
-        count: number of ratings.
-    """
-
-    srcc: float
-    krcc: float
-    plcc: float
+    srcc: float  # Spearman's correlation
+    krcc: float  # Kendall's correlation
+    plcc: float  # Pearson's correlation after the four-parameter logistic
     srcc_interval: tuple[float, float]
     plcc_interval: tuple[float, float]
-    count: int
+    count: int  # of ratings
 
 
 def agreement(

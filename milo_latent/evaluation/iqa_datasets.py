@@ -13,19 +13,12 @@ from milo_latent.checks import check_file
 
 @dataclass(frozen=True)
 class Rating:
-    """One rated pair.
-
-    Args:
-        ref: file of the reference image.
-        dist: file of the distorted image.
-        kind: kind of distortion.
-        opinion: opinion score, higher is better, on the scale of its data set.
-    """
+    """One rated pair of image files."""
 
     ref: Path
     dist: Path
-    kind: str
-    opinion: float
+    kind: str  # of distortion
+    opinion: float  # higher is better, on the scale of its data set
 
 
 def _rows(path: Path, delimiter: str = ",") -> list[list[str]]:
@@ -74,14 +67,9 @@ def load_tid2013(folder: Path) -> list[Rating]:
     for row in _rows(path, delimiter=" "):
         score, name = _cells(row, 2, path)[0], row[-1].lower()
         reference = name.split("_")[0] + ".bmp"
-        ratings.append(
-            Rating(
-                references.get(reference, folder / "reference_images" / reference),
-                distorted.get(name, folder / "distorted_images" / name),
-                _kind(name, path),
-                _opinion(score, path),
-            )
-        )
+        ref = references.get(reference, folder / "reference_images" / reference)
+        dist = distorted.get(name, folder / "distorted_images" / name)
+        ratings.append(Rating(ref, dist, _kind(name, path), _opinion(score, path)))
     return ratings
 
 
@@ -141,10 +129,8 @@ def load_pipal(folder: Path) -> list[Rating]:
     for label in labels:
         for row in _rows(label):
             name, score, *_ = _cells(row, 2, label)
-            reference = references / f"{name.split('_')[0]}.bmp"
-            ratings.append(
-                Rating(reference, places.get(name, folder / name), _kind(name, label), _opinion(score, label))
-            )
+            ref, dist = references / f"{name.split('_')[0]}.bmp", places.get(name, folder / name)
+            ratings.append(Rating(ref, dist, _kind(name, label), _opinion(score, label)))
     return ratings
 
 

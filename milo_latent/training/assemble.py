@@ -20,15 +20,7 @@ from milo_latent.resources import sha256
 
 
 def assemble(vae: Path, cleaner: Path, restorer: Path, metric: Path, output: Path) -> None:
-    """Write a pipeline folder.
-
-    Args:
-        vae: folder of the autoencoder.
-        cleaner: folder of the cleaner.
-        restorer: folder that holds `unet`, `controlnet` and `scheduler`.
-        metric: folder of the metric, which stays in float32.
-        output: the pipeline folder.
-    """
+    """Write a pipeline folder from those of its parts; `restorer` holds `unet`, `controlnet` and `scheduler`."""
     pipeline = DiffBIRPipeline(
         vae=AutoencoderTiny.from_pretrained(vae),
         unet=UNet2DConditionModel.from_pretrained(restorer / "unet"),

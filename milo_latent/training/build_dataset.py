@@ -273,7 +273,7 @@ def _summarize(config: DatasetConfig, output: Path, count: int) -> dict[str, Any
         "pairs": len(joined),
         "skipped": skipped,
         "members": list(config.members),
-        "member_srcc": member_agreement(joined).tolist() if len(joined) > 2 else None,
+        "member_srcc": member_agreement(joined) if len(joined) > 2 else None,
     }
     write_text(output / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
     return summary
@@ -307,7 +307,7 @@ def main(arguments: list[str] | None = None) -> None:
     for line in summary["skipped"]:
         print(f"  skipped {line}")
     if summary["member_srcc"]:
-        print(format_agreement(summary["members"], torch.tensor(summary["member_srcc"])))
+        print(format_agreement(summary["members"], summary["member_srcc"]))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from milo_latent.checks import check_file
 from milo_latent.evaluation.agreement import Logistic, fit_logistic, spearman
 from milo_latent.evaluation.distortion_settings import measure_settings, read_setting_opinions
 from milo_latent.evaluation.metrics import FullReference, by_name
+from milo_latent.evaluation.reports import format_rows
 from milo_latent.files import write_text
 from milo_latent.programs import run_program
 from milo_latent.training.data.crops import list_images, spread_over
@@ -26,15 +27,10 @@ OPINION_RANGE = 4.0  # KADID-10k's opinions lie between 1 and 5
 
 @dataclass(frozen=True)
 class Calibration:
-    """A mapping from a metric's errors to labels.
+    """A mapping from a metric's errors to labels."""
 
-    Args:
-        curve: from errors to mean opinions, higher is better.
-        best: error of an image compared with itself, whose label is 0.
-    """
-
-    curve: Logistic
-    best: float
+    curve: Logistic  # from errors to mean opinions, higher is better
+    best: float  # error of an image compared with itself, whose label is 0
 
     def __call__(self, errors: Tensor) -> Tensor:
         """Return labels (DMOS), 0 = identical, towards 1 = worst."""
@@ -43,13 +39,7 @@ class Calibration:
 
 
 def calibrate(metric: FullReference, errors: Tensor, opinions: Tensor) -> Calibration:
-    """Fit a metric to opinions.
-
-    Args:
-        metric: the metric.
-        errors: its errors, (n,), such as the means over photos for each distortion setting.
-        opinions: (n,), higher is better.
-    """
+    """Fit a metric's errors, (n,), such as the means over photos for each distortion setting, to opinions, (n,)."""
     gray = torch.linspace(0.2, 0.8, 192).expand(1, 3, 192, 192)
     return Calibration(fit_logistic(errors, opinions), metric.error(ref=gray, dist=gray).item())
 
@@ -68,11 +58,7 @@ DEFAULT_CALIBRATIONS: dict[str, Calibration] = {
 
 
 class Ensemble:
-    """Metrics that together label pairs of images.
-
-    Args:
-        members: the metrics.
-        calibrations: by name, one for each member.
+    """Metrics that together label pairs of images, with a calibration for the name of each.
 
     Raises:
         ValueError: if there is no member, or one without a calibration; the message names the command that makes one.
@@ -96,18 +82,15 @@ class Ensemble:
         return torch.stack(each, dim=1)
 
 
-def member_agreement(labels: Tensor) -> Tensor:
-    """Return Spearman's correlation between the members, (members, members), for labels (n, members)."""
-    return torch.tensor([[spearman(first, second) for second in labels.T] for first in labels.T])
+def member_agreement(labels: Tensor) -> list[list[float]]:
+    """Return Spearman's correlation of each member with each, for labels (n, members)."""
+    return [[spearman(first, second) for second in labels.T] for first in labels.T]
 
 
-def format_agreement(names: Sequence[str], matrix: Tensor) -> str:
-    """Return the matrix of `member_agreement` as a table."""
-    width = max(map(len, names)) + 2
-    lines = [" " * width + "".join(f"{name:>{width}}" for name in names)]
-    for name, row in zip(names, matrix.tolist(), strict=True):
-        lines.append(f"{name:<{width}}" + "".join(f"{value:>{width}.3f}" for value in row))
-    return "\n".join(lines)
+def format_agreement(names: Sequence[str], matrix: list[list[float]]) -> str:
+    """Return the rows of `member_agreement` as a table."""
+    rows = [dict(zip(names, (f"{value:.3f}" for value in row), strict=True)) for row in matrix]
+    return format_rows([{"SRCC": name, **row} for name, row in zip(names, rows, strict=True)])
 
 
 def write_calibrations(path: Path, calibrations: dict[str, Calibration]) -> None:
@@ -132,12 +115,9 @@ def read_calibrations(path: str | Path) -> dict[str, Calibration]:
 
 
 def build_ensemble(names: Sequence[str], calibrations: str | Path | None = None) -> Ensemble:
-    """Return the ensemble of the metrics with these names.
+    """Return the ensemble of the metrics with these names, as in `evaluation.metrics.by_name`.
 
-    Args:
-        names: as in `evaluation.metrics.by_name`.
-        calibrations: a file; None takes the shipped ones, of MILO_I (the official MILO.pth and our milo-image), SSIM,
-            MS-SSIM, VIF, PSNR and MAE.
+    `calibrations` is a file; None takes `DEFAULT_CALIBRATIONS`.
     """
     table = DEFAULT_CALIBRATIONS if calibrations is None else read_calibrations(calibrations)
     return Ensemble([by_name(name) for name in names], table)
@@ -150,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=24, help="number of photos, spread over the folders")
     parser.add_argument("--side", type=int, default=256, help="side in pixels of the central square that is measured")
     parser.add_argument("--opinions", type=Path, required=True, help="CSV of distortion, level, dmos_mean")
-    parser.add_argument("--members", nargs="+", default=list(DEFAULT_MEMBERS), help="such as milo:MILO.pth ssim vif")
+    parser.add_argument("--members", nargs="+", default=DEFAULT_MEMBERS, help="such as milo:MILO.pth ssim vif")
     parser.add_argument("--output", type=Path, required=True, help="JSON to write")
     options = parser.parse_args(arguments)
     photos = spread_over(list_images(options.photos), options.count)

@@ -38,10 +38,7 @@ def spread_over(paths: Sequence[Path], count: int | None) -> list[Path]:
 class ImageCrops:
     """Random square crops, flipped and transposed, of images held in memory in 8 bit.
 
-    Args:
-        folders: folders of images.
-        crop_size: side of a crop in pixels; smaller images are left out.
-        seed: seed of every random draw.
+    Images that are smaller than `crop_size` pixels are left out.
     """
 
     def __init__(self, folders: Sequence[str | Path], *, crop_size: int, seed: int = 0) -> None:

@@ -11,11 +11,7 @@ from milo_latent.resources import sha256
 
 
 def source_digest(source: str | Path) -> str | None:
-    """Return the SHA-256 of a file, or of a folder's configurations and weights; None if `source` is neither.
-
-    Args:
-        source: a file, a folder, or the name of weights.
-    """
+    """Return the SHA-256 of a file, or of the configurations and weights in a folder or of a name; None for others."""
     path = weights_path(source)
     if path.is_file():
         return sha256(path)

@@ -157,9 +157,10 @@ def _agreement(values: Tensor, *, prefix: str) -> dict[str, float]:
     return {f"{prefix}srcc": spearman(student, teacher), f"{prefix}relative_error": relative}
 
 
-def describe(figures: dict[str, float], count: int) -> str:
+def describe(student: MILO, teacher: MILO, pairs: list[tuple[Tensor, Tensor]]) -> str:
     """Return the figures of `compare` as lines."""
-    return "\n".join(f"{name:24s} {value:.4f}" for name, value in (figures | {"pairs": float(count)}).items())
+    figures = compare(student, teacher, pairs) | {"pairs": len(pairs)}
+    return "\n".join(f"{name:24s} {value:.4f}" for name, value in figures.items())
 
 
 def draw_pairs(folder: Path | None, images: list[Path], seed: int, channels: int, options: argparse.Namespace) -> Draw:
@@ -219,14 +220,14 @@ def main(arguments: list[str] | None = None) -> None:
     teacher = MILO.from_pretrained(options.teacher)
     held_out = perturb_pair(*map(read_latents, options.held_out)) if options.held_out else []
     if options.evaluate:
-        print(describe(compare(MILO.from_pretrained(options.evaluate), teacher, held_out), len(held_out)))
+        print(describe(MILO.from_pretrained(options.evaluate), teacher, held_out))
         return
     student = distil(teacher, options)
     if not training_state().is_main_process:
         return
     student.save_pretrained(options.output / "metric")
     if held_out:
-        print(describe(compare(student.frozen(), teacher, held_out), len(held_out)))
+        print(describe(student.frozen(), teacher, held_out))
 
 
 if __name__ == "__main__":

@@ -23,12 +23,8 @@ class EncodedPairs:
     A trained encoder responds to noise, blur and codecs in ways that distortions of latents do not reproduce. The
     meaning of the channels differs between autoencoders, so they are decorrelated by a random degree and mixed.
 
-    Args:
-        folder: training set of `build_dataset` with latents.
-        channels: number of channels of the latents.
-
     Raises:
-        ValueError: if the latents have another number of channels.
+        ValueError: if the latents in `folder`, a training set of `build_dataset`, have not `channels` channels.
     """
 
     def __init__(self, folder: Path, *, channels: int) -> None:
