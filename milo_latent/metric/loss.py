@@ -1,4 +1,4 @@
-"""Losses and reductions of MILO's scores."""
+"""MILO as a loss, and the reductions of its errors."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ Reduction = Literal["mean", "sum", "none"]
 Reading = Literal["error", "error_map"]
 
 
-def reduce_scores(scores: Tensor, reduction: Reduction) -> Tensor:
-    """Reduce per-item scores, (B,), as torch's losses do.
+def reduce_errors(errors: Tensor, reduction: Reduction) -> Tensor:
+    """Reduce the errors of a batch, (B,), as torch's losses do.
 
     Args:
-        scores: (B,).
-        reduction: "mean" and "sum" give a scalar, "none" the scores themselves.
+        errors: (B,).
+        reduction: "mean" and "sum" give a scalar, "none" the errors themselves.
 
     Raises:
         ValueError: for another reduction.
     """
     check_choice("reduction", reduction, get_args(Reduction))
     if reduction == "none":
-        return scores
-    return scores.mean() if reduction == "mean" else scores.sum()
+        return errors
+    return errors.mean() if reduction == "mean" else errors.sum()
 
 
 class MILOLoss(nn.Module):
@@ -85,8 +85,8 @@ class MILOLoss(nn.Module):
             A scalar, or (B,) for the reduction "none".
 
         Raises:
-            TypeError: see `MILO.forward`.
-            ValueError: see `MILO.forward`.
+            TypeError: for dtypes that differ or are not floating point.
+            ValueError: for shapes or devices that differ, or sides below 2^levels.
         """
         check_batch("pred", pred, self.metric.config.channels)
         metric = self.metric.to(pred.device)
@@ -95,4 +95,4 @@ class MILOLoss(nn.Module):
         values = visible_error(mask, dist=pred, ref=target)  # (B, 1, H, W)
         if self.reading == "error_map":
             values = metric.scale_error(values)
-        return reduce_scores(pixel_mean(values, region), self.reduction)
+        return reduce_errors(pixel_mean(values, region), self.reduction)

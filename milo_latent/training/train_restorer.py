@@ -89,7 +89,7 @@ class RestorerLoss(nn.Module):
 
         Args:
             clean: images, (B, 3, H, W), in [0, 1].
-            degraded: likewise.
+            degraded: of the same shape and range.
             noise: (B * n, C, h, w): every image is used at n noise levels, since encoding it costs more than a step.
             timestep: (B * n,), from 0 to 999.
         """

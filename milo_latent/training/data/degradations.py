@@ -81,7 +81,7 @@ def noise_alone(image: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def everyday(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Draw one of the degradations that the embedded first stage undoes. Own.
+    """Draw one of the degradations that a first stage for everyday photos undoes. Own.
 
     Shares: noise of 0 to 60 / 255, strong noise more often than weak (its square is uniform), 0.55; enlarging by 4 from
     a bicubic reduction, a third of which has noise of up to 10 / 255 or JPEG of quality 50 to 95 in the small picture,
