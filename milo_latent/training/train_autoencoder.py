@@ -11,8 +11,10 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
+from milo_latent.evaluation.metrics import psnr
 from milo_latent.files import make_readable, read_image
 from milo_latent.latents.codec import decode_latents, encode_image, latents_spread
+from milo_latent.pictures import round_to_8bit
 from milo_latent.programs import run_program
 from milo_latent.training.data.crops import ImageCrops, list_images
 from milo_latent.training.data.fingerprints import source_digest
@@ -94,14 +96,13 @@ def reconstruction_psnr(vae: AutoencoderTiny, folder: Path, *, every: int = 1) -
         folder: images of any size.
         every: use each n-th image only.
     """
-    psnr = []
+    values = []
     for path in list_images([folder])[::every]:
         image = read_image(path).to(vae.device)
         with torch.no_grad():
             decoded = decode_latents(vae, encode_image(vae, image))[..., : image.shape[2], : image.shape[3]]
-        error = (decoded.mul(255).round() / 255 - image).square().mean()
-        psnr.append(-10 * torch.log10(error))
-    return torch.stack(psnr).mean().item()
+        values.append(psnr(ref=image, dist=round_to_8bit(decoded)))
+    return torch.cat(values).mean().item()
 
 
 def draw_batches(crops: ImageCrops, batch_size: int) -> Callable[[int, int], tuple[Tensor, ...]]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from milo_latent.evaluation.metrics import psnr
 from milo_latent.files import read_image
 from milo_latent.latents.codec import pad_image
 from milo_latent.pictures import jpeg_round_trip, round_to_8bit
@@ -76,15 +77,14 @@ def restoration_psnr(network: nn.Module, paths: list[Path], test: str) -> float:
         test: the noise of an image follows from its place among `paths`.
     """
     device = next(network.parameters()).device
-    psnr = []
+    values = []
     for index, path in enumerate(paths):
         clean = read_image(path)
         degraded = TESTS[test](clean[0], np.random.default_rng(index))[None]
         restored = network(pad_image(degraded, MULTIPLE).to(device)).float().cpu()
         restored = round_to_8bit(restored[..., : clean.shape[2], : clean.shape[3]])
-        error = (restored - clean).square().mean().clamp_min(1e-6)
-        psnr.append(-10 * torch.log10(error))
-    return torch.stack(psnr).mean().item()
+        values.append(psnr(ref=clean, dist=restored))
+    return torch.cat(values).mean().item()
 
 
 def validator(options: argparse.Namespace) -> Callable[[nn.Module], dict[str, float]]:
