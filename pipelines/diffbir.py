@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ModelMixin, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
@@ -41,7 +42,7 @@ from milo_latent.metric.network import MILO
 SMALLEST_LATENTS = 16  # cells a side: the metric's four levels need them
 
 
-class DiffBIRPipeline(FolderMixin, DiffusionPipeline, TilingMixin):
+class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin, TilingMixin):
     """Restore images: a cleaner removes the degradation, latent diffusion then restores what was lost with it.
 
     Args:

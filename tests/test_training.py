@@ -239,14 +239,17 @@ def test_the_commands_train_a_pipeline_that_restores(images, tmp_path):
     train_autoencoder.main([*common, *validation, "--output", str(tmp_path / "a"), "--crop-size", "64"])
     train_image_restorer.main([*common, *validation, "--output", str(tmp_path / "c"), "--crop-size", "64"])
     vae, cleaner = tmp_path / "a" / "vae", tmp_path / "c" / "network"
-    parts = ["--vae", str(vae), "--cleaner", str(cleaner), "--output", str(tmp_path / "r")]
-    train_restorer.main([*common, *parts, "--crop-size", "64"])
     from milo_latent.testing import tiny_metric
 
     tiny_metric(channels=3).save_pretrained(tmp_path / "teacher")
     teacher = ["--teacher", str(tmp_path / "teacher"), "--latent-space", "test"]
     train_metric_online.main([*common, *validation, "--vae", str(vae), *teacher, "--output", str(tmp_path / "m")])
-    assemble.assemble(vae, cleaner, tmp_path / "r", tmp_path / "m" / "metric", tmp_path / "model")
+    parts = {"--vae": vae, "--cleaner": cleaner, "--metric": tmp_path / "m" / "metric"}
+    parts = [str(each) for pair in parts.items() for each in pair]
+    assemble.main([*parts, "--output", str(tmp_path / "untrained")])
+    untrained = ["--model", str(tmp_path / "untrained"), "--train", "all", "--crop-size", "64"]
+    train_restorer.main([*common, *untrained, "--output", str(tmp_path / "r")])
+    assemble.main([*parts, "--restorer", str(tmp_path / "r" / "pipeline"), "--output", str(tmp_path / "model")])
     restorer = load_restorer(tmp_path / "model", device="cpu")
     image = read_image(images / "0.png")
     assert restorer.metric.config.scaling_factor == restorer.vae.config.scaling_factor != 1.0

@@ -1,4 +1,4 @@
-"""Join trained parts into one pipeline folder, in half precision."""
+"""Join trained parts into one pipeline folder, in half precision; UNet and IRControlNet may still be untrained."""
 
 from __future__ import annotations
 
@@ -18,14 +18,63 @@ from milo_latent.pipelines.diffbir import DiffBIRPipeline
 from milo_latent.programs import run_program
 from milo_latent.resources import sha256
 
+SHAPE = {  # of UNet and IRControlNet alike, whose features are added; they attend to nothing and take no prompt
+    "block_out_channels": (64, 128, 192),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D",) * 3,
+    "mid_block_type": "UNetMidBlock2D",
+    "norm_num_groups": 16,
+    "attention_head_dim": 64,
+    "cross_attention_dim": 32,
+}
 
-def assemble(vae: Path, cleaner: Path, restorer: Path, metric: Path, output: Path) -> None:
-    """Write a pipeline folder from those of its parts; `restorer` holds `unet`, `controlnet` and `scheduler`."""
+
+def nano_scheduler() -> DDIMScheduler:
+    """Return the noise schedule of the embedded models: v-prediction and zero terminal SNR, as DiffBIR v2.1's.
+
+    It starts from pure noise in training as in sampling, so that one step and twenty both work.
+    """
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+
+
+def nano_unet(channels: int = 4) -> UNet2DConditionModel:
+    """Return an untrained UNet of the size of the embedded one, for latents of so many channels."""
+    up_blocks = ("UpBlock2D",) * 3
+    return UNet2DConditionModel(**SHAPE, in_channels=channels, out_channels=channels, up_block_types=up_blocks)
+
+
+def nano_controlnet(channels: int = 4) -> IRControlNet:
+    """Return an untrained IRControlNet that fits `nano_unet`."""
+    return IRControlNet(**SHAPE, in_channels=channels, conditioning_channels=channels)
+
+
+def assemble(vae: Path, cleaner: Path, metric: Path, output: Path, restorer: Path | None = None) -> None:
+    """Write a pipeline folder from those of its parts.
+
+    Args:
+        vae: autoencoder.
+        cleaner: first stage.
+        metric: MILO_L for the autoencoder's latents.
+        output: the folder to write.
+        restorer: trained pipeline, whose UNet, IRControlNet and scheduler are taken; None takes untrained ones, which
+            `train_restorer --train all` then trains.
+    """
+    autoencoder = AutoencoderTiny.from_pretrained(vae)
+    channels = autoencoder.config.latent_channels
     pipeline = DiffBIRPipeline(
-        vae=AutoencoderTiny.from_pretrained(vae),
-        unet=UNet2DConditionModel.from_pretrained(restorer / "unet"),
-        controlnet=IRControlNet.from_pretrained(restorer / "controlnet"),
-        scheduler=DDIMScheduler.from_pretrained(restorer / "scheduler"),
+        vae=autoencoder,
+        unet=UNet2DConditionModel.from_pretrained(restorer / "unet") if restorer else nano_unet(channels),
+        controlnet=IRControlNet.from_pretrained(restorer / "controlnet") if restorer else nano_controlnet(channels),
+        scheduler=DDIMScheduler.from_pretrained(restorer / "scheduler") if restorer else nano_scheduler(),
         cleaner=ResidualCleaner.from_pretrained(cleaner),
         metric=MILO.from_pretrained(metric),
     )
@@ -50,9 +99,12 @@ def card_rows(folder: Path) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Assemble a pipeline, and print the table of files of its model card."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("vae", "cleaner", "restorer", "metric", "output"):
+    for name in ("vae", "cleaner", "metric", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--restorer", type=Path, help="trained pipeline (default: untrained UNet and IRControlNet)")
+    parser.add_argument("--seed", type=int, default=0, help="of untrained networks")
     options = parser.parse_args(arguments)
+    torch.manual_seed(vars(options).pop("seed"))
     assemble(**vars(options))
     print(card_rows(options.output))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -24,6 +25,11 @@ class WeightAverage:
         self._average = None if decay is None else EMAModel(parameters, decay=decay, foreach=True)
         if self._average is not None:
             accelerator.register_for_checkpointing(self._average)
+
+    def to(self, device: torch.device) -> None:
+        """Move the average, which a checkpoint is loaded from, to the device of the weights."""
+        if self._average is not None:
+            self._average.to(device)
 
     def update(self) -> None:
         """Take in the weights after a step."""

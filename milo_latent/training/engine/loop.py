@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
-from torch import Tensor, nn
+from accelerate.utils import parse_flag_from_env, send_to_device
+from torch import nn
 
 from milo_latent.extras import import_extra
 from milo_latent.training.data.crops import list_images
@@ -25,21 +25,28 @@ NETWORKS = ("teacher", "vae", "metric", "cleaner")  # options that name frozen n
 def add_run_options(
     parser: argparse.ArgumentParser,
     *,
+    images: bool = True,
     steps: int = 10_000,
-    crop_size: int = 96,
+    batch_size: int = 16,
+    crop_size: int | None = 96,
     learning_rate: float = 1e-3,
     optimizer: OptimizerName = "adamw",
 ) -> None:
-    """Add the options that every training command has, with these defaults."""
-    parser.add_argument("--images", nargs="+", required=True, help="folders of clean training images")
+    """Add the options that every training command has, with these defaults; `images` adds folders of images."""
+    if images:
+        parser.add_argument("--images", nargs="+", required=True, help="folders of clean training images")
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the trained model")
-    parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", "--max-train-steps", type=int, default=steps, help="optimizer steps")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="items per process and batch")
+    parser.add_argument("--accumulation", type=int, default=1, help="batches whose gradients are averaged in a step")
     parser.add_argument("--crop-size", type=int, default=crop_size)
     parser.add_argument("--learning-rate", type=float, default=learning_rate)
     parser.add_argument("--optimizer", choices=get_args(OptimizerName), default=optimizer)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=get_args(Precision), default="bf16")
+    parser.add_argument("--ema-decay", type=float, help="of a moving average of the weights, such as 0.999")
+    parser.add_argument("--checkpoint-steps", type=int, help="steps between checkpoints (default: by the clock)")
+    parser.add_argument("--checkpoint-limit", type=int, default=1, help="number of checkpoints that are kept")
     parser.add_argument("--trackers", nargs="*", help="accelerate's, such as tensorboard wandb (default: tensorboard)")
 
 
@@ -52,8 +59,12 @@ def run_config(options: argparse.Namespace, *, data: dict[str, Any] | None = Non
             fingerprints: folders may move, their contents must stay.
         recipe: other fields of `RunConfig` that the command settles.
     """
-    found: dict[str, Any] = {"crop_size": options.crop_size, "images": files_digest(list_images(options.images))}
+    found: dict[str, Any] = {"crop_size": options.crop_size}
+    if options.images:
+        found["images"] = files_digest(list_images(options.images))
     found |= {name: source_digest(vars(options)[name]) for name in NETWORKS if vars(options).get(name) is not None}
+    shared = ("accumulation", "ema_decay", "checkpoint_steps", "checkpoint_limit")
+    recipe = {name: getattr(options, name) for name in shared} | recipe
     if options.optimizer == "soap":
         recipe = {"betas": SOAP_BETAS} | recipe
     return RunConfig(
@@ -74,7 +85,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: RunConfig) -> to
     """Return the optimizer of a run: AdamW, or SOAP, which is Adam in the eigenbasis of Shampoo's preconditioner.
 
     Raises:
-        ImportError: for "soap", if pytorch-optimizer is not installed.
+        ImportError: if the library of the optimizer is not installed: bitsandbytes or pytorch-optimizer.
         ValueError: for another name.
 
     Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", ICLR 2025.
@@ -82,8 +93,11 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: RunConfig) -> to
     settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **settings)
+    if config.optimizer == "adamw-8bit":
+        bitsandbytes = import_extra("bitsandbytes.optim", "bitsandbytes", "8-bit AdamW")
+        return bitsandbytes.AdamW8bit(parameters, **settings)
     if config.optimizer != "soap":
-        raise ValueError(f"Expected the optimizer to be 'adamw' or 'soap', got {config.optimizer!r}.")
+        raise ValueError(f"Expected the optimizer to be one of {get_args(OptimizerName)}, got {config.optimizer!r}.")
     return import_extra("pytorch_optimizer", "train", "SOAP").SOAP(parameters, **settings)
 
 
@@ -111,7 +125,7 @@ def training_state() -> PartialState:
 
 def fit(
     module: nn.Module,
-    draw: Callable[[int, int], tuple[Tensor, ...]],
+    draw: Callable[[int, int], tuple[Any, ...]],
     config: RunConfig,
     *,
     validate: Callable[[nn.Module], dict[str, float]] | None = None,
@@ -120,7 +134,8 @@ def fit(
 
     Args:
         module: `module(*batch)` is a scalar loss; only parameters that require a gradient are trained.
-        draw: `draw(step, process_index)` is the batch; it must depend on nothing else.
+        draw: `draw(number, process_index)` is a batch; it must depend on nothing else. Batches are numbered from 0;
+            `config.accumulation` of them make a step.
         config: settings of the run.
         validate: called with `module` at every checkpoint, by the main process; the figures that it returns are logged.
 
@@ -138,22 +153,29 @@ def fit(
     prepared, optimizer = accelerator.prepare(module, optimizer)
     average = WeightAverage(accelerator, parameters, config.ema_decay)
     run = Run(accelerator, config)
-    for step in range(run.resume(), config.steps):
+    start = run.resume()
+    average.to(accelerator.device)
+    for step in range(start, config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(step, config)
-        batch = tuple(tensor.to(accelerator.device) for tensor in draw(step, accelerator.process_index))
-        with accelerator.autocast():
-            loss = prepared(*batch)
-        run.check_finite(loss.detach(), "loss", step)
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-        if config.precision != "fp16" and norm is not None:  # the scaler of fp16 skips such steps itself
-            run.check_finite(torch.as_tensor(norm), "gradient", step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=accelerator.device)
+        for number in range(step * config.accumulation, (step + 1) * config.accumulation):
+            batch = send_to_device(draw(number, accelerator.process_index), accelerator.device)
+            with accelerator.accumulate(prepared):
+                with accelerator.autocast():
+                    loss = prepared(*batch)
+                run.check_finite(loss.detach(), "loss", step)
+                total += loss.detach() / config.accumulation
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+                    if config.precision != "fp16" and norm is not None:  # the scaler of fp16 skips such steps itself
+                        run.check_finite(torch.as_tensor(norm), "gradient", step)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         average.update()
         done = step + 1
-        run.record_loss(done, loss.detach())
+        run.record_loss(done, total)
         if run.is_checkpoint_due(done):
             if validate is not None and accelerator.is_main_process:
                 with average.swapped_in():

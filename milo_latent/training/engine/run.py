@@ -23,7 +23,7 @@ LOG, VALIDATION = "log", "validation"  # names of the tables and, in trackers, o
 LOG_EVERY = 50  # steps, over which the logged loss is a mean
 LOSS_FILE = "loop.json"  # in a checkpoint
 Precision = Literal["no", "bf16", "fp16"]
-OptimizerName = Literal["adamw", "soap"]
+OptimizerName = Literal["adamw", "adamw-8bit", "soap"]
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,14 @@ class RunConfig:
         precision: of the forward pass.
         checkpoint_minutes: time between checkpoints.
         checkpoint_steps: steps between checkpoints, replaces the time; validations then come at the same steps too.
+        checkpoint_limit: number of checkpoints that are kept.
+        accumulation: batches whose gradients are averaged in each step.
         betas: decay of the optimizer's two moments.
         schedule: "linear" rises, holds and falls; "step" multiplies the learning rate at regular intervals.
         step_size: for "step": steps between the multiplications.
         step_factor: for "step": factor of each multiplication.
-        optimizer: "adamw", or "soap", which fits one network to another in far fewer steps.
+        optimizer: "adamw"; "adamw-8bit", of bitsandbytes, whose moments have 8 bits; or "soap", which fits one network
+            to another in far fewer steps.
         ema_decay: decay of the moving average of the weights, which is validated and returned; None: no average.
         trackers: accelerate's trackers, such as "tensorboard" and "wandb"; None takes TensorBoard if it is installed.
         data: what else defines the run, such as fingerprints of its data; a resumed run must have the same.
@@ -65,6 +68,8 @@ class RunConfig:
     precision: Precision = "bf16"
     checkpoint_minutes: float = 4.0
     checkpoint_steps: int | None = None
+    checkpoint_limit: int = 1
+    accumulation: int = 1
     betas: tuple[float, float] = (0.9, 0.99)
     schedule: Literal["linear", "step"] = "linear"
     step_size: int = 1000
@@ -87,7 +92,12 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     if missing:
         raise ValueError(f"Expected trackers that are installed ({installed}), got {missing}. Install them with pip.")
     project = ProjectConfiguration(str(config.output), logging_dir=str(config.output / "logs"))
-    return Accelerator(mixed_precision=config.precision, log_with=list(trackers) or None, project_config=project)
+    return Accelerator(
+        mixed_precision=config.precision,
+        gradient_accumulation_steps=config.accumulation,
+        log_with=list(trackers) or None,
+        project_config=project,
+    )
 
 
 class Run:
@@ -169,7 +179,7 @@ class Run:
             final = self.config.output / f"checkpoint-{done:08d}"
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
-            for old in sorted(self.config.output.glob("checkpoint-*"))[:-1]:
+            for old in sorted(self.config.output.glob("checkpoint-*"))[: -self.config.checkpoint_limit]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
         self._wait_for_checkpoint()

@@ -1,0 +1,122 @@
+"""The training engine: batches that make a step, the average of the weights, kept checkpoints, planned memory."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from milo_latent.training.engine.loop import RunConfig, build_optimizer, fit
+from milo_latent.training.engine.memory import memory_plan, peak_memory
+
+
+class Line(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        nn.init.constant_(self.layer.weight, 0.5)
+        nn.init.zeros_(self.layer.bias)
+
+    def forward(self, point, value):
+        return (self.layer(point)[:, 0] - value).square().mean()
+
+
+def draw_points(number, process_index, count=2):
+    rng = np.random.default_rng((3, number, process_index))
+    point = torch.from_numpy(rng.standard_normal((count, 3), dtype="float32"))
+    return point, point.sum(dim=1)
+
+
+def train(folder, steps, *, draw=draw_points, **options):
+    module = Line()
+    options = {"precision": "no", "warmup": 1, "learning_rate": 0.05, "checkpoint_steps": 100} | options
+    fit(module, draw, RunConfig(folder, steps, **options))
+    return module.layer.weight.detach().clone()
+
+
+def test_accumulated_batches_equal_one_large_batch(tmp_path):
+    def draw_twice(step, process_index):
+        halves = [draw_points(number, process_index) for number in (2 * step, 2 * step + 1)]
+        return tuple(torch.cat(parts) for parts in zip(*halves, strict=True))
+
+    accumulated = train(tmp_path / "accumulated", 5, accumulation=2)
+    torch.testing.assert_close(accumulated, train(tmp_path / "large", 5, draw=draw_twice), rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(accumulated, train(tmp_path / "small", 5), atol=1e-4)
+
+
+def test_the_moving_average_is_validated_and_returned_and_training_goes_on_from_the_weights(tmp_path):
+    seen = []
+
+    def validate(module):
+        seen.append(module.layer.weight.detach().clone())
+        return {"first": seen[-1][0, 0].item()}
+
+    module = Line()
+    config = RunConfig(
+        tmp_path / "run", 4, precision="no", warmup=1, learning_rate=0.05, checkpoint_steps=2, ema_decay=0.9
+    )
+    fit(module, draw_points, config, validate=validate)
+    plain = train(tmp_path / "plain", 4)
+    assert len(seen) == 2
+    assert torch.equal(module.layer.weight.detach(), seen[1])
+    start, average = torch.full((1, 3), 0.5), seen[1]
+    assert ((average - start).abs() < (plain - start).abs()).all()  # the average lags behind the weights
+
+
+def test_an_interrupted_run_resumes_with_its_moving_average(tmp_path):
+    def interrupted(number, process_index):
+        if number == 5:
+            raise KeyboardInterrupt
+        return draw_points(number, process_index)
+
+    options = {"ema_decay": 0.8, "checkpoint_steps": 2}
+    whole = train(tmp_path / "whole", 8, **options)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", 8, draw=interrupted, **options)
+    assert torch.equal(train(tmp_path / "parts", 8, **options), whole)
+    assert not torch.equal(train(tmp_path / "plain", 8, checkpoint_steps=2), whole)
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    train(tmp_path / "run", 8, checkpoint_steps=2, checkpoint_limit=3)
+    kept = sorted(path.name for path in (tmp_path / "run").glob("checkpoint*"))
+    assert kept == ["checkpoint-00000004", "checkpoint-00000006", "checkpoint-00000008"]
+
+
+def test_an_optimizer_that_is_not_installed_is_refused_in_one_line():
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        with pytest.raises(ImportError, match=r'bitsandbytes.*pip install "milo_latent\[bitsandbytes\]"'):
+            build_optimizer(Line().parameters(), RunConfig(Path(), 1, optimizer="adamw-8bit"))
+
+
+def test_memory_is_planned_as_it_is_used(tmp_path):
+    module = nn.Sequential(nn.Linear(512, 2048), nn.ReLU(), nn.Linear(2048, 512), nn.ReLU(), nn.Linear(512, 1))
+
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = module
+
+        def forward(self, batch):
+            return self.network(batch).mean()
+
+    loss, batch = Mean(), (torch.randn(1024, 512),)
+    plan = memory_plan(loss, batch, RunConfig(tmp_path, 1, precision="no"))
+    count = sum(parameter.numel() for parameter in loss.parameters())
+    assert (plan.parameters, plan.gradients, plan.optimizer) == (4 * count, 4 * count, 8 * count)
+    optimizer = torch.optim.AdamW(loss.parameters())
+
+    def steps():
+        for _ in range(3):
+            loss(*batch).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    used = peak_memory(steps, torch.device("cpu")) + 4 * count
+    assert abs(plan.total - used) < 0.15 * used
+    assert all(parameter.grad is None for parameter in loss.parameters())
+    assert "total" in str(plan)
+    assert "--gradient-checkpointing" in str(plan)
