@@ -8,7 +8,7 @@ import os
 import sys
 
 from milo_latent import __version__
-from milo_latent.cli import convert, decode, encode, restore, score, weights
+from milo_latent.cli import benchmark, convert, decode, encode, restore, score, weights
 from milo_latent.programs import run_program
 
 DESCRIPTION = """\
@@ -18,6 +18,7 @@ Restore photos, steered by MILO in the latent space of a diffusion model, and me
   milo-latent score --ref a.npy --dist b.npy    how visible the difference of two latents is
   milo-latent encode photo.jpg -o photo.npy     the latents of a photo, or of a folder of them
   milo-latent decode photo.npy -o photo.png     and back
+  milo-latent benchmark restore -h              tables of settings on a folder of photos, with or without references
   milo-latent weights list                      the metrics and models at hand
   milo-latent convert diffbir -h                official DiffBIR checkpoints to a pipeline folder
 """
@@ -30,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"milo-latent {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-    for command in (restore, score, encode, decode, weights, convert):
+    for command in (restore, score, encode, decode, benchmark, weights, convert):
         command.add(commands)
     return parser
 

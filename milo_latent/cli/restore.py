@@ -34,7 +34,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     command.add_argument("--dtype", choices=DTYPES, help="of the networks (default: float32)")
     _add_settings(command)
-    _add_diffusion_settings(command)
+    add_diffusion_settings(command)
 
 
 def _add_settings(command: argparse.ArgumentParser) -> None:
@@ -50,7 +50,7 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
     add("--detector", type=Path, metavar="FILE", help="YuNet's .onnx file, for unaligned_face")
 
 
-def _add_diffusion_settings(command: argparse.ArgumentParser) -> None:
+def add_diffusion_settings(command: argparse.ArgumentParser) -> None:
     """Add the settings that `DiffBIRPipeline` takes."""
     add = command.add_argument_group("diffusion", "for models with prompts (default: the model's own)").add_argument
     add("--prompt", help="what the photo shows")
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> str:
         check_output(output, IMAGE_SUFFIXES)
     hide_loading_bar()
     pipe = load_restorer(options.model, device=options.device, dtype=to_dtype(options.dtype), metric=options.metric)
-    settings = _settings(options).resolve(pipe)
+    settings = given_settings(options).resolve(pipe)
     restore_photo = partial(restore, pipe=pipe, settings=settings)
     began = time.perf_counter()
     if folder:
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> str:
     return f"{settings.task}: {line}, {how}) in {seconds:.1f} s"
 
 
-def _settings(options: argparse.Namespace) -> RestorationSettings:
+def given_settings(options: argparse.Namespace) -> RestorationSettings:
     """Return the settings among the command's options."""
     from milo_latent.restoration.face_detector import YuNet
     from milo_latent.restoration.settings import RestorationSettings

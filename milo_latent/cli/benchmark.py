@@ -1,0 +1,93 @@
+"""`milo-latent benchmark`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from milo_latent.cli.common import DTYPES, TASKS, hide_loading_bar, to_dtype
+from milo_latent.cli.restore import SCHEDULES, add_diffusion_settings, given_settings
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the command to the parser."""
+    command = commands.add_parser("benchmark", help="measure restorations", description="Measure restorations.")
+    actions = command.add_subparsers(dest="action", metavar="ACTION", required=True)
+    restore = actions.add_parser(
+        "restore",
+        help="compare guidance strengths, curricula and seeds on a folder",
+        description="Restore the photos of a folder with every strength of guidance, curriculum and seed, and measure "
+        "the results, the input and the first stage: against clean photos where there are some, and by figures that "
+        "need none. The same command resumes; more seeds, strengths, curricula and photos add to the table.",
+    )
+    restore.set_defaults(run=run, detector=None)
+    option = restore.add_argument
+    option("-o", "--output", type=Path, required=True, metavar="OUT", help="folder of tables and sheets")
+    option("--clean", type=Path, metavar="FOLDER", help="clean photos")
+    option("--degraded", type=Path, metavar="FOLDER", help="degraded photos, with the names of the clean ones")
+    option(
+        "--degradation", nargs="+", default=[], metavar="NAME",
+        help="degrade the clean photos: noise15, noise25, noise50 or other noise, jpeg10, x4 (bicubic)",
+    )  # fmt: skip
+    option("--limit", type=int, metavar="N", help="only the first photos")
+    option("--guidance", type=float, nargs="*", default=[0.0, 0.5], help="strengths, 0 is none (default: 0 0.5)")
+    option("--curriculum", nargs="+", choices=SCHEDULES, default=["cosine"], help="default: cosine")
+    option("--seeds", type=int, nargs="+", default=[0], help="of the sampling (default: 0)")
+    option("--figures", nargs="+", metavar="NAME", help="default: all whose packages are installed")
+    option("--milo-image", metavar="WEIGHTS", help="of MILO_I (default: official-image once fetched, else milo-image)")
+    option("--sheets", type=int, default=4, metavar="N", help="photos shown side by side (default: 4)")
+    option("--model", default="nano", help="shipped weights, a folder, or a hub id (default: nano)")
+    option("--metric", help="MILO_L instead of the model's own: a name, a folder, or an official .pth")
+    option("--device", help="cpu, cuda or mps (default: the best there is)")
+    option("--dtype", choices=DTYPES, help="of the networks (default: float32)")
+    option(
+        "--task",
+        choices=[task for task in TASKS if task != "unaligned_face"],
+        help="default: sr for x4, else the model's",
+    )
+    option("--steps", type=int, help="denoising steps (default: the model's own, or 4)")
+    option("--upscale", type=float, help="how much larger (default: that of the degradation or the task)")
+    option("--tile", type=int, help="restore in tiles of this side in pixels, which saves memory")
+    add_diffusion_settings(restore)
+
+
+def run(options: argparse.Namespace) -> str:
+    """Restore and measure; return the table to print."""
+    from milo_latent.evaluation.figures import open_figures
+    from milo_latent.evaluation.reports import format_rows, write_rows
+    from milo_latent.evaluation.restoration import RestorationBenchmark, RowTable, printed, summarize
+    from milo_latent.evaluation.restoration_cases import list_cases
+    from milo_latent.metric.loading import default_image_metric
+    from milo_latent.metric.network import MILO
+    from milo_latent.restoration.restorer import load_restorer
+
+    cases = list_cases(options.clean, options.degraded, options.degradation, options.limit)
+    hide_loading_bar()
+    pipe = load_restorer(options.model, device=options.device, dtype=to_dtype(options.dtype), metric=options.metric)
+    pipe.set_progress_bar_config(disable=True)
+    judge, referenced = options.milo_image or default_image_metric(), options.clean is not None
+    figures, left_out = open_figures(
+        pipe, MILO.from_pretrained(judge), referenced=referenced, names=options.figures, tile=options.tile
+    )
+    settings = given_settings(options)
+    benchmark = RestorationBenchmark(
+        pipe=pipe, settings=settings, scales=options.guidance, schedules=options.curriculum, seeds=options.seeds,
+        figures=figures, sheets=options.sheets,
+    )  # fmt: skip
+    table = RowTable(options.output, _record(options, pipe, judge, list(figures)), list(figures))
+    summaries = summarize(benchmark.run(cases, table), list(figures))
+    write_rows(options.output / "summary.csv", summaries)
+    notes = [f"MILO_I is the error E of {judge}; ± is the standard deviation over {len(options.seeds)} seeds"]
+    written = f"{len(cases)} photos -> {table.path}, summary.csv and sheets beside it"
+    return "\n".join([format_rows(printed(summaries, figures)), *left_out, *(notes if referenced else []), written])
+
+
+def _record(options: argparse.Namespace, pipe, judge: str, figures: list[str]) -> dict:
+    """Return what a row depends on besides its degradation, photo, setting and seed."""
+    from milo_latent import __version__
+
+    table = {"output", "limit", "guidance", "curriculum", "seeds", "sheets", "degradation", "command", "action", "run"}
+    given = {name: value for name, value in vars(options).items() if name not in table and value is not None}
+    folders = {name: str(given[name].resolve()) for name in ("clean", "degraded") if name in given}
+    computed = {"figures": figures, "milo_image": judge, "device": pipe.device.type, "version": __version__}
+    return given | folders | computed
