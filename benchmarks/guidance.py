@@ -24,12 +24,13 @@ from typing import Any, get_args
 
 import torch
 from PIL import Image
-from quality import measure
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from milo_latent.diffbir.rules import resize
 from milo_latent.diffbir.versions import UPSCALE
+from milo_latent.evaluation.figures import image_error, measure
+from milo_latent.evaluation.metrics import FullReference, by_name
 from milo_latent.files import read_image
 from milo_latent.guidance.base import Guide
 from milo_latent.guidance.curriculum import SCHEDULES
@@ -105,7 +106,7 @@ def batches(examples: list[Example], size: int) -> Iterator[list[Example]]:
 
 def run_row(
     restorer: DiffBIRPipeline,
-    metric: MILO,
+    figures: dict[str, FullReference],
     guide: Guide | None,
     batch: list[Example],
     options: argparse.Namespace,
@@ -124,7 +125,7 @@ def run_row(
     ).images
     seconds = (time.perf_counter() - began) / len(batch)
     for example, result in zip(batch, results, strict=True):
-        yield {"image": example.name, **measure(example.clean, result[None], metric), "seconds": seconds}
+        yield {"image": example.name, **measure(figures, result[None], example.clean), "seconds": seconds}
 
 
 def read_records(path: Path) -> list[Record]:
@@ -161,19 +162,20 @@ def measure_setting(options: argparse.Namespace) -> str:
     """Measure what the CSV lacks; return the setting's name."""
     setting = name_setting(options)
     done = {(each["setting"], each["row"], each["image"]) for each in read_records(options.csv)}
-    restorer, metric = load_restorer(options.model, device="cpu"), MILO.from_pretrained(options.milo_image)
+    restorer, judge = load_restorer(options.model, device="cpu"), MILO.from_pretrained(options.milo_image)
+    figures = {"psnr": by_name("psnr"), "ssim": by_name("ssim"), "milo_i": image_error(judge)}
     restorer.set_progress_bar_config(disable=True)
     with torch.inference_mode():
         examples = read_examples(restorer, options)
         restorer.cleaner = None  # its results are the pipeline's images from here on
         left = [example for example in examples if (setting, CLEANER, example.name) not in done]
-        figures = [{"image": e.name, **measure(e.clean, e.cleaned, metric), "seconds": 0.0} for e in left]
-        append_records(options.csv, [{"setting": setting, "row": CLEANER} | each for each in figures])
+        found = [{"image": e.name, **measure(figures, e.cleaned, e.clean), "seconds": 0.0} for e in left]
+        append_records(options.csv, [{"setting": setting, "row": CLEANER} | each for each in found])
         for row, make in tqdm(make_rows(restorer, options.scales).items(), setting, file=sys.stderr, mininterval=10):
             left = [example for example in examples if (setting, row, example.name) not in done]
             for batch in batches(left, options.batch):
-                figures = list(run_row(restorer, metric, make(), batch, options))
-                append_records(options.csv, [{"setting": setting, "row": row} | each for each in figures])
+                found = list(run_row(restorer, figures, make(), batch, options))
+                append_records(options.csv, [{"setting": setting, "row": row} | each for each in found])
     return setting
 
 

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
-from quality import COLUMNS, measure
 from tqdm.auto import tqdm
 
 from milo_latent.diffbir.schedulers import official_scheduler
+from milo_latent.evaluation.figures import image_error, measure
+from milo_latent.evaluation.metrics import by_name
 from milo_latent.evaluation.reports import write_rows
 from milo_latent.files import read_image
 from milo_latent.guidance.milo import MILOGuidance
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     pipeline, judge = load_restorer(options.model), MILO.from_pretrained(options.milo_image)
+    measured = {"psnr": by_name("psnr"), "ssim": by_name("ssim"), "milo_i": image_error(judge)}
     pipeline.set_progress_bar_config(disable=True)
     guide = None
     if options.milo_scale:
@@ -71,7 +73,7 @@ def main() -> None:
     print("| scheduler | steps | PSNR, dB | SSIM | MILO_I | s per image |\n| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, pipeline.scheduler in every.items():
         for steps in options.steps:
-            mean = dict.fromkeys(COLUMNS, 0.0)
+            mean = dict.fromkeys([*measured, "seconds"], 0.0)
             for path in tqdm(paths, unit="image", desc=f"{name}, {steps}", file=sys.stderr, leave=False):
                 clean, degraded = (
                     center_crop(read_image(each), options.crop) for each in (path, options.degraded / path.name)
@@ -82,9 +84,8 @@ def main() -> None:
                     generator=torch.Generator().manual_seed(options.seed),
                 ).images  # fmt: skip
                 seconds = time.perf_counter() - began
-                with torch.no_grad():
-                    figures = measure(clean, result.cpu(), judge) | {"seconds": seconds}
-                for column in COLUMNS:
+                figures = measure(measured, result.cpu(), clean) | {"seconds": seconds}
+                for column in mean:
                     mean[column] += figures[column] / len(paths)
             rows.append({"scheduler": name, "steps": steps} | mean)
             figures = f"{mean['psnr']:.2f} | {mean['ssim']:.4f} | {mean['milo_i']:.5f} | {mean['seconds']:.1f}"

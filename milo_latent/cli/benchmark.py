@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> str:
     table = RowTable(options.output, _record(options, pipe, judge, list(figures)), list(figures))
     summaries = summarize(benchmark.run(cases, table), list(figures))
     write_rows(options.output / "summary.csv", summaries)
-    notes = [f"MILO_I is the error E of {judge}; ± is the standard deviation over {len(options.seeds)} seeds"]
+    notes = [f"MILO_I: the error E of {judge}; MILO_L: that of the model's metric; ±: standard deviation over seeds"]
     written = f"{len(cases)} photos -> {table.path}, summary.csv and sheets beside it"
     return "\n".join([format_rows(printed(summaries, figures)), *left_out, *(notes if referenced else []), written])
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from milo_latent.checks import check_choice
 from milo_latent.evaluation.metrics import FullReference, by_name, pyiqa_metric
+from milo_latent.extras import import_extra
 from milo_latent.latents.codec import encode_image
 from milo_latent.metric.network import MILO
 from milo_latent.pictures import round_to_8bit
@@ -29,7 +28,7 @@ def lpips(device: torch.device | str = "cpu") -> FullReference:
     Raises:
         ImportError: if torchmetrics or torchvision is not installed.
     """
-    module: Any = importlib.import_module("torchmetrics.image.lpip")
+    module = import_extra("torchmetrics.image.lpip", "eval", "LPIPS")
     metric = module.LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).to(device)
 
     def compute(*, ref: Tensor, dist: Tensor) -> Tensor:
@@ -38,6 +37,11 @@ def lpips(device: torch.device | str = "cpu") -> FullReference:
         return value
 
     return FullReference("lpips", compute, higher_is_better=False)
+
+
+def image_error(milo_image: MILO) -> FullReference:
+    """Return MILO_I's error E between two images."""
+    return FullReference("milo_i", milo_image, higher_is_better=False)
 
 
 def latent_error(pipe: DiffBIRPipeline, tile: int | None = None) -> FullReference:
@@ -77,7 +81,7 @@ def open_figures(
         OSError: if the weights of a figure in `names` cannot be fetched.
     """
     openers: dict[str, Callable[[], FullReference]] = {name: partial(by_name, name) for name in FIGURES[:5]}
-    openers["milo_i"] = lambda: FullReference("milo_i", milo_image.to(pipe.device), False)
+    openers["milo_i"] = lambda: image_error(milo_image.to(pipe.device))
     if pipe.metric is not None:
         openers["milo_l"] = lambda: latent_error(pipe, tile)
     openers["lpips"] = lambda: lpips(pipe.device)
@@ -93,7 +97,8 @@ def open_figures(
             except (ImportError, OSError, RuntimeError) as error:
                 if names is not None:
                     raise
-                left_out.append(f"{name} is left out: {' '.join(str(error).split())}")
+                reason = " ".join(str(error).split()).partition(". ")[0]
+                left_out.append(f"{name} is left out: {reason}")
     return figures, left_out
 
 

@@ -57,8 +57,9 @@ class RowTable:
         self.folder, self.path, self.columns = folder, folder / "rows.csv", (*KEY, "seconds", *figures)
         self.rows: dict[tuple[str, ...], Row] = {}
         self._check(folder / "settings.json", json.loads(json.dumps(record)))
-        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ",".join(self.columns) + "\n"
-        text = text[: text.rfind("\n") + 1]  # what follows the last line break was cut off in writing
+        text = self.path.read_text(encoding="utf-8", errors="surrogateescape") if self.path.is_file() else ""
+        # what follows the last line break was cut off in writing
+        text = text[: text.rfind("\n") + 1] or ",".join(self.columns) + "\n"
         write_text(self.path, text)
         for row in csv.DictReader(io.StringIO(text)):
             values = {name: float(row[name] or math.nan) for name in self.columns[len(KEY) :]}
@@ -80,7 +81,7 @@ class RowTable:
     def add(self, row: Row) -> None:
         """Add a row and write it."""
         self.rows[tuple(str(row[name]) for name in KEY)] = row
-        with self.path.open("a", encoding="utf-8", newline="") as file:
+        with self.path.open("a", encoding="utf-8", errors="surrogateescape", newline="") as file:
             values = ("" if row[name] != row[name] else row[name] for name in self.columns)
             csv.writer(file, lineterminator="\n").writerow(values)
 
@@ -145,7 +146,7 @@ class RestorationBenchmark:
         rows = []
         for case in tqdm(cases, unit="photo", disable=len(cases) < 2):
             pictures = table.folder / "pictures" / case.degradation / case.photo
-            shown = case in groups[case.degradation][: self.sheets]
+            shown = case in groups[case.degradation][: max(self.sheets, 0)]
             rows += self._run_case(case, *plans[case.degradation], table, pictures if shown else None)
         return rows
 

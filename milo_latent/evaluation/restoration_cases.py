@@ -123,18 +123,21 @@ def list_cases(clean: Path | None, degraded: Path | None, degradations: Sequence
 
     Raises:
         FileNotFoundError: if a folder does not exist or holds no image.
-        ValueError: if the folders hold different names, or both or neither of `degraded` and `degradations` are given.
+        ValueError: if the folders hold different names, or not one of `degraded` and `degradations` is given.
     """
     if (degraded is None) != bool(degradations) or (degraded is None and clean is None):
         raise ValueError("Expected a folder of degraded photos, or a clean one and the degradations to apply to it.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"Expected a limit of at least 1 photo, got {limit}. Leave it out to take all.")
     for folder in (clean, degraded):
         if folder is not None and not folder.is_dir():
             raise FileNotFoundError(f"Expected a folder of photos, got {folder}, which is no folder.")
-    for name in degradations:
-        parse_degradation(name)
     if degraded is None:
         assert clean is not None
-        return [Case(name, path) for name in degradations for path in list_files(clean, IMAGE_SUFFIXES)[:limit]]
+        for name in degradations:
+            parse_degradation(name)
+        paths = list_files(clean, IMAGE_SUFFIXES)[:limit]
+        return [Case(name, path) for name in dict.fromkeys(degradations) for path in paths]
     name = degraded.resolve().name
     if clean is None:
         return [Case(name, None, path) for path in list_files(degraded, IMAGE_SUFFIXES)[:limit]]
