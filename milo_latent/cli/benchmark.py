@@ -17,7 +17,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "restore",
         help="compare guidance strengths, curricula and seeds on a folder",
         description="Restore the photos of a folder with every strength of guidance, curriculum and seed, and measure "
-        "the results, the input and the first stage: against clean photos where there are some, and by figures that "
+        "the results, the input and the cleaner: against clean photos where there are some, and by figures that "
         "need none. The same command resumes; more seeds, strengths, curricula and photos add to the table.",
     )
     restore.set_defaults(run=run, detector=None)

@@ -12,7 +12,7 @@ from torch import Tensor
 from milo_latent.checks import check_choice
 from milo_latent.evaluation.metrics import FullReference, by_name, pyiqa_metric
 from milo_latent.extras import import_extra
-from milo_latent.latents.codec import encode_image
+from milo_latent.latents.codec import VAE, encode_image, vae_scale_factor
 from milo_latent.metric.network import MILO
 from milo_latent.pictures import round_to_8bit
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
@@ -46,13 +46,18 @@ def image_error(milo_image: MILO) -> FullReference:
 
 def latent_error(pipe: DiffBIRPipeline, tile: int | None = None) -> FullReference:
     """Return MILO_L's error E between the latents of two images, by the autoencoder and the metric of a pipeline."""
-    metric, encode = pipe.metric, partial(encode_image, pipe.vae, tile=tile)
+    metric, encode = pipe.metric, partial(encode_image, pipe.vae, tile=whole_cells(pipe.vae, tile))
     assert metric is not None
 
     def compute(*, ref: Tensor, dist: Tensor) -> Tensor:
         return metric(ref=encode(ref).float(), dist=encode(dist).float())
 
     return FullReference("milo_l", compute, higher_is_better=False)
+
+
+def whole_cells(vae: VAE, tile: int | None) -> int | None:
+    """Return the side of a tile, rounded down to whole latent cells as the pipeline rounds it."""
+    return None if tile is None else tile // vae_scale_factor(vae) * vae_scale_factor(vae)
 
 
 def open_figures(

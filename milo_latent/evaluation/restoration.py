@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from milo_latent.diffbir.rules import resize
-from milo_latent.evaluation.figures import measure
+from milo_latent.evaluation.figures import measure, whole_cells
 from milo_latent.evaluation.metrics import FullReference
 from milo_latent.evaluation.reports import Row
 from milo_latent.evaluation.restoration_cases import Case, Photo
@@ -33,8 +33,8 @@ from milo_latent.pipelines.diffbir import DiffBIRPipeline
 from milo_latent.restoration.restore import restore
 from milo_latent.restoration.settings import RestorationSettings
 
-KEY = ("degradation", "photo", "setting", "seed")  # of a row; stages without sampling have the seed ""
-THROUGH_VAE = " through the VAE"  # of the stages that sheets leave out
+KEY = ("degradation", "photo", "setting", "seed")  # of a row; what samples nothing has the seed ""
+THROUGH_VAE = " through the VAE"  # ends the names of what sheets leave out
 DIGITS = {"psnr": 2, "musiq": 2, "milo_i": 5, "milo_l": 5}  # of a figure in a printed table; others have 4
 SIDE, LABEL, COLUMNS = 256, 16, 4  # of a sheet: pixels of a picture's side and of its label, pictures side by side
 Run = Callable[[Photo], Tensor]
@@ -86,29 +86,29 @@ class RowTable:
             csv.writer(file, lineterminator="\n").writerow(values)
 
 
-def stages(pipe: DiffBIRPipeline, settings: RestorationSettings, *, referenced: bool) -> dict[str, Run]:
-    """Return what surrounds the restorations, by name: the input and the first stage, both through the VAE too.
+def unguided_runs(pipe: DiffBIRPipeline, settings: RestorationSettings, *, referenced: bool) -> dict[str, Run]:
+    """Return what surrounds the restorations, by name: the input, the cleaner, and what the autoencoder loses.
 
     Args:
-        pipe: its cleaner is the first stage.
+        pipe: cleans, encodes and decodes.
         settings: resolved.
         referenced: whether there are clean images.
     """
+    tile = whole_cells(pipe.vae, settings.tile)
 
     def autoencode(image: Tensor | None) -> Tensor:
         assert image is not None
         height, width = image.shape[2:]
-        latents = encode_image(pipe.vae, image, tile=settings.tile)
-        return decode_latents(pipe.vae, latents, tile=settings.tile)[..., :height, :width]
+        return decode_latents(pipe.vae, encode_image(pipe.vae, image, tile=tile), tile=tile)[..., :height, :width]
 
-    def first_stage(photo: Photo) -> Tensor:
+    def clean(photo: Photo) -> Tensor:
         with pipe.tiling(settings.tile):
             return pipe.clean(photo.degraded.to(pipe.device), photo.size, compatibility=settings.compatibility)
 
     runs: dict[str, Run] = {"input": lambda photo: photo.degraded}
     if referenced:
-        runs["clean" + THROUGH_VAE] = lambda photo: autoencode(photo.clean)
-    return runs | {"first stage": first_stage, "first stage" + THROUGH_VAE: lambda p: autoencode(first_stage(p))}
+        runs["clean image" + THROUGH_VAE] = lambda photo: autoencode(photo.clean)
+    return runs | {"cleaner only": clean, "cleaner" + THROUGH_VAE: lambda photo: autoencode(clean(photo))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class RestorationBenchmark:
     Args:
         pipe: restores.
         settings: of every restoration, unresolved; strength, schedule and seed are those below instead.
-        scales: strengths of MILO guidance; 0 is no guidance. Without any, only the first stage is measured.
+        scales: strengths of MILO guidance; 0 is no guidance. without any, the cleaner alone is measured.
         schedules: of the curriculum.
         seeds: of the sampling.
         figures: by name, as of `open_figures`.
@@ -157,7 +157,7 @@ class RestorationBenchmark:
             settings = replace(settings, task=settings.task or "sr", upscale=settings.upscale or float(case.factor))
         unguided = replace(settings, milo_scale=0.0).resolve(pipe)
         assert unguided.upscale is not None
-        before = stages(pipe, unguided, referenced=case.clean is not None)
+        before = unguided_runs(pipe, unguided, referenced=case.clean is not None)
         runs = {(name, ""): run for name, run in before.items()}
         for scale, schedule, seed in product(self.scales, self.schedules, self.seeds):
             name = f"guidance {scale:g} {schedule}" if scale else "no guidance"
