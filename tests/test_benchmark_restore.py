@@ -161,7 +161,7 @@ def test_the_command_tabulates_every_photo_setting_and_seed(bench, tmp_path, cap
     assert sheets == ["noise50_0.png", "x4_0.png"]
     with Image.open(tmp_path / "out" / "x4_0.png") as sheet:
         assert sheet.size == (4 * 256, 2 * 272)  # input, cleaner, three restorations and the clean image
-    assert read_image(tmp_path / "out" / "pictures" / "x4" / "0" / "no guidance.png").shape == (1, 3, 136, 140)
+    assert read_image(tmp_path / "out" / "pictures" / "x4" / "0" / "no guidance, seed 0.png").shape == (1, 3, 136, 140)
 
 
 def test_the_same_command_computes_nothing_twice_and_more_settings_add_rows(bench, restored, tmp_path):
@@ -175,7 +175,7 @@ def test_the_same_command_computes_nothing_twice_and_more_settings_add_rows(benc
     assert bench(*command, "--seeds", "0", "3") == 0
     assert restored == [0, 0, 3, 3]
     assert read_rows(tmp_path / "out")[: len(rows)] == rows
-    (tmp_path / "out" / "pictures" / "noise25" / "0" / "no guidance.png").unlink()
+    (tmp_path / "out" / "pictures" / "noise25" / "0" / "no guidance, seed 0.png").unlink()
     assert bench(*command) == 0
     assert restored == [0, 0, 3, 3, 0]  # a picture of the sheet was missing
 

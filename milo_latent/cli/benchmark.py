@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from milo_latent.cli.common import DTYPES, TASKS, hide_loading_bar, to_dtype
 from milo_latent.cli.restore import SCHEDULES, add_diffusion_settings, given_settings
+
+if TYPE_CHECKING:
+    from milo_latent.pipelines.diffbir import DiffBIRPipeline
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -40,11 +44,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     option("--metric", help="MILO_L instead of the model's own: a name, a folder, or an official .pth")
     option("--device", help="cpu, cuda or mps (default: the best there is)")
     option("--dtype", choices=DTYPES, help="of the networks (default: float32)")
-    option(
-        "--task",
-        choices=[task for task in TASKS if task != "unaligned_face"],
-        help="default: sr for x4, else the model's",
-    )
+    option("--task", choices=[each for each in TASKS if each != "unaligned_face"], help="default: sr for x4")
     option("--steps", type=int, help="denoising steps (default: the model's own, or 4)")
     option("--upscale", type=float, help="how much larger (default: that of the degradation or the task)")
     option("--tile", type=int, help="restore in tiles of this side in pixels, which saves memory")
@@ -77,12 +77,12 @@ def run(options: argparse.Namespace) -> str:
     table = RowTable(options.output, _record(options, pipe, judge, list(figures)), list(figures))
     summaries = summarize(benchmark.run(cases, table), list(figures))
     write_rows(options.output / "summary.csv", summaries)
-    notes = [f"MILO_I: the error E of {judge}; MILO_L: that of the model's metric; ±: standard deviation over seeds"]
+    note = [f"MILO_I: the error E of {judge}; MILO_L: that of the model's metric; ±: standard deviation over seeds"]
     written = f"{len(cases)} photos -> {table.path}, summary.csv and sheets beside it"
-    return "\n".join([format_rows(printed(summaries, figures)), *left_out, *(notes if referenced else []), written])
+    return "\n".join([format_rows(printed(summaries, figures)), *left_out, *(note if referenced else []), written])
 
 
-def _record(options: argparse.Namespace, pipe, judge: str, figures: list[str]) -> dict:
+def _record(options: argparse.Namespace, pipe: DiffBIRPipeline, judge: str, figures: list[str]) -> dict[str, Any]:
     """Return what a row depends on besides its degradation, photo, setting and seed."""
     from milo_latent import __version__
 

@@ -118,7 +118,7 @@ class RestorationBenchmark:
     Args:
         pipe: restores.
         settings: of every restoration, unresolved; strength, schedule and seed are those below instead.
-        scales: strengths of MILO guidance; 0 is no guidance. without any, the cleaner alone is measured.
+        scales: strengths of MILO guidance; 0 is no guidance. Without any, the cleaner alone is measured.
         schedules: of the curriculum.
         seeds: of the sampling.
         figures: by name, as of `open_figures`.
@@ -170,7 +170,9 @@ class RestorationBenchmark:
         self, case: Case, runs: dict[tuple[str, str], Run], upscale: float, table: RowTable, pictures: Path | None
     ) -> list[Row]:
         """Compute what is missing for a photo, and keep the pictures that its sheet shows where it has one."""
-        kept = {} if pictures is None else {key: pictures / f"{key[0]}.png" for key in runs if self._is_shown(*key)}
+        kept = {}
+        if pictures is not None:
+            kept = {key: pictures / f"{', seed '.join(filter(None, key))}.png" for key in runs if self._is_shown(*key)}
         keys = {key: (case.degradation, case.photo, *key) for key in runs}
         missing = [key for key in runs if keys[key] not in table.rows or (key in kept and not kept[key].is_file())]
         photo = case.read(upscale) if missing else None
@@ -187,11 +189,10 @@ class RestorationBenchmark:
                 write_image(kept[key], result)
             table.add({**dict(zip(KEY, keys[key], strict=True)), "seconds": seconds, **figures})
         if pictures is not None:
-            shown = {path.stem: read_image(path) for path in kept.values()}
+            images = {path.stem: read_image(path) for path in kept.values()}
             clean = case.read(upscale).clean
-            draw_sheet(shown if clean is None else shown | {"clean": clean}).save(
-                table.folder / f"{case.degradation}_{case.photo}.png"
-            )
+            sheet = draw_sheet(images if clean is None else images | {"clean image": clean})
+            sheet.save(table.folder / f"{case.degradation}_{case.photo}.png")
         return [table.rows[key] for key in keys.values()]
 
     def _is_shown(self, setting: str, seed: str) -> bool:

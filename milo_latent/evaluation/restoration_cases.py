@@ -12,7 +12,7 @@ from torch import Tensor
 
 from milo_latent.diffbir.rules import resize
 from milo_latent.distortions import seed_of
-from milo_latent.files import IMAGE_SUFFIXES, list_files, read_image
+from milo_latent.files import IMAGE_SUFFIXES, list_unique_files, read_image
 from milo_latent.pictures import jpeg_round_trip, round_to_8bit
 from milo_latent.score.pairs import match_pairs
 
@@ -136,9 +136,9 @@ def list_cases(clean: Path | None, degraded: Path | None, degradations: Sequence
         assert clean is not None
         for name in degradations:
             parse_degradation(name)
-        paths = list_files(clean, IMAGE_SUFFIXES)[:limit]
+        paths = list_unique_files(clean, IMAGE_SUFFIXES)[:limit]
         return [Case(name, path) for name in dict.fromkeys(degradations) for path in paths]
     name = degraded.resolve().name
     if clean is None:
-        return [Case(name, None, path) for path in list_files(degraded, IMAGE_SUFFIXES)[:limit]]
+        return [Case(name, None, path) for path in list_unique_files(degraded, IMAGE_SUFFIXES)[:limit]]
     return [Case(name, pair.ref, pair.dist) for pair in match_pairs(clean, degraded)[:limit]]
