@@ -65,9 +65,9 @@ def run(options: argparse.Namespace) -> str:
     hide_loading_bar()
     pipe = load_restorer(options.model, device=options.device, dtype=to_dtype(options.dtype), metric=options.metric)
     pipe.set_progress_bar_config(disable=True)
-    judge, referenced = options.milo_image or default_image_metric(), options.clean is not None
+    judge = options.milo_image or default_image_metric()
     figures, left_out = open_figures(
-        pipe, MILO.from_pretrained(judge), referenced=referenced, names=options.figures, tile=options.tile
+        pipe, MILO.from_pretrained(judge), referenced=bool(options.clean), names=options.figures, tile=options.tile
     )
     settings = given_settings(options)
     benchmark = RestorationBenchmark(
@@ -78,8 +78,10 @@ def run(options: argparse.Namespace) -> str:
     summaries = summarize(benchmark.run(cases, table), list(figures))
     write_rows(options.output / "summary.csv", summaries)
     note = [f"MILO_I: the error E of {judge}; MILO_L: that of the model's metric; ±: standard deviation over seeds"]
-    written = f"{len(cases)} photos -> {table.path}, summary.csv and sheets beside it"
-    return "\n".join([format_rows(printed(summaries, figures)), *left_out, *(note if referenced else []), written])
+    written = f"{len(cases)} degraded photos -> {table.path}, summary.csv and sheets beside it"
+    return "\n".join(
+        [format_rows(printed(summaries, figures)), *left_out, *(note if "milo_i" in figures else []), written]
+    )
 
 
 def _record(options: argparse.Namespace, pipe: DiffBIRPipeline, judge: str, figures: list[str]) -> dict[str, Any]:
