@@ -59,3 +59,9 @@ def test_a_frozen_encoder_needs_weights(command, tmp_path):
         command("--freeze-encoder", output="run")
     with pytest.raises(FileNotFoundError, match="without config"):
         command("--start", str(tmp_path / "none"), output="run")
+
+
+def test_latents_may_have_16_channels(command):
+    vae = AutoencoderTiny.from_pretrained(command("--latent-channels", "16", output="wide"))
+    assert vae.encode(torch.zeros(1, 3, 32, 32)).latents.shape == (1, 16, 4, 4)
+    assert vae.config.scaling_factor != 1.0

@@ -31,12 +31,13 @@ NUM_BLOCKS = (0, 0, 2, 4)  # of the encoder, from full size to 1/8; the decoder 
 LATENT_NOISE = 0.05  # of latents with a spread of about 1: keeps nearby latents decoding to nearby images
 
 
-def nano_autoencoder() -> AutoencoderTiny:
-    """Return an untrained autoencoder: 4 latent channels, 8x downsampling, most of its work at 1/4 and 1/8 of the size.
+def nano_autoencoder(latent_channels: int = 4) -> AutoencoderTiny:
+    """Return an untrained autoencoder: 8x downsampling, most of its work at 1/4 and 1/8 of the size.
 
     Few layers work at full size: at 4 channels per 8x8 block no fine detail is left for them, and they cost the most.
     """
     vae = AutoencoderTiny(
+        latent_channels=latent_channels,
         encoder_block_out_channels=(64, 64, 64, 64),
         decoder_block_out_channels=(64, 64, 64, 64),
         num_encoder_blocks=NUM_BLOCKS,
@@ -79,11 +80,11 @@ class AutoencoderLoss(nn.Module):
 
         Args:
             image: (B, 3, H, W), in [0, 1].
-            noise: of the latents, (B, 4, H / 8, W / 8).
+            noise: of the latents, (B, C, H / 8, W / 8).
             progress: share of the training, a scalar in [0, 1].
         """
         pixels = image.mul(2).sub(1).contiguous(memory_format=torch.channels_last)
-        latents = self.vae.encode(pixels).latents + LATENT_NOISE * noise  # (B, 4, h, w)
+        latents = self.vae.encode(pixels).latents + LATENT_NOISE * noise  # (B, C, h, w)
         decoded = self.vae.decode(latents).sample.float().add(1).div(2)
         return self.objective(decoded, image, progress=progress.item())
 
@@ -105,13 +106,15 @@ def reconstruction_psnr(vae: AutoencoderTiny, folder: Path, *, every: int = 1) -
     return torch.cat(values).mean().item()
 
 
-def draw_batches(crops: ImageCrops, batch_size: int) -> Callable[[int, int], tuple[Tensor, ...]]:
+def draw_batches(
+    crops: ImageCrops, batch_size: int, latent_channels: int = 4
+) -> Callable[[int, int], tuple[Tensor, ...]]:
     """Return the function from (step, process) to a batch of images and latent noise."""
 
     def draw(step: int, process_index: int) -> tuple[Tensor, ...]:
         rng = crops.generator(step, process_index)
         side = crops.crop_size // 8
-        noise = torch.from_numpy(rng.standard_normal((batch_size, 4, side, side), dtype="float32"))
+        noise = torch.from_numpy(rng.standard_normal((batch_size, latent_channels, side, side), dtype="float32"))
         return crops.batch(rng, batch_size), noise
 
     return draw
@@ -122,6 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_run_options(parser)
     add_objective_options(parser, default="log-mse")
+    parser.add_argument("--latent-channels", type=int, default=4, help="numbers for each 8x8 pixels, without --start")
     parser.add_argument("--start", type=Path, help="folder of a trained autoencoder to start from")
     parser.add_argument("--freeze-encoder", action="store_true", help="train the decoder alone; needs --start")
     parser.add_argument("--validation", type=Path, required=True, help="folder of validation images")
@@ -131,9 +135,10 @@ def main(arguments: list[str] | None = None) -> None:
     crops = ImageCrops(options.images, crop_size=options.crop_size, seed=options.seed)
     start = options.start and source_digest(options.start)
     data = objective_settings(options) | {"start": start, "freeze_encoder": options.freeze_encoder}
+    data["latent_channels"] = vae.config.latent_channels
     fit(
         AutoencoderLoss(vae, open_objective(options)),
-        with_progress(draw_batches(crops, options.batch_size), options.steps),
+        with_progress(draw_batches(crops, options.batch_size, vae.config.latent_channels), options.steps),
         run_config(options, data=data, decay=0.7, max_grad_norm=5.0),
         validate=lambda loss: {"psnr": reconstruction_psnr(loss.vae, options.validation, every=4)},
     )
@@ -153,7 +158,8 @@ def _open_autoencoder(options: argparse.Namespace) -> AutoencoderTiny:
         raise ValueError("Expected --start with --freeze-encoder: an encoder with random weights is of no use.")
     if options.start is not None and not (options.start / "config.json").is_file():
         raise FileNotFoundError(f"Expected the folder of an autoencoder, got {options.start}, without config.json.")
-    vae = nano_autoencoder() if options.start is None else AutoencoderTiny.from_pretrained(options.start).float()
+    fresh = options.start is None
+    vae = nano_autoencoder(options.latent_channels) if fresh else AutoencoderTiny.from_pretrained(options.start).float()
     vae.encoder.requires_grad_(not options.freeze_encoder)
     return vae.train().to(memory_format=torch.channels_last)
 
