@@ -1,13 +1,19 @@
 """What each training objective does to a restorer: equal budgets, several seeds, metrics that nothing was trained with.
 
-    python benchmarks/train_ablation.py --images FOLDER --clean FOLDER --degraded NOISY15 NOISY25 NOISY50 \
-        --judges MILO.pth milo-image --start weights/nano/cleaner --output RUNS
+    python benchmarks/train_ablation.py --part image --images FOLDER --metric milo-image --start weights/nano/cleaner \
+        --clean FOLDER --degraded NOISY15 NOISY25 NOISY50 --judges MILO.pth milo-image --output RUNS
 
-Every run starts from the same weights, and runs of one seed see the same crops and degradations. The masks are those
-of `--metric`; "milo" in the results is the error E of each MILO_I of `--judges`. PSNR in dB, SSIM, MS-SSIM and VIF
-(torchmetrics) are better when higher, GMSD and MILO when lower; all are taken on images rounded to 8 bit. A verdict
-needs a judge that was not trained with: GMSD, or a MILO_I whose masks were not used. `RUNS/ablation.csv` has a row for
-each run and folder of degraded images. The same command resumes after an interruption.
+`--part` says what is trained: an "image" network, the diffusion of a "restorer", judged by one step without guidance
+and color fix, or the "decoder" of an autoencoder, judged by what it makes of the images that the cleaner of `nano`
+restored. Options that are not listed below go to the training command of the part, such as `--images`, `--steps`,
+`--metric` and `--start`. A folder of degraded images holds files of the same names as `--clean`; FOLDER:TEST, such as
+`kodak24:x4`, degrades the clean images of FOLDER instead, by a test of `train_image_restorer`.
+
+Every run starts from the same weights, and runs of one seed see the same crops and degradations. "milo" in the results
+is the error E of each MILO_I of `--judges`. PSNR in dB, SSIM, MS-SSIM and VIF (torchmetrics) are better when higher,
+GMSD and MILO when lower; all are taken on images rounded to 8 bit. A verdict needs a judge that was not trained with:
+GMSD, or a MILO_I whose masks were not used. `RUNS/ablation.csv` has a row for each run and folder of degraded images.
+The same command resumes after an interruption.
 """
 
 from __future__ import annotations
@@ -17,27 +23,31 @@ import csv
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import get_args
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from diffusers import AutoencoderTiny
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from milo_latent.evaluation.metrics import by_name
 from milo_latent.evaluation.reports import Row, write_rows
 from milo_latent.files import read_image, write_text
-from milo_latent.latents.codec import pad_image
+from milo_latent.latents.codec import decode_latents, encode_image, pad_image
 from milo_latent.metric.network import MILO
-from milo_latent.pictures import round_to_8bit
-from milo_latent.training import train_image_restorer
+from milo_latent.pictures import center_crop, round_to_8bit
+from milo_latent.restoration.restore import restore_image
+from milo_latent.restoration.restorer import load_restorer
+from milo_latent.training import denoising_loss, objectives, train_autoencoder, train_image_restorer, train_restorer
 from milo_latent.training.data.crops import list_images, spread_over
-from milo_latent.training.engine.run import OptimizerName
-from milo_latent.training.objectives import OBJECTIVES
 
-BASELINE = "mae"
+ORDER = tuple(dict.fromkeys((*denoising_loss.OBJECTIVES[:1], *objectives.OBJECTIVES)))
+BASELINES = ("standard", "mae")
 METRICS = ("psnr", "ssim", "ms-ssim", "vif", "gmsd")
 MULTIPLE = 64  # of the sides that a network is given
+Restore = Callable[[Tensor], Tensor]  # an image (1, 3, H, W) to one of the same size, or larger at the ends
 
 
 def full_reference_metrics(judges: list[str]) -> dict[str, Callable[..., Tensor]]:
@@ -47,37 +57,65 @@ def full_reference_metrics(judges: list[str]) -> dict[str, Callable[..., Tensor]
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, degraded: Path, clean: list[Path], metrics: dict[str, Callable[..., Tensor]]) -> Row:
-    """Return the mean of each metric over the restored images of `degraded`, whose names are those of `clean`."""
+def evaluate(restore: Restore, degraded: str, options: argparse.Namespace, metrics: dict[str, Callable]) -> Row:
+    """Return the mean of each metric over the restored images of `degraded`, a folder or FOLDER:TEST."""
+    source, _, test = degraded.rpartition(":")
+    paths = spread_over(list_images([Path(source) if source else options.clean]), options.limit)
     sums = dict.fromkeys(metrics, 0.0)
-    for path in tqdm(clean, desc=degraded.name, unit="image"):
-        ref, dist = read_image(path), read_image(degraded / path.name)
-        restored = network(pad_image(dist, MULTIPLE))[..., : ref.shape[2], : ref.shape[3]]
-        restored = round_to_8bit(restored.float())
+    for index, path in enumerate(tqdm(paths, desc=degraded, unit="image")):
+        ref = center_crop(read_image(path), options.side)
+        if source:
+            dist = train_image_restorer.TESTS[test](ref[0], np.random.default_rng(index))[None]
+        else:
+            dist = center_crop(read_image(Path(degraded) / path.name), options.side)
+        restored = round_to_8bit(restore(dist)[..., : ref.shape[2], : ref.shape[3]].float())
         for name, metric in metrics.items():
-            sums[name] += metric(ref=ref, dist=restored).item() / len(clean)
+            sums[name] += metric(ref=ref, dist=restored).item() / len(paths)
     return {name: round(value, 8) for name, value in sums.items()}
 
 
-def train(options: argparse.Namespace, objective: str, seed: int) -> nn.Module:
-    """Return the network of one run, trained now or before."""
-    arguments = [
-        "--images", *options.images, "--validation", str(options.clean), "--validation-images", "1",
-        "--output", str(options.output / f"{objective}-{seed}"), "--seed", str(seed), "--objective", objective,
-        "--metric", options.metric, "--degradation", options.degradation, "--steps", str(options.steps),
-        "--batch-size", str(options.batch_size), "--crop-size", str(options.crop_size),
-        "--learning-rate", str(options.learning_rate), "--optimizer", options.optimizer, "--warmup", "20",
-        "--decay", "0.7",
-        "--network", options.network, "--network-options", json.dumps(options.network_options),
-    ]  # fmt: skip
-    arguments += ["--start", str(options.start)] if options.start else []
-    return train_image_restorer.train(train_image_restorer.parser().parse_args(arguments)).cpu().eval()
+def train_image(arguments: list[str], output: Path) -> Restore:
+    """Train an image network, or take the one in `output`."""
+    defaults = "--batch-size 8 --learning-rate 1e-3 --optimizer soap --warmup 20 --decay 0.7 --degradation noise"
+    defaults += " --steps 300 --validation-images 1"
+    options = train_image_restorer.parser().parse_args([*defaults.split(), *arguments])
+    network = train_image_restorer.train(options).cpu().eval()
+    return lambda dist: network(pad_image(dist, MULTIPLE))
 
 
-def check_settings(options: argparse.Namespace) -> None:
+def train_diffusion(arguments: list[str], output: Path) -> Restore:
+    """Train UNet and IRControlNet of a pipeline, or take the ones in `output`."""
+    defaults = "--train all --batch-size 4 --noise-levels 4 --learning-rate 5e-4 --warmup 20 --steps 150"
+    train_restorer.main([*defaults.split(), *arguments])
+    pipe = load_restorer(output / "pipeline", device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return partial(restore_image, model=pipe, steps=1, milo_scale=0.0, color_fix="none", seed=0)
+
+
+def train_decoder(arguments: list[str], output: Path) -> Restore:
+    """Train the decoder of an autoencoder, or take the one in `output`."""
+    defaults = "--freeze-encoder --batch-size 8 --learning-rate 5e-4 --steps 250"
+    train_autoencoder.main([*defaults.split(), *arguments])
+    vae, pipe = AutoencoderTiny.from_pretrained(output / "vae"), load_restorer("nano", device="cpu")
+    return lambda dist: decode_latents(vae, encode_image(vae, pipe.clean(dist, tuple(dist.shape[2:]))))
+
+
+PARTS = {"image": train_image, "restorer": train_diffusion, "decoder": train_decoder}
+
+
+def train(options: argparse.Namespace, training: list[str], objective: str, seed: int) -> Restore:
+    """Return what one run restores with, trained now or before."""
+    output = options.output / f"{objective}-{seed}"
+    arguments = ["--output", str(output), "--seed", str(seed), "--objective", objective]
+    arguments += [] if options.part == "restorer" else ["--validation", str(options.clean)]
+    return PARTS[options.part]([*arguments, *training], output)
+
+
+def check_settings(options: argparse.Namespace, training: list[str]) -> None:
     """Keep the settings beside the results, and refuse to add results of other settings."""
     varying = ("output", "objectives", "seeds")
-    settings = json.loads(json.dumps({k: v for k, v in vars(options).items() if k not in varying}, default=str))
+    settings = {name: value for name, value in vars(options).items() if name not in varying} | {"training": training}
+    settings = json.loads(json.dumps(settings, default=str))
     path = options.output / "settings.json"
     if path.is_file() and json.loads(path.read_text()) != settings:
         raise ValueError(f"Expected the settings in {path}, got others. Choose another --output.")
@@ -99,7 +137,7 @@ def table(rows: list[Row]) -> str:
     lines = ["| degraded | objective | runs | " + " | ".join(names) + " |", "|" + " --- |" * (len(names) + 3)]
     for degraded in dict.fromkeys(row["degraded"] for row in rows):
         means: dict[str, dict[str, float]] = {}
-        for objective in sorted({str(row["objective"]) for row in rows}, key=OBJECTIVES.index):
+        for objective in sorted({str(row["objective"]) for row in rows}, key=ORDER.index):
             runs = [row for row in rows if (row["degraded"], row["objective"]) == (degraded, objective)]
             values = {name: [float(row[name]) for row in runs] for name in names}
             means[objective] = {name: statistics.mean(column) for name, column in values.items() if column}
@@ -111,46 +149,40 @@ def table(rows: list[Row]) -> str:
 def _cell(column: list[float], means: dict[str, dict[str, float]], objective: str, name: str) -> str:
     spread = statistics.stdev(column) if len(column) > 1 else 0.0
     cell = f"{means[objective][name]:.4g} ± {spread:.1g}"
-    if BASELINE not in means or objective == BASELINE:
+    baseline = next(iter(means))
+    if baseline not in BASELINES or objective == baseline:
         return cell
-    before, after = means[BASELINE][name], means[objective][name]
+    before, after = means[baseline][name], means[objective][name]
     return f"{cell} ({after - before:+.2f})" if name == "psnr" else f"{cell} ({after / before - 1:+.1%})"
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train and evaluate what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", nargs="+", required=True, help="folders of clean training images")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--part", choices=PARTS, default="image", help="what is trained (default: image)")
     parser.add_argument("--clean", type=Path, required=True, help="folder of clean test images")
-    parser.add_argument("--degraded", type=Path, nargs="+", required=True, help="folders of files of the same names")
+    parser.add_argument("--degraded", nargs="+", required=True, help="folders of files of the same names, FOLDER:TEST")
     parser.add_argument("--judges", nargs="+", required=True, help="weights of MILO_I, such as MILO.pth")
-    parser.add_argument("--metric", default="milo-image", help="MILO_I whose masks the objectives use")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="weights that every run starts from")
-    parser.add_argument("--network", default=train_image_restorer.OWN)
-    parser.add_argument("--network-options", type=json.loads, default={})
-    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
+    parser.add_argument("--objectives", nargs="+", choices=ORDER, required=True, help="those of the training command")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--degradation", default="noise")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--crop-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--optimizer", choices=get_args(OptimizerName), default="soap")
-    parser.add_argument("--limit", type=int, help="so many test images, spread over the folder")
-    options = parser.parse_args(arguments)
-    check_settings(options)
-    metrics = full_reference_metrics(options.judges)
-    clean, path = spread_over(list_images([options.clean]), options.limit), options.output / "ablation.csv"
+    parser.add_argument("--limit", type=int, help="so many images of each folder, spread over it")
+    parser.add_argument("--side", type=int, default=10_000, help="judge the middle of images, of this side in pixels")
+    options, training = parser.parse_known_args(arguments)
+    check_settings(options, training)
+    metrics, path = full_reference_metrics(options.judges), options.output / "ablation.csv"
     rows = read_results(path)
     for seed in options.seeds:
         for objective in options.objectives:
             if any((row["objective"], int(row["seed"])) == (objective, seed) for row in rows):
                 continue
-            network = train(options, objective, seed)
+            restore = train(options, training, objective, seed)
             run: Row = {"objective": objective, "seed": seed}
             rows += [
-                run | {"degraded": each.name} | evaluate(network, each, clean, metrics) for each in options.degraded
+                run | {"degraded": Path(each).name} | evaluate(restore, each, options, metrics)
+                for each in options.degraded
             ]
             write_rows(path, rows)
     print(table(rows))

@@ -34,12 +34,14 @@ def command(ablation, tmp_path):
         Image.fromarray(image.astype(np.uint8)).save(tmp_path / folder / "a.png")
     tiny_metric(channels=3).save_pretrained(tmp_path / "metric")
 
-    def run(*options):
-        arguments = ["--images", str(tmp_path / "clean"), "--clean", str(tmp_path / "clean")]
-        arguments += ["--degraded", str(tmp_path / "noisy"), "--output", str(tmp_path / "runs"), "--optimizer", "adamw"]
-        arguments += ["--judges", str(tmp_path / "metric"), "--metric", str(tmp_path / "metric"), "--steps", "1"]
-        arguments += ["--network-options", '{"channels": [4, 8], "blocks": [1, 1]}', "--crop-size", "32"]
-        ablation.main([*arguments, "--batch-size", "1", *options])
+    def run(*options, part="image", degraded=("noisy",)):
+        arguments = ["--part", part, "--images", str(tmp_path / "clean"), "--clean", str(tmp_path / "clean")]
+        arguments += ["--degraded", *(str(tmp_path / each) for each in degraded), "--output", str(tmp_path / "runs")]
+        arguments += ["--judges", str(tmp_path / "metric"), "--steps", "1", "--batch-size", "1"]
+        if part == "image":
+            arguments += ["--network-options", '{"channels": [4, 8], "blocks": [1, 1]}', "--crop-size", "32"]
+            arguments += ["--metric", str(tmp_path / "metric"), "--optimizer", "adamw"]
+        ablation.main([*arguments, *options])
         with (tmp_path / "runs" / "ablation.csv").open(newline="") as file:
             return list(csv.DictReader(file))
 
@@ -69,6 +71,30 @@ def test_results_of_other_settings_are_not_added(command):
     command("--seeds", "0", "--objectives", "mae")
     with pytest.raises(ValueError, match="Choose another --output"):
         command("--seeds", "1", "--objectives", "mae", "--learning-rate", "0.1")
+
+
+@pytest.mark.parametrize(
+    ("part", "baseline", "options"),
+    [("restorer", "standard", ["--noise-levels", "1"]), ("decoder", "mae", ["--crop-size", "128"])],
+)
+def test_a_restorer_and_a_decoder_are_trained_and_judged(command, repository, part, baseline, options, capsys):
+    if part == "decoder":
+        options = [*options, "--start", str(repository / "weights/nano/vae")]
+    tests = ("noisy", "clean:clean")
+    rows = command("--seeds", "0", "--objectives", baseline, "milo", *options, part=part, degraded=tests)
+    assert [(row["objective"], row["degraded"]) for row in rows] == [
+        (objective, degraded) for objective in (baseline, "milo") for degraded in tests
+    ]
+    assert float(rows[1]["psnr"]) > float(rows[0]["psnr"]) > 20  # from the weights of nano, and without noise better
+    assert rows[0]["psnr"] != rows[2]["psnr"]  # the objective reached the training
+    assert capsys.readouterr().out.splitlines()[-4].startswith(f"| noisy | {baseline} | 1 |")
+
+
+def test_only_the_middle_of_photos_is_judged_where_asked(command):
+    whole = command("--seeds", "0", "--objectives", "mae")
+    with pytest.raises(ValueError, match="Choose another --output"):
+        command("--seeds", "0", "--objectives", "mae", "--side", "168")
+    assert whole
 
 
 def test_the_table_has_the_mean_and_the_change(ablation):
