@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from milo_latent.diffbir.allowed import check_allowed
 from milo_latent.diffbir.prompts import PromptCache, read_prompt_embeds, write_prompt_embeds
 from milo_latent.files import make_readable
 
@@ -39,7 +40,7 @@ class FolderMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Open a saved pipeline.
+        """Open a saved pipeline. Nothing in its folder can run code, and its weights are read from safetensors only.
 
         Args:
             pretrained_model_name_or_path: a folder, or a hub id. All files are fetched from the hub first, since
@@ -52,8 +53,11 @@ class FolderMixin:
 
         Raises:
             FileNotFoundError: if there is no such folder, nor such a repository on the hub or in its cache.
+            ValueError: if weights are missing, or as of `check_allowed`.
         """
         folder = _folder_of(pretrained_model_name_or_path, kwargs)
+        check_allowed(folder, cls, cls._get_signature_types())  # type: ignore[attr-defined]
+        kwargs["use_safetensors"] = True
         pipeline: Self = super().from_pretrained(folder, **kwargs)  # type: ignore[misc]
         for name, component in pipeline.components.items():  # type: ignore[attr-defined]
             if isinstance(component, nn.Module) and name not in kwargs:

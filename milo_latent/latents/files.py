@@ -55,7 +55,9 @@ def load_vae(source: str | Path) -> VAE:
     if name not in classes:
         raise ValueError(f"Expected a VAE of the classes {sorted(classes)} in {folder}, got {name}.")
     try:
-        vae, info = classes[name].from_pretrained(folder, output_loading_info=True, torch_dtype=torch.float32)
+        vae, info = classes[name].from_pretrained(
+            folder, output_loading_info=True, torch_dtype=torch.float32, use_safetensors=True
+        )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"Expected the weights of a VAE in {folder}: {error}") from error
     if info["missing_keys"]:

@@ -93,7 +93,9 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
                 "nor an official .pth file."
             )
         try:
-            metric, info = super().from_pretrained(source, **kwargs, output_loading_info=True)
+            metric, info = super().from_pretrained(
+                source, **kwargs | {"use_safetensors": True}, output_loading_info=True
+            )
         except (OSError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(f"Expected MILO weights in {pretrained_model_name_or_path}: {error}") from error
         if info["missing_keys"]:  # diffusers only warns, and leaves them without values or with random ones

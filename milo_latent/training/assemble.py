@@ -68,14 +68,17 @@ def assemble(vae: Path, cleaner: Path, metric: Path, output: Path, restorer: Pat
         restorer: trained pipeline, whose UNet, IRControlNet and scheduler are taken; None takes untrained ones, which
             `train_restorer --train all` then trains.
     """
-    autoencoder = AutoencoderTiny.from_pretrained(vae)
+    safe = {"use_safetensors": True}
+    autoencoder = AutoencoderTiny.from_pretrained(vae, **safe)
     channels = autoencoder.config.latent_channels
     pipeline = DiffBIRPipeline(
         vae=autoencoder,
-        unet=UNet2DConditionModel.from_pretrained(restorer / "unet") if restorer else nano_unet(channels),
-        controlnet=IRControlNet.from_pretrained(restorer / "controlnet") if restorer else nano_controlnet(channels),
+        unet=UNet2DConditionModel.from_pretrained(restorer / "unet", **safe) if restorer else nano_unet(channels),
+        controlnet=(
+            IRControlNet.from_pretrained(restorer / "controlnet", **safe) if restorer else nano_controlnet(channels)
+        ),
         scheduler=DDIMScheduler.from_pretrained(restorer / "scheduler") if restorer else nano_scheduler(),
-        cleaner=ResidualCleaner.from_pretrained(cleaner),
+        cleaner=ResidualCleaner.from_pretrained(cleaner, **safe),
         metric=MILO.from_pretrained(metric),
     )
     pipeline.to(dtype=torch.float16).save_pretrained(output)

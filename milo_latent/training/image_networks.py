@@ -65,7 +65,7 @@ def load_initial(network: nn.Module, source: Path) -> None:
     if not source.exists():
         raise FileNotFoundError(f"Expected weights to start from, got {source}, which does not exist.")
     if isinstance(network, ResidualCleaner):
-        grow_cleaner(ResidualCleaner.from_pretrained(source).float(), network)
+        grow_cleaner(ResidualCleaner.from_pretrained(source, use_safetensors=True).float(), network)
         return
     state = load_file(source) if source.suffix == ".safetensors" else read_checkpoint(source)
     try:

@@ -158,8 +158,10 @@ def _open_autoencoder(options: argparse.Namespace) -> AutoencoderTiny:
         raise ValueError("Expected --start with --freeze-encoder: an encoder with random weights is of no use.")
     if options.start is not None and not (options.start / "config.json").is_file():
         raise FileNotFoundError(f"Expected the folder of an autoencoder, got {options.start}, without config.json.")
-    fresh = options.start is None
-    vae = nano_autoencoder(options.latent_channels) if fresh else AutoencoderTiny.from_pretrained(options.start).float()
+    if options.start is None:
+        vae = nano_autoencoder(options.latent_channels)
+    else:
+        vae = AutoencoderTiny.from_pretrained(options.start, use_safetensors=True).float()
     vae.encoder.requires_grad_(not options.freeze_encoder)
     return vae.train().to(memory_format=torch.channels_last)
 

@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     import_scipy("stats")  # before the first step, not at the first validation
     torch.manual_seed(options.seed)
-    vae = AutoencoderTiny.from_pretrained(options.vae).eval()
+    vae = AutoencoderTiny.from_pretrained(options.vae, use_safetensors=True).eval()
     metric = MILO(
         channels=vae.config.latent_channels,
         latent_space=options.latent_space,
