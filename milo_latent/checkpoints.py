@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import struct
 import zipfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -68,28 +68,47 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_pickled(path: Path) -> Any:
     with path.open("rb") as file:
         start = file.read(64)
-    zipped = zipfile.is_zipfile(path)  # checkpoints of the old format are not, and cannot be memory-mapped
-    if start.startswith(b"PK\x03\x04") and not zipped:
-        raise ValueError(
-            f"Expected a complete checkpoint, got {path}, whose end is missing after {path.stat().st_size} bytes. "
-            "It was downloaded or copied in part; fetch it again."
-        )
+    zipped = start.startswith(b"PK\x03\x04")  # checkpoints of the old format are not, and cannot be memory-mapped
+    if zipped:
+        _check_archive(path)
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"version https://git-lfs")):
         raise ValueError(f"Expected a checkpoint, got {path}, which is a web page or a pointer. Fetch the file itself.")
     try:
         with _nothing_runs(path) if zipped else nullcontext():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # the unpickler meets damaged content with errors of every kind
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         if first_line.startswith("Weights only load failed"):  # torch then advises to run the code in the file
             first_line = "it is damaged, or holds other objects than tensors. Nothing of it was run"
         raise ValueError(f"Expected a checkpoint of tensors in {path}, which cannot be read: {first_line}") from error
 
 
+def _check_archive(path: Path) -> None:
+    """Raise ValueError unless the entries of a checkpoint's archive are stored as they are and have their checksums.
+
+    PyTorch verifies no checksum, and takes the bytes of a compressed entry for values when it maps the file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            plain = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            repacked = not plain or len({entry.filename for entry in entries}) < len(entries)
+            damaged = None if repacked else archive.testzip()
+    except (zipfile.BadZipFile, RuntimeError, ValueError, EOFError, OSError, struct.error) as error:
+        raise ValueError(
+            f"Expected a complete checkpoint, got {path}, which is damaged or was downloaded or copied in part "
+            f"({error}): {path.stat().st_size} bytes. Fetch it again."
+        ) from error
+    if repacked:
+        raise ValueError(f"Expected a checkpoint as torch.save writes it, got {path}, which was packed anew.")
+    if damaged is not None:
+        raise ValueError(f"Expected a complete checkpoint, got {path}: the checksum of {damaged[:200]} in it is wrong.")
+
+
 def _nothing_runs(path: Path) -> AbstractContextManager:
     """Replace the objects that training programs leave in a checkpoint by `_Inert`; their classes are not imported."""
-    if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):  # torch before 2.6 refuses such files
-        return nullcontext()
     named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     return torch.serialization.safe_globals([(_Inert, name) for name in named if name.startswith(INERT_MODULES)])
 

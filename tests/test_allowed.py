@@ -134,5 +134,7 @@ def test_every_network_is_read_from_safetensors_only(repository):
                 of = ast.unparse(node.func.value)
                 if node.func.attr == "from_pretrained" and of not in own:
                     calls += 1
-                    assert {"use_safetensors", "**safe", "**kwargs"} & set(re.findall(r"[*\w]+", ast.unparse(node))), path
+                    assert {"use_safetensors", "**safe", "**kwargs"} & set(re.findall(r"[*\w]+", ast.unparse(node))), (
+                        path
+                    )
     assert calls >= 8

@@ -303,10 +303,6 @@ class ModelCheckpoint:
         raise AssertionError("the checkpoint's own code ran")
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"),
-    reason="torch before 2.6 cannot say which objects a checkpoint holds, so such checkpoints are refused there",
-)
 def test_objects_of_training_programs_are_passed_over_and_never_made(tmp_path, monkeypatch):
     module = type(pickle)("pytorch_lightning")
     module.ModelCheckpoint = ModelCheckpoint

@@ -1,6 +1,8 @@
 """The layout: data flows one way, inference needs no training code, names are found where they are said to be."""
 
 import ast
+import itertools
+import re
 import subprocess
 import sys
 import tomllib
@@ -87,3 +89,14 @@ def test_the_version_is_the_same_everywhere(repository):
     assert milo_latent.__version__ == version
     assert f"version: {version}" in (repository / "CITATION.cff").read_text()
     assert f"## [{version}]" in (repository / "CHANGELOG.md").read_text()
+
+
+def test_the_minimum_versions_are_those_that_are_tested(repository):
+    """A file of constraints, which `.ci/run` takes, holds the least version of each requirement."""
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    required = itertools.chain(project["dependencies"], *project["optional-dependencies"].values())
+    least = dict(re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(required), re.M))
+    tested = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (repository / ".ci" / "minimum.txt").read_text(), re.M))
+    assert least.keys() - tested.keys() == {"opencv-python-headless", "spandrel", "bitsandbytes", "ruff", "mypy"}
+    for name, version in tested.items():
+        assert re.fullmatch(rf"{re.escape(least[name])}(\.0)*", version), name
