@@ -1,4 +1,4 @@
-"""DiffBIR as a diffusers pipeline: cleaner, VAE encoder, IRControlNet and UNet, VAE decoder, color fix."""
+"""DiffBIR as a diffusers pipeline: cleaner, VAE encoder, IRControlNet and UNet, VAE decoder, color fix, join."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from milo_latent.diffbir import sampling, schedulers  # noqa: F401 (saved pipeli
 from milo_latent.diffbir.bsrnet import BSRNet
 from milo_latent.diffbir.cleaning import clean_image
 from milo_latent.diffbir.color import COLOR_FIXES, ColorFix, fix_color
+from milo_latent.diffbir.fidelity_join import FidelityJoin, join_images
 from milo_latent.diffbir.inputs import OUTPUT_TYPES, explained_memory, images_to_tensor, to_output
 from milo_latent.diffbir.ircontrolnet import IRControlNet
 from milo_latent.diffbir.loading import FolderMixin
@@ -31,6 +32,7 @@ from milo_latent.diffbir.prompts import listed, repeat_prompts
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner
 from milo_latent.diffbir.rules import COMPATIBILITIES, RULES, Compatibility, Rules, resize
 from milo_latent.diffbir.scunet import SCUNet
+from milo_latent.diffbir.stages import LAST_STAGES, LastStage, choose_stage
 from milo_latent.diffbir.swinir import SwinIR
 from milo_latent.diffbir.tiles import TilingMixin
 from milo_latent.diffbir.versions import Release, version_of
@@ -55,6 +57,8 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
         cleaner: stage 1, any model from images (B, 3, H, W) in [0, 1] to images; None where inputs are clean already.
         metric: MILO_L for the VAE's latents, for `callback_on_step_end=MILOGuidance(pipe.metric)`; it stays in float32.
         background_cleaner: stage 1 of what is around faces, where that is another cleaner than the faces'.
+        join: joins the decoded image with the cleaned and the degraded one, as `fidelity` says; `train_join` makes it.
+        default_stage: `stage` of calls that do not name one.
         release_version: the official version that this was converted from, such as "v2.1"; None for other models.
         release_task: the task whose cleaner was converted.
 
@@ -62,9 +66,9 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
     """
 
     # without the controlnet, which alternates with the UNet and would be moved at every step
-    model_cpu_offload_seq = "cleaner->text_encoder->unet->vae"
+    model_cpu_offload_seq = "cleaner->text_encoder->unet->vae->join"
     _exclude_from_cpu_offload = ["metric"]  # noqa: RUF012 (diffusers reads plain lists)
-    _optional_components = ["text_encoder", "tokenizer", "cleaner", "metric", "background_cleaner"]  # noqa: RUF012
+    _optional_components = ["text_encoder", "tokenizer", "cleaner", "metric", "background_cleaner", "join"]  # noqa: RUF012
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
 
     def __init__(
@@ -78,6 +82,8 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
         cleaner: BSRNet | ResidualCleaner | SCUNet | SwinIR | ModelMixin | None = None,  # `from_pipe` asks for each
         metric: MILO | None = None,
         background_cleaner: BSRNet | ResidualCleaner | SCUNet | SwinIR | ModelMixin | None = None,
+        join: FidelityJoin | None = None,
+        default_stage: str = "all",  # diffusers reads annotations, and knows no Literal
         release_version: str | None = None,
         release_task: str | None = None,
     ) -> None:
@@ -85,14 +91,16 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
         self.register_modules(
             vae=vae, unet=unet, controlnet=controlnet, scheduler=scheduler, text_encoder=text_encoder,
             tokenizer=tokenizer, cleaner=cleaner, metric=metric, background_cleaner=background_cleaner,
+            join=join,
         )  # fmt: skip
-        self.register_to_config(release_version=release_version, release_task=release_task)
+        check_choice("default_stage", default_stage, LAST_STAGES)
+        self.register_to_config(default_stage=default_stage, release_version=release_version, release_task=release_task)
         _ = self.release  # refuses an unknown one
         self.vae_scale_factor = vae_scale_factor(vae) if vae is not None else 8
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
         self._prompt_cache = None  # made at its first use
         if text_encoder is not None:  # then the pipeline needs it
-            self._optional_components = ["cleaner", "metric", "background_cleaner"]
+            self._optional_components = ["cleaner", "metric", "background_cleaner", "join"]
         self._tiles = {}
         self._guidance_scale = 1.0
 
@@ -199,6 +207,13 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
             raise ValueError(f"Expected `noise_aug` to be a timestep, 0 to {total - 1}, got {noise_aug}.")
         check_range("guidance_rescale", guidance_rescale, 0.0, 1.0, "It is a share.")
         sampling.check_scheduler(self.scheduler, num_inference_steps)
+
+    def choose_stage(
+        self, stage: LastStage | None = None, fidelity: float | None = None, *, sampling: Sequence[str] = ()
+    ) -> tuple[LastStage, float]:
+        """Return `stage` and `fidelity` with their defaults for this pipeline, as `stages.choose_stage` does."""
+        default, has_join = self.config.default_stage, self.join is not None
+        return choose_stage(stage, fidelity, default=default, has_join=has_join, sampling=sampling)
 
     def encode_prompt(
         self,
@@ -335,6 +350,8 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
         start_point: sampling.StartPoint = "noise",
         noise_aug: int = 0,
         compatibility: Compatibility | None = None,
+        stage: LastStage | None = None,
+        fidelity: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Restore one image or a batch of images of one size.
 
@@ -346,7 +363,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
             num_inference_steps: denoising steps.
             guidance_scale: of classifier-free guidance; 1 switches it off.
             controlnet_conditioning_scale: how strictly the result follows the cleaned image.
-            color_fix: "wavelet", "adain" or "none": how the result takes its colors from the cleaned image.
+            color_fix: "wavelet", "adain" or "none": how the decoded image takes its colors from the cleaned one.
             num_images_per_prompt: number of results for each image.
             eta: share of the noise that DDIM draws, in [0, 1].
             generator: one for the batch, or one for each result; fixes the output.
@@ -365,6 +382,11 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
             noise_aug: timestep to which the condition is noised; more lets the result depart further from it.
             compatibility: "official" computes as DiffBIR's own code does, where this package has other rules
                 (`milo_latent.diffbir.rules`).
+            stage: "cleaner" ends after the first stage, "join" joins its result with the degraded image, and "all"
+                samples as well. The default is "all" where an argument is given that acts on sampling alone, such as a
+                prompt or a guide, and the pipeline's `default_stage` otherwise.
+            fidelity: share of the way from the decoded image, after the color fix, to the one that the join makes of
+                it, in [0, 1]: 0 leaves the join out, and 1, the default with a join, keeps all that is known.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple of them.
@@ -373,6 +395,14 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
             ValueError: for arguments that cannot work, and if the result is not finite.
             MemoryError: if the image is too large for the device; `enable_tiling` helps.
         """
+        sampling_arguments = {
+            "prompt": prompt, "negative_prompt": negative_prompt, "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds, "latents": latents,
+            "callback_on_step_end": callback_on_step_end, "output_type 'latent'": output_type == "latent" or None,
+        }  # fmt: skip
+        stage, fidelity = self.choose_stage(
+            stage, fidelity, sampling=[name for name, value in sampling_arguments.items() if value is not None]
+        )
         guides, callback_on_step_end = split_guides(callback_on_step_end, self)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -387,8 +417,13 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
 
         # 1. Prepare: clean and encode the image, encode the prompts, draw the noise
         image = images_to_tensor(image).to(self._execution_device)  # one name, so that the degraded image is let go
-        size = rules.scaled_size(image, upscale)
+        size, degraded = rules.scaled_size(image, upscale), image if fidelity else None
         image = self.clean(image, size, compatibility=compatibility)  # (B, 3, H, W)
+        join = partial(self._join, degraded=degraded, fidelity=fidelity, rules=rules)
+        if stage != "all":
+            images = join(image, cleaned=image).repeat_interleave(num_images_per_prompt, dim=0)
+            return self._returned(images, size, output_type, rules, return_dict=return_dict)
+
         reference, cells = self._encode(image, guides, rules)
         reference = reference.repeat_interleave(num_images_per_prompt, dim=0)  # (B, C, h, w)
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
@@ -420,11 +455,16 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
                 step_arguments=sampling.step_arguments(self.scheduler, generator, eta),
             )
 
-        # 3. Decode, give the colors back, cut the padding off
+        # 3. Decode, cut the padding off, give the colors back, join with what was known
         latents = latents[..., : cells[0], : cells[1]]
-        images = self._decode(latents, image, size, color_fix=color_fix, output_type=output_type, rules=rules)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        if not torch.isfinite(latents).all():
+            raise ValueError(f"The latents are not finite in {self.unet.dtype}. Use torch.bfloat16 or torch.float32.")
+        if output_type == "latent":
+            return self._returned(latents, size, output_type, rules, return_dict=return_dict)
+        if num_images_per_prompt > 1:
+            image = image.repeat_interleave(num_images_per_prompt, dim=0)
+        images = join(self._decode(latents, image, color_fix=color_fix, rules=rules), cleaned=image)
+        return self._returned(images, size, output_type, rules, return_dict=return_dict)
 
     def _encode(self, image: Tensor, guides: Sequence[Any], rules: Rules) -> tuple[Tensor, tuple[int, ...]]:
         """Return the latents of the padded image, (B, C, h, w), and the height and width of what is decoded at last.
@@ -482,30 +522,35 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
                 progress_bar.update()
         return tensors["latents"]  # type: ignore[return-value]
 
-    def _decode(
-        self,
-        latents: Tensor,
-        cleaned: Tensor,
-        size: tuple[int, int],
-        *,
-        color_fix: ColorFix,
-        output_type: str,
-        rules: Rules,
-    ) -> Any:
-        """Decode, fix the colors, crop the padding and resize to what was asked for."""
-        if not torch.isfinite(latents).all():
-            raise ValueError(f"The latents are not finite in {self.unet.dtype}. Use torch.bfloat16 or torch.float32.")
-        if output_type == "latent":
-            return latents
+    def _decode(self, latents: Tensor, cleaned: Tensor, *, color_fix: ColorFix, rules: Rules) -> Tensor:
+        """Decode, cut the padding off and fix the colors."""
         if getattr(self, "final_offload_hook", None) is not None:  # make room for the decoder
             self.unet.to("cpu")
             self.controlnet.to("cpu")
         decoded = decode_latents(self.vae, latents, tile=self._tile_size("decoder"), clip=rules.clips)
         decoded = decoded[..., : cleaned.shape[2], : cleaned.shape[3]]
-        repeats = latents.shape[0] // cleaned.shape[0]
-        colors = cleaned if repeats == 1 else cleaned.repeat_interleave(repeats, dim=0)
-        images = fix_color(decoded, colors, method=color_fix, tile=self._tiles.get("decoder"))
-        return to_output(rules.quantize(resize(images, size).clamp_(0, 1)), output_type)
+        return fix_color(decoded, cleaned, method=color_fix, tile=self._tiles.get("decoder"))
+
+    def _join(
+        self, decoded: Tensor, *, cleaned: Tensor, degraded: Tensor | None, fidelity: float, rules: Rules
+    ) -> Tensor:
+        """Join the decoded image with the cleaned one, of the same shape, and the degraded one, None for no join."""
+        if degraded is None:
+            return decoded
+        degraded = resize(degraded, (cleaned.shape[2], cleaned.shape[3])).clamp(0, 1)
+        degraded = degraded.repeat_interleave(cleaned.shape[0] // degraded.shape[0], dim=0)
+        images = {"decoded": decoded, "cleaned": cleaned, "degraded": degraded}
+        return join_images(self.join, **images, fidelity=fidelity, tile=self._tiles.get("decoder"), rules=rules)
+
+    def _returned(
+        self, images: Tensor, size: tuple[int, int], output_type: str, rules: Rules, *, return_dict: bool
+    ) -> ImagePipelineOutput | tuple:
+        """Resize images to what was asked for and convert them; latents are returned as they are."""
+        self.maybe_free_model_hooks()
+        result: Any = images
+        if output_type != "latent":
+            result = to_output(rules.quantize(resize(images, size).clamp_(0, 1)), output_type)
+        return ImagePipelineOutput(images=result) if return_dict else (result,)
 
     def _size_multiple(self) -> int:
         """Pixels of which both sides must be multiples for every level of VAE and UNet to halve evenly."""

@@ -32,22 +32,23 @@ def _levels(channels: tuple[int, ...], blocks: tuple[int, ...]) -> nn.ModuleList
     )
 
 
-class ResidualCleaner(ModelMixin, ConfigMixin):
-    """Remove noise, blur and compression from an image, without being told the degradation.
-
-    A U-Net on 2x2 blocks of pixels predicts what to add to its input.
+class ResidualUNet(ModelMixin, ConfigMixin):
+    """A U-Net of residual blocks on 2x2 blocks of pixels, from some images of one size to what is added to one of them.
 
     Args:
+        images: number of RGB images that it sees at once.
         channels: of the levels, from 1/2 of the size downwards.
         blocks: residual blocks of each level; all but the last level have them on the way up, too.
+
+    Raises:
+        ValueError: if there are not as many `channels` as `blocks`.
     """
 
-    @register_to_config
-    def __init__(self, channels: tuple[int, ...] = (32, 64, 128), blocks: tuple[int, ...] = (1, 2, 4)) -> None:
+    def __init__(self, images: int, channels: tuple[int, ...], blocks: tuple[int, ...]) -> None:
         super().__init__()
         if len(channels) != len(blocks):
             raise ValueError(f"Expected as many `channels` as `blocks`, got {len(channels)} and {len(blocks)}.")
-        self.conv_in = nn.Conv2d(12, channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(12 * images, channels[0], 3, padding=1)
         self.down_blocks = _levels(channels, blocks)
         pairs = list(itertools.pairwise(channels))
         self.downsamplers = nn.ModuleList(nn.Conv2d(fine, coarse, 2, stride=2) for fine, coarse in pairs)
@@ -55,11 +56,11 @@ class ResidualCleaner(ModelMixin, ConfigMixin):
         self.up_blocks = _levels(channels[:-1], blocks[:-1])
         self.conv_out = nn.Conv2d(channels[0], 12, 3, padding=1)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Clean images, (B, 3, H, W) of any size, in [0, 1]; the result may leave that range a little."""
-        height, width = image.shape[2:]
+    def residual(self, images: Tensor) -> Tensor:
+        """Return (B, 3, H, W) for images in [0, 1] that are stacked in the channels, (B, 3 * images, H, W)."""
+        height, width = images.shape[2:]
         multiple = 2 ** len(self.down_blocks)
-        padded = F.pad(image, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+        padded = F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate")
         hidden = self.conv_in(F.pixel_unshuffle(padded - 0.5, 2))  # (B, channels[0], H / 2, W / 2)
         skips: list[Tensor] = []
         for level, blocks in enumerate(self.down_blocks):
@@ -69,5 +70,21 @@ class ResidualCleaner(ModelMixin, ConfigMixin):
                 hidden = self.downsamplers[level](hidden)
         for level in reversed(range(len(self.up_blocks))):
             hidden = self.up_blocks[level](skips[level] + self.upsamplers[level](hidden))
-        cleaned = padded + F.pixel_shuffle(self.conv_out(hidden), 2)  # (B, 3, H, W)
-        return cleaned[..., :height, :width]
+        return F.pixel_shuffle(self.conv_out(hidden), 2)[..., :height, :width]  # (B, 3, H, W)
+
+
+class ResidualCleaner(ResidualUNet):
+    """Remove noise, blur and compression from an image, without being told the degradation.
+
+    Args:
+        channels: of the levels, from 1/2 of the size downwards.
+        blocks: residual blocks of each level; all but the last level have them on the way up, too.
+    """
+
+    @register_to_config
+    def __init__(self, channels: tuple[int, ...] = (32, 64, 128), blocks: tuple[int, ...] = (1, 2, 4)) -> None:
+        super().__init__(1, channels, blocks)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Clean images, (B, 3, H, W) of any size, in [0, 1]; the result may leave that range a little."""
+        return image + self.residual(image)
