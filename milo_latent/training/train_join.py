@@ -166,7 +166,6 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--degradation", choices=sorted(DEGRADATIONS), default="everyday")
     options.add_argument("--warmup", type=int, default=100, help="steps in which the learning rate rises")
     options.add_argument("--decay", type=float, default=0.5, help="share of the steps in which it falls to zero")
-    options.add_argument("--ema-decay", type=float, help="of a moving average of the weights, such as 0.999")
     options.add_argument("--validation", type=Path, required=True, help="folder of clean validation images")
     options.add_argument("--validation-images", type=int, default=6, help="how many of them, while it trains")
     options.add_argument("--tests", nargs="+", choices=sorted(TESTS), default=list(TESTS))
@@ -221,10 +220,9 @@ def train(options: argparse.Namespace) -> JoinLoss:
         decay=options.decay,
         warmup=options.warmup,
         checkpoint_minutes=options.checkpoint_minutes,
-        ema_decay=options.ema_decay,
     )
     loss = JoinLoss(join, open_pipeline(options), open_objective(options), steps=options.generator_steps)
-    fit(loss, with_progress(seeded, options.steps), config, validate=validator(options))
+    fit(loss, with_progress(seeded, options.steps * options.accumulation), config, validate=validator(options))
     return loss
 
 
