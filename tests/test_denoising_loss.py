@@ -147,6 +147,13 @@ def test_the_curriculum_goes_from_less_to_more_visible_latent_pixels(objective, 
     torch.testing.assert_close(end, weight_of(tensors, scheduler, **options | {"objective": "milo"}))
 
 
+def test_masks_are_computed_in_float32_under_autocast_too(tensors, scheduler):
+    options = {"objective": "milo", "mask_of": "condition"}
+    expected = weight_of(tensors, scheduler, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(weight_of(tensors, scheduler, **options), expected)
+
+
 def test_only_the_chosen_timesteps_are_weighted(tensors, scheduler):
     whole = weight_of(tensors, scheduler, objective="milo")
     part = weight_of(tensors, scheduler, objective="milo", timesteps=(0, 100))

@@ -67,6 +67,14 @@ def test_no_gradient_passes_through_the_mask(pair, metric, name):
     assert torch.allclose(gradient, expected.detach(), rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["milo", "cosine"])
+def test_masks_are_computed_in_float32_under_autocast_too(pair, metric, name):
+    pred, target = pair
+    expected = Objective(name, metric)(pred, target)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Objective(name, metric)(pred, target).item() == expected.item()
+
+
 def test_objectives_that_need_a_metric_ask_for_it():
     with pytest.raises(TypeError, match="`metric` to be a MILO, got NoneType"):
         Objective("milo")
