@@ -32,9 +32,10 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from milo_latent.atomic import write_text
 from milo_latent.evaluation.metrics import by_name
 from milo_latent.evaluation.reports import Row, write_rows
-from milo_latent.files import read_image, write_text
+from milo_latent.files import read_image
 from milo_latent.latents.codec import decode_latents, encode_image, pad_image
 from milo_latent.metric.network import MILO
 from milo_latent.pictures import center_crop, round_to_8bit

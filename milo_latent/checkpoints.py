@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from milo_latent.checks import check_file
+from milo_latent.structure import read_safetensors, refusing_damage
 
 CHECKPOINT_SUFFIXES = frozenset({".pth", ".pt", ".ckpt"})
 INERT_MODULES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.")
@@ -50,19 +49,19 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     check_file(path, "a checkpoint")
-    content = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pickled(path)
+    content = read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pickled(path)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"Expected a dictionary of tensors in {path}, got {type(content).__name__}.")
+    if not isinstance(content, Mapping) or not all(map(_is_stored, content.values())):
+        raise ValueError(f"Expected a dictionary of tensors in {path}, got {type(content).__name__}, or odd tensors.")
     return {str(key).removeprefix("module."): value for key, value in content.items()}
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"Expected a complete safetensors file, got {path}: {error}.") from error
+def _is_stored(value: Any) -> bool:
+    """Return whether a value is a tensor whose file holds all of its numbers, not a sparse or an expanded one."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def _read_pickled(path: Path) -> Any:
@@ -73,16 +72,13 @@ def _read_pickled(path: Path) -> Any:
         _check_archive(path)
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"version https://git-lfs")):
         raise ValueError(f"Expected a checkpoint, got {path}, which is a web page or a pointer. Fetch the file itself.")
-    try:
-        with _nothing_runs(path) if zipped else nullcontext():
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except MemoryError:
-        raise
-    except Exception as error:  # the unpickler meets damaged content with errors of every kind
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if first_line.startswith("Weights only load failed"):  # torch then advises to run the code in the file
-            first_line = "it is damaged, or holds other objects than tensors. Nothing of it was run"
-        raise ValueError(f"Expected a checkpoint of tensors in {path}, which cannot be read: {first_line}") from error
+    with refusing_damage(f"Expected a checkpoint of tensors in {path}, which cannot be read"):
+        try:
+            with _nothing_runs(path) if zipped else nullcontext():
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        except pickle.UnpicklingError as error:  # torch advises to run the code in the file
+            reason = "It is damaged, or holds other objects than tensors. Nothing of it was run."
+            raise ValueError(reason) from error
 
 
 def _check_archive(path: Path) -> None:

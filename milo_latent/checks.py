@@ -11,6 +11,13 @@ from torch import Tensor
 
 # root mean square of scaled latents, which is near 1 by definition; that of unscaled ones is 5 to 8 (SD 1.x to SDXL)
 LATENT_RANGE = (0.05, 3.0)
+SHOWN = 200  # characters of a value from a file or of another library's error that a message repeats
+
+
+def shortened(value: object) -> str:
+    """Return the text of a value for a message: in one line, of at most `SHOWN` characters."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import io
-import os
-import tempfile
+import json
+import math
+import re
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from milo_latent.checks import check_file, check_finite
+from milo_latent.atomic import check_output_folder, remove_leftovers, write_atomically, write_bytes
+from milo_latent.checks import check_file, check_finite, shortened
 from milo_latent.pictures import from_8bit, picture_to_tensor, to_8bit
+from milo_latent.structure import DTYPES, open_safetensors, refusing_damage
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 LATENT_SUFFIXES = frozenset({".npy", ".safetensors"})
 ALPHA_SUFFIXES = frozenset({".png", ".webp", ".tif", ".tiff"})
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # the decoders that a file may choose, those of `IMAGE_SUFFIXES`
+NPY_HEADER = re.compile(  # of a plain array of floating point, as numpy writes it
+    rb"\x93NUMPY[\1-\3]\0(?P<length>..|....)(?P<header>\{'descr': '(?P<kind>[<>]f[248])', "
+    rb"'fortran_order': (?P<fortran>True|False), 'shape': \((?P<shape>(?:\d{1,9},? ?)*)\), \} *\n)",
+    re.DOTALL,
+)
 MAX_PIXELS = 128 * 1024 * 1024  # admits photos of 100 megapixels, refuses decompression bombs
 
 
@@ -63,33 +67,29 @@ def read_photo(path: str | Path) -> tuple[Tensor, Tensor | None]:
 def _open(path: str | Path) -> Image.Image:
     path = Path(path)
     check_file(path, "an image file")
-    try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours, below
+    expected = f"Expected a complete image ({', '.join(FORMATS)}), got {path}, which is damaged or another file"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow's limit of pixels, since ours is below, and of damaged metadata
+        with refusing_damage(expected):
+            image = Image.open(path, formats=FORMATS)
+        with image:
             if image.width * image.height > MAX_PIXELS:
                 size = f"{image.width}x{image.height}"
                 raise ValueError(f"Expected at most {MAX_PIXELS} pixels, got {size} in {path}. Crop or shrink it.")
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"Expected an image, got {path}, whose format Pillow does not know.") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"Expected at most {MAX_PIXELS} pixels in {path}: {error}. Crop or shrink it.") from error
-    except (OSError, SyntaxError, EOFError) as error:
-        raise ValueError(f"Expected a complete image, got {path}, which is damaged: {error}.") from error
+            with refusing_damage(expected):
+                image.load()
+                return ImageOps.exif_transpose(image)
 
 
-def check_output(path: Path, suffixes: frozenset[str] | None = None) -> None:
+def check_output(path: Path, suffixes: frozenset[str]) -> None:
     """Raise unless a file can be written to `path`; call it before the content is computed.
 
     Raises:
         FileNotFoundError: if its folder does not exist.
-        ValueError: if its suffix is none of `suffixes`; None allows all.
+        ValueError: if its suffix is none of `suffixes`.
     """
-    if suffixes is not None:
-        _check_suffix(path, suffixes)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"Expected a folder to write into, got {path.parent}, which does not exist.")
+    _check_suffix(path, suffixes)
+    check_output_folder(path)
 
 
 def _check_suffix(path: Path, suffixes: frozenset[str]) -> None:
@@ -154,27 +154,26 @@ def read_latents(path: str | Path) -> Tensor:
 
 
 def _read_npy(path: Path) -> Tensor:
-    try:
-        return torch.from_numpy(np.load(path, allow_pickle=False))
-    except (ValueError, EOFError, OSError, TypeError) as error:
-        raise ValueError(f"Expected a plain array in {path}: {error}. Pickled objects are never read.") from error
+    """Read a plain array. Numpy's own reader evaluates the header, and allocates whatever that asks for."""
+    with path.open("rb") as file:
+        found = NPY_HEADER.match(file.read(1024))
+    if found is None or int.from_bytes(found["length"], "little") != len(found["header"]):
+        raise ValueError(f"Expected a plain array of floating point in {path}. Pickled objects are never read.")
+    shape, kind = tuple(map(int, re.findall(rb"\d+", found["shape"]))), np.dtype(found["kind"].decode())
+    size, expected = path.stat().st_size, found.end() + math.prod(shape) * kind.itemsize
+    if size != expected:
+        raise ValueError(f"Expected {expected} bytes for a plain array {shape} in {path}, got {size}. Is it whole?")
+    array = np.fromfile(path, kind, offset=found.end()).reshape(
+        shape, order="F" if found["fortran"] == b"True" else "C"
+    )
+    return torch.from_numpy(np.ascontiguousarray(array, kind.newbyteorder("=")))
 
 
 def _read_safetensors(path: Path) -> Tensor:
     with open_safetensors(path) as file:
         if "latents" not in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-            raise ValueError(f"Expected an entry `latents` in {path}, got {sorted(file.keys())}.")
+            raise ValueError(f"Expected an entry `latents` in {path}, got {shortened(sorted(file.keys()))}.")
         return file.get_tensor("latents")
-
-
-@contextmanager
-def open_safetensors(path: str | Path) -> Iterator[Any]:
-    """Open a safetensors file as `safe_open` does; a damaged one raises ValueError."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"Expected a complete safetensors file, got {path}: {error}.") from error
 
 
 def read_latents_metadata(path: str | Path) -> dict[str, str]:
@@ -206,54 +205,58 @@ def write_latents(path: str | Path, latents: Tensor, *, metadata: dict[str, str]
     check_finite(f"latents for {path}", latents)
     array = latents.detach().float().cpu().contiguous()
     if path.suffix.lower() == ".safetensors":
-        write_bytes(path, save({"latents": array}, metadata=metadata))
+        write_safetensors(path, {"latents": array}, metadata=metadata)
     else:
         buffer = io.BytesIO()
         np.save(buffer, (array[0] if array.ndim == 4 and array.shape[0] == 1 else array).numpy(), allow_pickle=False)
         write_bytes(path, buffer.getvalue())
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file of these bytes."""
-    write_atomically(path, lambda partial: partial.write_bytes(content))
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file, completely or not at all; the same content gives the same bytes.
 
+    The library's own `save_file` needs all tensors in memory, in the file's dtype and contiguous; this needs one. It
+    also shuffles the metadata.
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file in UTF-8; file names in it that are not valid UTF-8 keep their bytes."""
-    write_atomically(
-        Path(path), lambda partial: partial.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
-    )
-
-
-def make_readable(*folders: str | Path) -> None:
-    """Give the weights in these folders the permissions of other new files; safetensors saves them as private ones."""
-    for folder in folders:
-        for path in Path(folder).glob("*.safetensors"):
-            path.chmod(0o666 & ~_umask())
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file completely or not at all: `write` fills a temporary file beside `path`, which then replaces it.
+    Args:
+        path: the file.
+        tensors: tensors by name.
+        dtype: of the floating-point tensors in the file; None keeps theirs.
+        metadata: texts by name; None stores only that PyTorch wrote the file.
 
     Raises:
-        OSError: if writing fails, such as on a full disk; an older file at `path` is untouched then.
+        OSError: if the disk is full; nothing is left behind.
+
+    Source: the safetensors format: length of the header (8 bytes, little endian), header in JSON, values.
     """
-    check_output(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
-        write(partial)
-        partial.chmod(0o666 & ~_umask())  # mkstemp makes files private
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"} if metadata is None else dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        kind = stored_dtype(tensor, dtype)
+        start, end = end, end + tensor.numel() * kind.itemsize
+        header[name] = {"dtype": DTYPES[kind], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # values begin aligned
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:
+            file.write(len(encoded).to_bytes(8, "little") + encoded)
+            for tensor in tensors.values():
+                values = tensor.detach().to("cpu", stored_dtype(tensor, dtype)).contiguous()
+                values.reshape(-1).view(torch.uint8).numpy().tofile(file)
+
+    write_atomically(path, write)
+
+
+def stored_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype in which a tensor is stored: that of floating-point ones is `dtype`, unless that is None."""
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
 
 def list_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
@@ -270,17 +273,34 @@ def list_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
     return sorted(paths)
 
 
+def list_named_files(folder: Path, suffixes: frozenset[str]) -> tuple[dict[str, Path], dict[Path, str]]:
+    """Return the files of `list_files` by their names without suffix, by which results are named.
+
+    Files that share a name are left out, since no result could tell which of them it is of; they are the keys of the
+    second dictionary, with an error for each.
+    """
+    sharing: dict[str, list[Path]] = {}
+    for path in list_files(folder, suffixes):
+        sharing.setdefault(path.stem, []).append(path)
+    reason = f"expected each name once in {folder}, whatever its suffix, since results are named so. Rename it."
+    refused = {path: f"{path.name}: {reason}" for paths in sharing.values() for path in paths if len(paths) > 1}
+    return {name: paths[0] for name, paths in sharing.items() if len(paths) == 1}, refused
+
+
 def list_unique_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
     """Return the files of `list_files`, or raise ValueError if two have one name but for the suffix."""
-    paths = list_files(folder, suffixes)
-    counts = Counter(path.stem for path in paths)
-    twice = [path.name for path in paths if counts[path.stem] > 1]
-    if twice:
-        names = ", ".join(twice[:4]) + (", ..." if len(twice) > 4 else "")
-        raise ValueError(
-            f"Expected each name once in {folder}, whatever its suffix, since results are named so: {names}."
-        )
-    return paths
+    named, refused = list_named_files(folder, suffixes)
+    for reason in refused.values():
+        raise ValueError(reason)
+    return list(named.values())
+
+
+def files_failed(summary: str, lines: list[str]) -> ValueError:
+    """Return the error of a folder of which some files failed; programs print each of its notes as a line."""
+    error = ValueError(f"{summary}; {len(lines)} failed:")
+    for line in lines:
+        error.add_note(line)
+    return error
 
 
 def process_folder(
@@ -301,22 +321,23 @@ def process_folder(
 
     Raises:
         FileNotFoundError: if the folder holds no such file.
-        ValueError: at the start, if two files would have one result; at the end, with the reason for each failure.
+        ValueError: at the end, with a note for each file that failed or that shares its name with another.
     """
-    paths = list_unique_files(folder, inputs)
+    named, refused = list_named_files(folder, inputs)
+    failed = list(refused.values())
     output.mkdir(parents=True, exist_ok=True)
-    results = {path: output / f"{path.stem}.{suffix}" for path in paths}
-    left = [path for path in paths if not results[path].exists()]
-    failed = []
-    for path in tqdm(left, unit="file", disable=len(left) < 2):
-        try:
-            work(path, results[path])
-        except (ValueError, FileNotFoundError, MemoryError) as error:  # a full disk stops the run
-            failed.append(f"{path.name}: {' '.join(str(error).split())}")
-    skipped = len(paths) - len(left)
+    remove_leftovers(output)
+    results = {path: output / f"{name}.{suffix}" for name, path in named.items()}
+    left = [path for path in results if not results[path].exists()]
+    done = 0
+    with tqdm(left, unit="file", disable=len(left) < 2) as shown:
+        for path in shown:
+            try:
+                work(path, results[path])
+                done += 1
+            except (ValueError, FileNotFoundError, MemoryError) as error:  # a full disk stops the run
+                failed.append(f"{path.name}: {error}")
+    skipped = len(results) - len(left)
     if failed:
-        raise ValueError(
-            f"{len(left) - len(failed)} {unit} of {folder} -> {output} ({skipped} were there already); "
-            f"{len(failed)} failed: {'; '.join(failed)}"
-        )
-    return len(left), skipped
+        raise files_failed(f"{done} {unit} of {folder} -> {output} ({skipped} were there already)", failed)
+    return done, skipped

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Integral
@@ -42,6 +41,7 @@ from milo_latent.latents.codec import decode_latents, encode_image, vae_scale_fa
 from milo_latent.metric.network import MILO
 
 SMALLEST_LATENTS = 16  # cells a side: the metric's four levels need them
+MAX_UPSCALE = 64  # a photo of one megapixel becomes one of four thousand
 
 
 class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin, TilingMixin):
@@ -196,8 +196,8 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
         check_choice("color_fix", color_fix, COLOR_FIXES)
         check_choice("start_point", start_point, sampling.START_POINTS)
         check_choice("compatibility", compatibility or "official", COMPATIBILITIES)
-        if not (upscale > 0 and math.isfinite(upscale)):
-            raise ValueError(f"Expected `upscale` above 0, got {upscale}.")
+        if not 0 < upscale <= MAX_UPSCALE:
+            raise ValueError(f"Expected `upscale` above 0 and at most {MAX_UPSCALE}, got {upscale}.")
         counts = {"num_inference_steps": num_inference_steps, "num_images_per_prompt": num_images_per_prompt}
         for name, count in counts.items():
             if not isinstance(count, Integral) or count < 1:

@@ -13,6 +13,7 @@ import milo_latent
 # may import from the lines above its own and from its own folder, never from a line below.
 LEVELS = (
     "checks pictures",
+    "atomic structure",
     "checkpoints extras files programs resources weights",
     "distortions latents metric",
     "guidance",

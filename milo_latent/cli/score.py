@@ -45,12 +45,14 @@ def run(options: argparse.Namespace) -> str:
     """Score two files, or the files of folders; return what to print."""
     from tqdm.auto import tqdm
 
-    from milo_latent.metric.network import MILO, is_image_metric
+    from milo_latent.files import files_failed
+    from milo_latent.metric.network import MILO
     from milo_latent.score.pairs import compare_pairs, match_pairs, score_pairs, unfinished
-    from milo_latent.score.table import ScoreTable, mean_row, rows_to_json
+    from milo_latent.score.table import ScoreTable
 
     largest = _map_scale(options)
-    pairs = match_pairs(options.ref, options.dist)
+    failed: list[str] = []
+    pairs = match_pairs(options.ref, options.dist, failed=failed)
     _check_outputs(options, len(pairs))
     weights = _weights(options, pairs)
     metric = MILO.from_pretrained(weights)
@@ -64,13 +66,25 @@ def run(options: argparse.Namespace) -> str:
         painted = [_write_map(metric, pairs[0].ref, encode, error_map, largest, options)]
     else:
         left = pairs if table is None else unfinished(pairs, table.rows)
-        scores = score_pairs(metric, left, encode=encode)
+        scores = score_pairs(metric, left, encode=encode, failed=failed if len(pairs) > 1 else None)
     scored = tqdm(scores, total=len(pairs), initial=len(pairs) - len(left), unit="pair", disable=len(left) < 2)
     if table is None:
         rows = list(scored)
     else:
         table.extend(scored)
-        rows = table.finish(pair.name for pair in pairs)
+        rows = table.finish(pair.name for pair in pairs if pair.name in table.rows)
+    text = _text(options, rows, painted, weights=weights, metric=metric) if rows else ""
+    if failed:
+        print(text, end="\n" if rows else "")
+        raise files_failed(f"{len(rows)} pairs of {options.ref} and {options.dist} scored", failed)
+    return text
+
+
+def _text(options: argparse.Namespace, rows: list[Any], painted: list[str], *, weights: str, metric: Any) -> str:
+    """Return the table of scores as it is printed."""
+    from milo_latent.metric.network import is_image_metric
+    from milo_latent.score.table import mean_row, rows_to_json
+
     name = "MILO_I" if is_image_metric(metric) else "MILO_L"
     if options.json:
         return rows_to_json(rows, metric=name, weights=weights)

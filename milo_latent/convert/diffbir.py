@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,7 @@ from diffusers.utils import logging
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from milo_latent.atomic import folder_at_once, write_text
 from milo_latent.convert.kinds import check_name, check_schedule, read_kind
 from milo_latent.convert.mapping import check_rest, select
 from milo_latent.convert.networks import Config, Network, find_network
@@ -22,7 +19,6 @@ from milo_latent.convert.tokenizer import HUB_TOKENIZER, WAY_OUT, open_tokenizer
 from milo_latent.diffbir.prompts import PROMPT_TOKENS, prompt_tokens, write_prompt_embeds
 from milo_latent.diffbir.schedulers import official_scheduler
 from milo_latent.diffbir.versions import FILES, UPSCALE, TaskName, Version, VersionName, version_of
-from milo_latent.files import write_text
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
 from milo_latent.resources import sha256
 
@@ -108,35 +104,11 @@ def convert_diffbir(
         raise ValueError(f"Expected no `background` for {task}, got {background}. Only unaligned faces have one.")
     given = {"sd": sd, "controlnet": controlnet, "cleaner": cleaner, "background": background}
     files = {part: Path(file) for part, file in given.items() if file is not None}
-    with _folder_at_once(folder) as partial:
+    with folder_at_once(folder) as partial:
         networks = _find_networks(release, task, files, configs or {}, ignore)
         _save(networks, release, task, partial, _open_tokenizer(tokenizer, networks["text_encoder"]), dtype)
         write_text(partial / "README.md", _card(folder.name, release, task, files, dtype))
     return folder
-
-
-def check_output(folder: Path) -> None:
-    """Raise FileExistsError unless `folder` is new or empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(
-            f"Expected a new or an empty folder, got {folder}, which holds something. Choose another."
-        )
-
-
-@contextmanager
-def _folder_at_once(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `folder` that takes its place at the end, or vanishes if anything fails."""
-    check_output(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield partial
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)  # mkdtemp makes folders private
-        partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _find_networks(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,25 +19,13 @@ from milo_latent.diffbir.bsrnet import BSRNet
 from milo_latent.diffbir.ircontrolnet import IRControlNet
 from milo_latent.diffbir.scunet import SCUNet
 from milo_latent.diffbir.swinir import SwinIR
-from milo_latent.files import write_atomically
+from milo_latent.files import stored_dtype, write_safetensors
 
 SCALING_FACTOR = 0.18215  # of Stable Diffusion's latents
 TEXT_PREFIX = "text_model."  # the hub's spelling, which every release of transformers reads
 HEAD_WIDTH = 64  # channels of an attention head of Stable Diffusion 2 and of OpenCLIP ViT-H
 CLEANERS = {"SwinIR": SwinIR, "SCUNet": SCUNet, "BSRNet": BSRNet}
 COMPUTED = ("attn_mask", "relative_position_index")  # buffers in the files of cleaners that ours compute
-DTYPES = {  # as the safetensors format names them
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 Config = dict[str, Any]
 
@@ -57,7 +44,7 @@ class Network:
 
     def load(self, dtype: torch.dtype | None = None) -> Any:
         """Return the model in evaluation mode; with `dtype` None it shares the checkpoint's memory."""
-        tensors = {key: tensor.to(_stored_dtype(tensor, dtype)) for key, tensor in self.tensors.items()}
+        tensors = {key: tensor.to(stored_dtype(tensor, dtype)) for key, tensor in self.tensors.items()}
         self.model.load_state_dict(tensors, assign=True)
         return self.model.eval()
 
@@ -225,41 +212,3 @@ _BUILDERS = {
     "VAE": _build_vae,
     "text encoder": _build_text_encoder,
 }
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> None:
-    """Write a safetensors file, completely or not at all.
-
-    The library's own `save_file` needs all tensors in memory, in the file's dtype and contiguous; this needs one.
-
-    Args:
-        path: the file.
-        tensors: tensors by name.
-        dtype: of the floating-point tensors in the file; None keeps theirs.
-
-    Raises:
-        OSError: if the disk is full; nothing is left behind.
-
-    Source: the safetensors format: length of the header (8 bytes, little endian), header in JSON, values.
-    """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        kind = _stored_dtype(tensor, dtype)
-        start, end = end, end + tensor.numel() * kind.itemsize
-        header[name] = {"dtype": DTYPES[kind], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # values begin aligned
-
-    def write(partial: Path) -> None:
-        with partial.open("wb") as file:
-            file.write(len(encoded).to_bytes(8, "little") + encoded)
-            for tensor in tensors.values():
-                values = tensor.detach().to(_stored_dtype(tensor, dtype)).contiguous()
-                values.reshape(-1).view(torch.uint8).numpy().tofile(file)
-
-    write_atomically(path, write)
-
-
-def _stored_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from milo_latent.atomic import folder_at_once
 from milo_latent.metric.card import write_card
 from milo_latent.metric.loading import OFFICIAL, weights_path
 from milo_latent.metric.network import MILO, is_image_metric
@@ -23,14 +24,16 @@ def convert(path: str | Path, folder: str | Path, *, official: bool = True) -> P
 
     Args:
         path: the official file.
-        folder: made where it is missing.
+        folder: new or empty; it appears when it is complete.
         official: refuse a file whose hash is that of no official checkpoint; False takes any of the same layout.
 
     Returns:
         The folder.
 
     Raises:
+        FileExistsError: if there is something in `folder`.
         FileNotFoundError: if there is no such file.
+        OSError: if the disk is full; nothing is left behind.
         ValueError: if it is no official MILO checkpoint.
     """
     path, folder = Path(path), Path(folder)
@@ -43,9 +46,10 @@ def convert(path: str | Path, folder: str | Path, *, official: bool = True) -> P
             f"Expected the SHA-256 of an official checkpoint ({expected}), got {digest} of {path}: the file was "
             "changed, or is of another training. Fetch it again, or pass --unofficial to convert it anyway."
         )
-    metric.save_pretrained(folder)
     source = "the official checkpoint" if known else "a checkpoint of the layout of the official ones,"
-    write_card(metric, folder, origin=ORIGIN.format(source=source, file=path.name, digest=digest))
+    with folder_at_once(folder) as partial:
+        metric.save_pretrained(partial)
+        write_card(metric, partial, origin=ORIGIN.format(source=source, file=path.name, digest=digest))
     return folder
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants, hf_hub_download
 
-from milo_latent.convert.diffbir import check_output, convert_diffbir
+from milo_latent.atomic import check_new_folder
+from milo_latent.convert.diffbir import convert_diffbir
 from milo_latent.diffbir.versions import FILES, TaskName, VersionName, version_of
 from milo_latent.resources import cache_dir, sha256
 
@@ -124,7 +125,7 @@ def pull_diffbir(
         ValueError: if the version has no such task, or the files are not what they should be.
         OSError: if the network or the disk fails.
     """
-    check_output(Path(output))
+    check_new_folder(Path(output))
     folder = downloads_dir() if downloads is None else Path(downloads)
     files = {part: fetch(name, folder) for part, name in official_files(version, task).items()}
     convert_diffbir(version, task, **files, output=output, dtype=dtype, tokenizer=tokenizer)  # type: ignore[arg-type]

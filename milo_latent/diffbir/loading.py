@@ -8,13 +8,13 @@ from typing import Any, Self
 from diffusers import ModelMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from milo_latent.atomic import make_readable, saving_weights
 from milo_latent.diffbir.allowed import check_allowed
 from milo_latent.diffbir.prompts import PromptCache, read_prompt_embeds, write_prompt_embeds
-from milo_latent.files import make_readable
+from milo_latent.structure import check_model_folder, open_safetensors, read_json, refusing_damage
 
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
@@ -53,16 +53,21 @@ class FolderMixin:
 
         Raises:
             FileNotFoundError: if there is no such folder, nor such a repository on the hub or in its cache.
-            ValueError: if weights are missing, or as of `check_allowed`.
+            ValueError: if a file in it is damaged or asks for what its weights cannot fill, if weights are missing, or as
+                of `check_allowed`.
         """
         folder = _folder_of(pretrained_model_name_or_path, kwargs)
+        for part in (folder, *(path for path in sorted(folder.iterdir()) if path.is_dir())):
+            check_model_folder(part)
         check_allowed(folder, cls, cls._get_signature_types())  # type: ignore[attr-defined]
+        stored = read_prompt_embeds(folder)
         kwargs["use_safetensors"] = True
-        pipeline: Self = super().from_pretrained(folder, **kwargs)  # type: ignore[misc]
+        with refusing_damage(f"Expected a pipeline in {folder}"):
+            pipeline: Self = super().from_pretrained(folder, **kwargs)  # type: ignore[misc]
         for name, component in pipeline.components.items():  # type: ignore[attr-defined]
             if isinstance(component, nn.Module) and name not in kwargs:
                 check_whole(component, folder / name)
-        pipeline.prompt_cache.stored = read_prompt_embeds(folder)
+        pipeline.prompt_cache.stored = stored
         return pipeline
 
     @classmethod
@@ -107,7 +112,8 @@ class FolderMixin:
                 )
         write_prompt_embeds(save_directory, self.prompt_cache.stored)
         self.register_modules(**self.components)  # type: ignore[attr-defined]  # diffusers misses `pipe.metric = ...`
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        with saving_weights(save_directory):
+            super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
         make_readable(*(Path(save_directory) / name for name in self.components))  # type: ignore[attr-defined]
 
 
@@ -122,7 +128,7 @@ def check_whole(module: nn.Module, folder: str | Path) -> None:
     if isinstance(module, PreTrainedModel):  # transformers fills missing weights at random
         keys: set[str] = set()
         for path in Path(folder).glob("*.safetensors"):
-            with safe_open(path, framework="pt") as file:
+            with open_safetensors(path) as file:
                 keys.update(file.keys())
         missing += [name for name, _ in module.named_parameters() if keys and not _is_among(name, keys)]
     if missing:

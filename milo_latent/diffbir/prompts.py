@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from milo_latent.checks import shortened
 from milo_latent.diffbir.versions import NEGATIVE_PROMPT, NEGATIVE_PROMPT_V2, PROMPT
-from milo_latent.files import write_atomically
+from milo_latent.files import write_safetensors
+from milo_latent.structure import read_safetensors
 
 CACHED_PROMPTS = 64
 PROMPT_LENGTH = 77
@@ -155,7 +156,12 @@ def repeat_prompts(embeds: Tensor, num_images: int, num_images_per_prompt: int) 
 def read_prompt_embeds(folder: str | Path) -> dict[str, Tensor]:
     """Return the stored prompts of a pipeline folder, text to (1, 77, width); none where it has a tokenizer."""
     path = Path(folder) / PROMPT_EMBEDS_FILE
-    return {text: embeds[None] for text, embeds in load_file(path).items()} if path.is_file() else {}
+    stored = read_safetensors(path) if path.is_file() else {}
+    for text, embeds in stored.items():
+        if embeds.ndim != 2 or not embeds.is_floating_point():
+            shape = f"{tuple(embeds.shape)} {embeds.dtype}"
+            raise ValueError(f"Expected embeddings (tokens, width) in {path}, got {shape} for {shortened(text)!r}.")
+    return {text: embeds[None] for text, embeds in stored.items()}
 
 
 def write_prompt_embeds(folder: str | Path, stored: Mapping[str, Tensor]) -> None:
@@ -166,5 +172,5 @@ def write_prompt_embeds(folder: str | Path, stored: Mapping[str, Tensor]) -> Non
     """
     if stored:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        embeds = {text: each[0].cpu().contiguous() for text, each in stored.items()}
-        write_atomically(Path(folder) / PROMPT_EMBEDS_FILE, lambda partial: save_file(embeds, partial))
+        embeds = {text: each[0] for text, each in stored.items()}
+        write_safetensors(Path(folder) / PROMPT_EMBEDS_FILE, embeds)

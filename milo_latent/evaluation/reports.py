@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from milo_latent.atomic import write_text
 from milo_latent.distortions import DISTORTIONS, LEVELS
 from milo_latent.evaluation.agreement import Agreement, fit_logistic
 from milo_latent.evaluation.distortion_settings import rising_share
 from milo_latent.extras import import_extra
-from milo_latent.files import write_text
 
 Row = dict[str, str | float | int]
 

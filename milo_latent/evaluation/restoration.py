@@ -20,18 +20,21 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from milo_latent.atomic import write_text
+from milo_latent.checks import shortened
 from milo_latent.diffbir.rules import resize
 from milo_latent.evaluation.figures import measure, whole_cells
 from milo_latent.evaluation.metrics import FullReference
 from milo_latent.evaluation.reports import Row
 from milo_latent.evaluation.restoration_cases import Case, Photo
-from milo_latent.files import read_image, write_image, write_text
+from milo_latent.files import read_image, write_image
 from milo_latent.guidance.curriculum import Schedule
 from milo_latent.latents.codec import decode_latents, encode_image
 from milo_latent.pictures import center_crop, round_to_8bit, to_8bit
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
 from milo_latent.restoration.restore import restore
 from milo_latent.restoration.settings import RestorationSettings
+from milo_latent.structure import read_json, refusing_damage
 
 KEY = ("degradation", "photo", "setting", "seed")  # of a row; what samples nothing has the seed ""
 THROUGH_VAE = " through the VAE"  # ends the names of what sheets leave out
@@ -61,20 +64,22 @@ class RowTable:
         # what follows the last line break was cut off in writing
         text = text[: text.rfind("\n") + 1] or ",".join(self.columns) + "\n"
         write_text(self.path, text)
-        for row in csv.DictReader(io.StringIO(text)):
-            values = {name: float(row[name] or math.nan) for name in self.columns[len(KEY) :]}
-            self.rows[tuple(row[name] for name in KEY)] = {name: row[name] for name in KEY} | values
+        with refusing_damage(f"Expected the columns {', '.join(self.columns)} in {self.path}"):
+            for row in csv.DictReader(io.StringIO(text)):
+                values = {name: float(row[name] or math.nan) for name in self.columns[len(KEY) :]}
+                self.rows[tuple(row[name] for name in KEY)] = {name: row[name] for name in KEY} | values
 
     @staticmethod
     def _check(path: Path, record: dict[str, Any]) -> None:
         if not path.is_file():
             write_text(path, json.dumps(record, indent=2) + "\n")
             return
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = read_json(path)
         for name in sorted(record.keys() | earlier.keys()):
             if record.get(name) != earlier.get(name):
+                before = shortened(repr(earlier.get(name)))
                 raise ValueError(
-                    f"Expected {name} {earlier.get(name)!r}, of the rows in {path.parent}, got {record.get(name)!r}. "
+                    f"Expected {name} {before}, of the rows in {path.parent}, got {record.get(name)!r}. "
                     "Choose another output folder, or the earlier settings."
                 )
 

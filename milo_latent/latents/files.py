@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from safetensors import SafetensorError
 
-from milo_latent.checks import ValueWatch
+from milo_latent.checks import ValueWatch, shortened
 from milo_latent.files import (
     IMAGE_SUFFIXES,
     LATENT_SUFFIXES,
@@ -23,6 +22,7 @@ from milo_latent.files import (
 )
 from milo_latent.latents.codec import VAE, check_tile, decode_latents, encode_image, vae_scale_factor
 from milo_latent.resources import find_weights
+from milo_latent.structure import check_model_folder, read_json, refusing_damage
 
 
 def vae_folder(source: str | Path) -> Path:
@@ -50,16 +50,15 @@ def load_vae(source: str | Path) -> VAE:
         ValueError: if the VAE is of an unknown class, damaged or incomplete.
     """
     folder = vae_folder(source)
-    name = AutoencoderKL.load_config(folder).get("_class_name")
+    check_model_folder(folder)
+    name = read_json(folder / "config.json").get("_class_name")
     classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-    if name not in classes:
-        raise ValueError(f"Expected a VAE of the classes {sorted(classes)} in {folder}, got {name}.")
-    try:
+    if not isinstance(name, str) or name not in classes:
+        raise ValueError(f"Expected a VAE of the classes {sorted(classes)} in {folder}, got {shortened(name)}.")
+    with refusing_damage(f"Expected the weights of a VAE in {folder}"):
         vae, info = classes[name].from_pretrained(
             folder, output_loading_info=True, torch_dtype=torch.float32, use_safetensors=True
         )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"Expected the weights of a VAE in {folder}: {error}") from error
     if info["missing_keys"]:
         raise ValueError(f"Expected every weight of a VAE in {folder}, missing: {', '.join(info['missing_keys'][:4])}.")
     return vae.eval().requires_grad_(False)
@@ -123,7 +122,9 @@ def decode_file(
         stored = metadata.get(name, str(own))
         if stored not in (str(own), str(float(own))):
             words = name.replace("_", " ")
-            raise ValueError(f"Expected latents with the VAE's {words} {own}, {latents} says {stored}. Use its VAE.")
+            raise ValueError(
+                f"Expected latents with the VAE's {words} {own}, {latents} says {shortened(stored)}. Use its VAE."
+            )
     (watch or ValueWatch()).look(str(latents), tensor, latents=True)
     factor = vae_scale_factor(vae)
     height, width = _source_size(metadata, (tensor.shape[2] * factor, tensor.shape[3] * factor), latents)
@@ -139,8 +140,8 @@ def _source_size(metadata: dict[str, str], padded: tuple[int, int], path: Path) 
     sides = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", stored)
     if sides is None or int(sides[2]) > padded[0] or int(sides[1]) > padded[1]:
         raise ValueError(
-            f"Expected `source_size` as WIDTHxHEIGHT of at most {padded[1]}x{padded[0]} in {path}, got {stored!r}. "
-            "The file does not describe its own latents; encode the photo again."
+            f"Expected `source_size` as WIDTHxHEIGHT of at most {padded[1]}x{padded[0]} in {path}, got "
+            f"{shortened(stored)!r}. The file does not describe its own latents; encode the photo again."
         )
     return int(sides[2]), int(sides[1])
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from milo_latent.files import write_bytes, write_text
+from milo_latent.atomic import write_bytes, write_text
 from milo_latent.resources import sha256
 
 TEMPLATE = """\

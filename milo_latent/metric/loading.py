@@ -9,12 +9,13 @@ from typing import Any, Self
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
-from safetensors import SafetensorError
 
+from milo_latent.atomic import make_readable, saving_weights
 from milo_latent.checkpoints import CHECKPOINT_SUFFIXES, read_checkpoint, rename_keys
-from milo_latent.files import make_readable
+from milo_latent.checks import shortened
 from milo_latent.metric.card import write_card
 from milo_latent.resources import available_weights, cache_dir, find_weights, sha256
+from milo_latent.structure import check_model_folder, refusing_damage
 
 OFFICIAL_URL = "https://raw.githubusercontent.com/ugurcogalan06/MILO/a54e50e9cd1aaaefd6fddfacacc1427f8387af1c/weights/"
 
@@ -92,12 +93,10 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
                 f"({', '.join(available_weights())}), nor {' or '.join(OFFICIAL)}, nor a folder with config.json, "
                 "nor an official .pth file."
             )
-        try:
-            metric, info = super().from_pretrained(
-                source, **kwargs | {"use_safetensors": True}, output_loading_info=True
-            )
-        except (OSError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-            raise ValueError(f"Expected MILO weights in {pretrained_model_name_or_path}: {error}") from error
+        with refusing_damage(f"Expected MILO weights in {pretrained_model_name_or_path}"):
+            check_model_folder(folder)
+            kwargs["use_safetensors"] = True
+            metric, info = super().from_pretrained(source, **kwargs, output_loading_info=True)
         if info["missing_keys"]:  # diffusers only warns, and leaves them without values or with random ones
             raise ValueError(
                 f"Expected every weight in {pretrained_model_name_or_path}, missing: {', '.join(info['missing_keys'])}."
@@ -114,15 +113,14 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
         """
         state = rename_keys(read_checkpoint(path), OFFICIAL_PREFIXES)
         first = state.get("mask_finder.0.weight")
-        if first is None or first.ndim != 4:
-            raise ValueError(f"Expected an official MILO checkpoint in {path}, got the keys {sorted(state)[:4]}...")
+        if first is None or first.ndim != 4 or not all(value.is_floating_point() for value in state.values()):
+            keys = shortened(sorted(state))
+            raise ValueError(f"Expected an official MILO checkpoint in {path}, got the keys {keys}.")
         channels = (first.shape[1] - 1) // 2
         space = {"latent_space": "stable-diffusion", "scaling_factor": STABLE_DIFFUSION_SCALING_FACTOR}
         metric = cls(channels=channels, **({} if channels == 3 else space))
-        try:
+        with refusing_damage(f"Expected an official MILO checkpoint in {path}"):
             metric.load_state_dict(state, strict=True)
-        except RuntimeError as error:
-            raise ValueError(f"Expected an official MILO checkpoint in {path}: {error}") from error
         return metric.frozen()
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
@@ -135,11 +133,13 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
             **kwargs: as of `ModelMixin.save_pretrained`.
 
         Raises:
+            OSError: if the disk is full.
             ValueError: if `save_directory` is a file.
         """
         if Path(save_directory).is_file():
             raise ValueError(f"Expected a folder to save the metric in, got the file {save_directory}.")
-        super().save_pretrained(str(save_directory), **kwargs)
+        with saving_weights(save_directory):
+            super().save_pretrained(str(save_directory), **kwargs)
         make_readable(save_directory)
         write_card(self, Path(save_directory))
 

@@ -66,7 +66,7 @@ def load_restorer(
 
 def _check_device(name: str) -> str:
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()  # the device "meta" has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's, by device and by build
         first_line = str(error).splitlines()[0]
         raise ValueError(

@@ -11,18 +11,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from milo_latent.checks import ValueWatch, check_finite
+from milo_latent.checks import ValueWatch, check_finite, shortened
 from milo_latent.files import (
     IMAGE_SUFFIXES,
     LATENT_SUFFIXES,
     list_files,
-    list_unique_files,
+    list_named_files,
     read_image,
     read_latents,
     read_latents_metadata,
 )
 from milo_latent.latents.codec import VAE
-from milo_latent.metric.network import MILO, MILOOutput, is_image_metric
+from milo_latent.metric.network import MILO, is_image_metric
 from milo_latent.score.table import ScoreRow
 
 BATCH_SIZE = 16
@@ -38,12 +38,13 @@ class Pair:
     dist: Path
 
 
-def match_pairs(ref: str | Path, dist: str | Path) -> list[Pair]:
+def match_pairs(ref: str | Path, dist: str | Path, *, failed: list[str] | None = None) -> list[Pair]:
     """Pair two files, a file with every file of a folder, or the files of two folders by their names.
 
     Args:
         ref: reference file, or folder.
         dist: distorted file, or folder.
+        failed: gets an error for each file that shares its name with another, and is left out; None refuses them.
 
     Returns:
         Pairs, sorted by name; names are those of `dist`, without suffix where two folders are matched.
@@ -61,11 +62,22 @@ def match_pairs(ref: str | Path, dist: str | Path) -> list[Pair]:
         return [Pair(path.name, ref, path) for path in candidates]
     if dist.is_file():
         raise ValueError(f"Expected a folder for `dist`, as `ref` is the folder {ref}, got the file {dist}.")
-    refs, dists = ({path.stem: path for path in list_unique_files(folder, SCORABLE)} for folder in (ref, dist))
-    if refs.keys() != dists.keys():
-        alone = sorted(refs.keys() ^ dists.keys())
+    (refs, refused), (dists, more) = (list_named_files(folder, SCORABLE) for folder in (ref, dist))
+    refused |= more
+    for line in refused.values():
+        _fail(ValueError(line), failed)
+    shared = {path.stem for path in refused}
+    alone = sorted((refs.keys() ^ dists.keys()) - shared)
+    if alone:
         raise ValueError(f"Expected the same names in {ref} and {dist}, {len(alone)} are in one only: {alone[:5]}.")
-    return [Pair(name, refs[name], dists[name]) for name in sorted(refs)]
+    return [Pair(name, refs[name], dists[name]) for name in sorted(refs.keys() & dists.keys())]
+
+
+def _fail(error: Exception, failed: list[str] | None) -> None:
+    """Add an error to those of the other files, or raise it if there is no list of them."""
+    if failed is None:
+        raise error
+    failed.append(str(error))
 
 
 def is_latents(path: Path) -> bool:
@@ -91,7 +103,7 @@ def read_input(path: Path, encode: Callable[[Tensor], Tensor] | None = None) -> 
 def check_fits(metric: MILO, path: Path, tensor: Tensor) -> None:
     """Raise ValueError if `tensor`, (B, C, H, W), read from `path`, is not what `metric` was trained on."""
     metadata = read_latents_metadata(path)  # only a `.safetensors` file tells of which VAE it is
-    factor, vae = _factor(path, metadata), metadata.get("vae", "another VAE")
+    factor, vae = _factor(path, metadata), shortened(metadata.get("vae", "another VAE"))
     takes = describe_input(metric)
     if tensor.shape[1] != metric.config.channels:
         if is_latents(path):
@@ -113,7 +125,9 @@ def _factor(path: Path, metadata: dict[str, str]) -> float | None:
     try:
         return None if factor is None else float(factor)
     except ValueError as error:
-        raise ValueError(f"Expected a number as `scaling_factor` in {path}, got {factor!r}. Encode again.") from error
+        raise ValueError(
+            f"Expected a number as `scaling_factor` in {path}, got {shortened(factor)!r}. Encode again."
+        ) from error
 
 
 def check_vae(metric: MILO, vae: VAE) -> None:
@@ -136,15 +150,23 @@ def describe_input(metric: MILO) -> str:
 
 
 def score_pairs(
-    metric: MILO, pairs: Iterable[Pair], *, encode: Callable[[Tensor], Tensor] | None = None
+    metric: MILO,
+    pairs: Iterable[Pair],
+    *,
+    encode: Callable[[Tensor], Tensor] | None = None,
+    failed: list[str] | None = None,
 ) -> Iterator[ScoreRow]:
     """Return the rows of `compare_pairs` alone; a file of several latents gives the means over them."""
-    return (row for row, _ in compare_pairs(metric, pairs, encode=encode))
+    return (row for row, _ in compare_pairs(metric, pairs, encode=encode, failed=failed))
 
 
 @torch.inference_mode()
 def compare_pairs(
-    metric: MILO, pairs: Iterable[Pair], *, encode: Callable[[Tensor], Tensor] | None = None
+    metric: MILO,
+    pairs: Iterable[Pair],
+    *,
+    encode: Callable[[Tensor], Tensor] | None = None,
+    failed: list[str] | None = None,
 ) -> Iterator[tuple[ScoreRow, Tensor]]:
     """Score pairs, in batches where neighbours have one size; a reference that neighbours share is read once.
 
@@ -154,6 +176,8 @@ def compare_pairs(
         metric: for what the files hold, or for what `encode` makes of them.
         pairs: files to compare.
         encode: from images, (1, 3, H, W), to latents.
+        failed: gets an error for each file or pair that cannot be compared, and costs no more than itself; None refuses
+            the first.
 
     Yields:
         For each pair its row and its error map, (B, 1, H, W).
@@ -162,50 +186,69 @@ def compare_pairs(
         ValueError: for files that are damaged or do not fit each other or the metric.
     """
     remaining, watch = iter(pairs), ValueWatch()
-    last: tuple[Path, Tensor] | None = None
+    last: tuple[Path, Tensor | None] | None = None
 
-    def read(path: Path) -> Tensor:
-        tensor = read_input(path, encode)
-        check_fits(metric, path, tensor)
+    def read(path: Path) -> Tensor | None:
+        try:
+            tensor = read_input(path, encode)
+            check_fits(metric, path, tensor)
+        except (ValueError, FileNotFoundError, MemoryError) as error:
+            _fail(error, failed)
+            return None
         watch.look(str(path), tensor, latents=not is_image_metric(metric), stacklevel=6)
         return tensor
 
     while batch := list(islice(remaining, BATCH_SIZE)):
-        tensors = []
+        tensors = {}
         for pair in batch:
             if last is None or last[0] != pair.ref:
                 last = (pair.ref, read(pair.ref))
-            tensors.append((last[1], read(pair.dist)))
-        yield from _compare_batch(metric, batch, tensors)
+            ref, dist = last[1], read(pair.dist) if last[1] is not None else None
+            if ref is not None and dist is not None:
+                tensors[pair] = (ref, dist)
+        yield from _compare_batch(metric, tensors, failed)
 
 
 def _compare_batch(
-    metric: MILO, batch: list[Pair], tensors: list[tuple[Tensor, Tensor]]
+    metric: MILO, tensors: dict[Pair, tuple[Tensor, Tensor]], failed: list[str] | None
 ) -> Iterator[tuple[ScoreRow, Tensor]]:
-    values: list[tuple[float, float, Tensor]] = []
-    shapes = {tensor.shape for each in tensors for tensor in each}
-    if len(shapes) == 1 and next(iter(shapes))[0] == 1:
-        refs, dists = (torch.cat(each) for each in zip(*tensors, strict=True))
-        shared = len({pair.ref for pair in batch}) == 1
-        result = _compare(metric, batch[0], refs[:1] if shared else refs, dists)
-        values.extend(zip(result.error.tolist(), result.mos.tolist(), result.error_map.split(1), strict=True))
-    else:
-        for pair, (ref, dist) in zip(batch, tensors, strict=True):
-            result = _compare(metric, pair, ref, dist)
-            values.append((result.error.mean().item(), result.mos.mean().item(), result.error_map))
-    for pair, (error, mos, error_map) in zip(batch, values, strict=True):
-        if not (math.isfinite(error) and math.isfinite(mos)):
-            raise ValueError(f"Expected a finite error, got {error} of {pair.ref} and {pair.dist}: values too large?")
-        yield ScoreRow(pair.name, error, mos), error_map
-
-
-def _compare(metric: MILO, pair: Pair, ref: Tensor, dist: Tensor) -> MILOOutput:
-    """Compare what was read of a pair; an error names its files."""
+    """Compare what was read of pairs, (B, C, H, W) each: all at once if they have one size, with B = 1."""
+    shapes = {tensor.shape for each in tensors.values() for tensor in each}
+    if len(tensors) > 1 and (len(shapes) > 1 or next(iter(shapes))[0] > 1):
+        for pair, each in tensors.items():
+            yield from _compare_batch(metric, {pair: each}, failed)
+        return
     try:
-        return metric.compare(ref=ref, dist=dist)
+        results = _compare(metric, tensors) if tensors else []
+    except ValueError as error:
+        if len(tensors) == 1 or failed is None:
+            _fail(error, failed)
+        for pair, each in tensors.items() if len(tensors) > 1 else ():
+            yield from _compare_batch(metric, {pair: each}, failed)
+        return
+    for pair, (row, error_map) in zip(tensors, results, strict=True):
+        if math.isfinite(row.error) and math.isfinite(row.mos):
+            yield row, error_map
+        else:
+            odd = f"Expected a finite error, got {row.error} of {pair.ref} and {pair.dist}: values too large?"
+            _fail(ValueError(odd), failed)
+
+
+def _compare(metric: MILO, tensors: dict[Pair, tuple[Tensor, Tensor]]) -> list[tuple[ScoreRow, Tensor]]:
+    """Compare one pair, or several at once; an error names the files of the first."""
+    first, alone = next(iter(tensors)), len(tensors) == 1
+    refs, dists = (torch.cat(each) for each in zip(*tensors.values(), strict=True))
+    shared = not alone and len({pair.ref for pair in tensors}) == 1
+    try:
+        result = metric.compare(ref=refs[:1] if shared else refs, dist=dists)
     except ValueError as error:
         cells = "" if is_image_metric(metric) else " Sizes are in latent cells."
-        raise ValueError(f"{pair.ref} and {pair.dist}: {error}{cells}") from error
+        raise ValueError(f"{first.ref} and {first.dist}: {error}{cells}") from error
+    if alone:
+        return [(ScoreRow(first.name, result.error.mean().item(), result.mos.mean().item()), result.error_map)]
+    errors, scores = result.error.tolist(), result.mos.tolist()
+    rows = [ScoreRow(pair.name, *each) for pair, *each in zip(tensors, errors, scores, strict=True)]
+    return list(zip(rows, result.error_map.split(1), strict=True))
 
 
 def unfinished(pairs: list[Pair], done: Container[str]) -> list[Pair]:

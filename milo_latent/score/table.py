@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean
 
-from milo_latent.files import write_text
+from milo_latent.atomic import write_text
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 
+from milo_latent.atomic import write_text
 from milo_latent.diffbir.ircontrolnet import IRControlNet
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner
-from milo_latent.files import write_text
 from milo_latent.metric.network import MILO
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
 from milo_latent.programs import run_program

@@ -16,19 +16,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from milo_latent.atomic import write_text
 from milo_latent.distortions import distort
 from milo_latent.evaluation.distortion_settings import SETTINGS
-from milo_latent.files import read_image, write_bytes, write_text
+from milo_latent.files import read_image, write_safetensors
 from milo_latent.latents.codec import VAE, encode_image, vae_scale_factor
 from milo_latent.latents.files import load_vae, vae_folder
 from milo_latent.metric.network import MILO
 from milo_latent.pictures import center_crop, round_to_8bit, to_8bit
 from milo_latent.programs import run_program
+from milo_latent.structure import read_json, refusing_damage
 from milo_latent.training.data.crops import list_images
 from milo_latent.training.data.fingerprints import files_digest, metric_digests, source_digest
 from milo_latent.training.data.shards import CONFIG_FILE, SUMMARY_FILE, read_shard
@@ -99,9 +100,8 @@ class Worker:
                 continue
             rows.append(self._pairs(image, path.stem))
             names.append(path.name)
-        # safetensors does not keep the order of metadata entries, so that only one entry gives the same bytes each time
-        content = save(join_rows(rows), metadata={RECORD: json.dumps({"images": names, "skipped": skipped})})
-        write_bytes(shard_path(self.output, index), content)
+        record = json.dumps({"images": names, "skipped": skipped})
+        write_safetensors(shard_path(self.output, index), join_rows(rows), metadata={RECORD: record})
 
     def _pairs(self, ref: Tensor, name: str) -> dict[str, Tensor]:
         """Return everything that is kept of one image, (1, 3, side, side), and its distorted versions."""
@@ -240,7 +240,7 @@ def _check_config(config: DatasetConfig, paths: Sequence[Path], output: Path) ->
     sources |= {"images": files_digest(paths)} | metric_digests(config.members)
     record = json.loads(json.dumps(asdict(config) | {"sources": sources}))
     path = output / CONFIG_FILE
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else record
+    before = read_json(path) if path.is_file() else record
     differing = sorted(name for name in record | before if record.get(name) != before.get(name))
     if differing:
         raise ValueError(
@@ -260,9 +260,10 @@ def _summarize(config: DatasetConfig, output: Path, count: int) -> dict[str, Any
     labels, skipped, images = [], [], 0
     for index in range(count):
         tensors, metadata = read_shard(shard_path(output, index), keys={"labels"})
-        record = json.loads(metadata[RECORD])
-        skipped += record["skipped"]
-        images += len(record["images"])
+        with refusing_damage(f"Expected a record of images in {shard_path(output, index)}"):
+            record = json.loads(metadata[RECORD])
+            skipped += record["skipped"]
+            images += len(record["images"])
         labels += [tensors["labels"]] if "labels" in tensors else []
     if not labels:
         raise ValueError(f"Expected images that can be read, got none of {len(config.images)}; first: {skipped[:1]}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from milo_latent.files import write_text
+from milo_latent.atomic import write_text
 from milo_latent.training.engine.run import RunConfig
 
 TEMPLATE = """\

@@ -6,13 +6,14 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import nn
 
+from milo_latent.atomic import make_readable
 from milo_latent.checkpoints import read_checkpoint
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner
 from milo_latent.extras import import_extra
-from milo_latent.files import make_readable
+from milo_latent.files import write_safetensors
+from milo_latent.structure import refusing_damage
 from milo_latent.training.growing import grow_cleaner
 
 OWN = "ResidualCleaner"
@@ -67,11 +68,9 @@ def load_initial(network: nn.Module, source: Path) -> None:
     if isinstance(network, ResidualCleaner):
         grow_cleaner(ResidualCleaner.from_pretrained(source, use_safetensors=True).float(), network)
         return
-    state = load_file(source) if source.suffix == ".safetensors" else read_checkpoint(source)
-    try:
+    state = read_checkpoint(source)
+    with refusing_damage(f"Expected weights of the same network in {source}"):
         network.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"Expected weights of the same network in {source}: {error}") from error
 
 
 def save_network(network: nn.Module, output: Path) -> Path:
@@ -85,5 +84,5 @@ def save_network(network: nn.Module, output: Path) -> Path:
         make_readable(folder)
         return folder
     path = output / NETWORK_FILE
-    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)
+    write_safetensors(path, network.state_dict())
     return path

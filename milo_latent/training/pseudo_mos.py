@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from milo_latent.atomic import write_text
 from milo_latent.checks import check_file
 from milo_latent.evaluation.agreement import Logistic, fit_logistic, spearman
 from milo_latent.evaluation.distortion_settings import measure_settings, read_setting_opinions
 from milo_latent.evaluation.metrics import FullReference, by_name
 from milo_latent.evaluation.reports import format_rows
-from milo_latent.files import write_text
 from milo_latent.programs import run_program
+from milo_latent.structure import read_json, refusing_damage
 from milo_latent.training.data.crops import list_images, spread_over
 
 DEFAULT_MEMBERS = ("ssim", "ms-ssim", "vif")  # MILO_I is not among them, since the user names its weights
@@ -107,11 +108,9 @@ def read_calibrations(path: str | Path) -> dict[str, Calibration]:
     """
     path = Path(path)
     check_file(path, "a file of calibrations")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
+    with refusing_damage(f"Expected calibrations in {path}"):
         return {name: Calibration(Logistic(**each["curve"]), each["best"]) for name, each in content.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"Expected calibrations in {path}: {error}") from error
 
 
 def build_ensemble(names: Sequence[str], calibrations: str | Path | None = None) -> Ensemble:

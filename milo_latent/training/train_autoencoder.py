@@ -11,8 +11,9 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
+from milo_latent.atomic import make_readable
 from milo_latent.evaluation.metrics import psnr
-from milo_latent.files import make_readable, read_image
+from milo_latent.files import read_image
 from milo_latent.latents.codec import decode_latents, encode_image, latents_spread
 from milo_latent.pictures import round_to_8bit
 from milo_latent.programs import run_program

@@ -19,11 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from milo_latent.atomic import write_text
+from milo_latent.checks import shortened
 from milo_latent.evaluation.agreement import import_scipy, pearson, spearman
-from milo_latent.files import write_text
 from milo_latent.latents.files import load_vae
 from milo_latent.metric.network import MILO
 from milo_latent.programs import run_program
+from milo_latent.structure import read_json
 from milo_latent.training.data.fingerprints import shards_digest, source_digest
 from milo_latent.training.data.shards import CONFIG_FILE, PairSet
 from milo_latent.training.engine.loop import fit, training_state
@@ -122,7 +124,9 @@ def new_metric(dataset: Path, *, space: str, latent_space: str | None) -> MILO:
     if space == "images":
         metric = MILO(channels=3)
     else:
-        vae_name = json.loads((dataset / CONFIG_FILE).read_text(encoding="utf-8"))["vae"]
+        vae_name = read_json(dataset / CONFIG_FILE).get("vae")
+        if not isinstance(vae_name, str):
+            raise ValueError(f"Expected the name of a VAE in {dataset / CONFIG_FILE}, got {shortened(vae_name)}.")
         vae = load_vae(vae_name)
         metric = MILO(
             channels=vae.config.latent_channels,

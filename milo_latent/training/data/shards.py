@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from milo_latent.files import open_safetensors
+from milo_latent.checks import shortened
 from milo_latent.pictures import from_8bit
+from milo_latent.structure import open_safetensors, read_json
 
 CONFIG_FILE, SUMMARY_FILE = "config.json", "dataset.json"  # of a training set; a complete set has the second one
 
@@ -48,10 +48,12 @@ class PairSet:
         ref, dist = f"ref_{space}", f"dist_{space}"
         needed = {ref, dist, "ref_index", "dmos"}
         shards = [read_shard(path, needed | {"maps"})[0] for path in paths]
-        shards = [shard for shard in shards if len(shard.get("dmos", ()))]
-        lacking = sorted(needed - set(shards[0] if shards else ()))
+        shards = [shard for shard in shards if "dmos" not in shard or shard["dmos"].numel()]  # some have no images
+        lacking = sorted(key for key in needed if not shards or any(key not in shard for shard in shards))
         if lacking:
             raise ValueError(f"Expected {', '.join(lacking)} in the shards of {folder}. Build it for {space}.")
+        if not all(_is_whole(shard, shards[0], ref, dist) for shard in shards):
+            raise ValueError(f"Expected pairs of one size, each with reference and label, in {folder}. Build it again.")
         offsets = np.cumsum([0] + [len(shard[ref]) for shard in shards[:-1]]).tolist()
         self.ref, self.dist = (torch.cat([shard[key] for shard in shards]) for key in (ref, dist))
         self.ref_index = torch.cat([each["ref_index"] + offset for each, offset in zip(shards, offsets, strict=True)])
@@ -80,10 +82,25 @@ class PairSet:
         return torch.tensor([orders[epoch][offset] for epoch, offset in zip(epochs, offsets, strict=True)])
 
 
+def _is_whole(shard: dict[str, Tensor], first: dict[str, Tensor], ref: str, dist: str) -> bool:
+    """Return whether the tensors of a shard fit each other and those of the first shard."""
+    count, index = shard["dmos"].numel(), shard["ref_index"]
+    if shard["dmos"].shape != (count,) or index.shape != (count,) or len(shard[dist]) != count:
+        return False
+    if index.dtype != torch.int64 or not 0 <= int(index.min()) <= int(index.max()) < len(shard[ref]):
+        return False
+    alike = all(
+        (shard[key].shape[1:], shard[key].dtype, shard[key].ndim) == (first[ref].shape[1:], first[ref].dtype, 4)
+        for key in (ref, dist)
+    )
+    maps = shard.keys() == first.keys() and len(shard.get("maps", shard[dist])) == count
+    return alike and maps
+
+
 def _check_complete(folder: Path, shards: int) -> None:
     summary = folder / SUMMARY_FILE
     if not summary.is_file():
         raise ValueError(f"Expected a complete training set in {folder}, found no {SUMMARY_FILE}. Run build_dataset.")
-    expected = json.loads(summary.read_text(encoding="utf-8"))["shards"]
+    expected = read_json(summary).get("shards")
     if shards != expected:
-        raise ValueError(f"Expected {expected} shards in {folder}, found {shards}. Run build_dataset again.")
+        raise ValueError(f"Expected {shortened(expected)} shards in {folder}, found {shards}. Run build_dataset again.")

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from milo_latent.checks import check_file
+from milo_latent.checks import check_file, shortened
+from milo_latent.structure import refusing_damage
 from milo_latent.training.engine.loop import SOAP_BETAS
 from milo_latent.training.engine.run import Precision, RunConfig
 
@@ -65,13 +66,11 @@ def read_recipe(path: str | Path | None) -> Recipe:
         return Recipe()
     path = Path(path)
     check_file(path, "a recipe")
-    try:
+    with refusing_damage(f"Expected TOML in {path}"):
         content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"Expected TOML in {path}: {error}") from error
     known = {field.name for field in fields(Recipe)} - NOT_IN_FILES
     if set(content) - known:
-        raise ValueError(f"Expected only {sorted(known)} in {path}, got {sorted(set(content) - known)}.")
+        raise ValueError(f"Expected only {sorted(known)} in {path}, got {shortened(sorted(set(content) - known))}.")
     for name, kind in get_type_hints(Recipe).items():
         if name in content:
             content[name] = _checked(content[name], kind, f"{name} in {path}")
@@ -96,7 +95,7 @@ def _checked(value: Any, kind: Any, place: str) -> Any:
     else:
         expected, right = "true or false", isinstance(value, bool)
     if not right:
-        raise ValueError(f"Expected {expected} as {place}, got {value!r}.")
+        raise ValueError(f"Expected {expected} as {place}, got {shortened(repr(value))}.")
     return value
 
 

@@ -11,7 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from milo_latent.files import write_text
+from milo_latent.atomic import write_text
+from milo_latent.checks import shortened
+from milo_latent.structure import read_json, refusing_damage
 
 RECORD_FILE = "run.json"
 PACKAGES = ("milo_latent", "torch", "diffusers", "accelerate")
@@ -24,9 +26,9 @@ def check_record(folder: Path, settings: dict[str, Any], *, done: int) -> None:
     """Raise ValueError if a run is resumed under other settings, or for fewer steps than it has done."""
     if settings["steps"] < done:
         raise ValueError(f"Expected {done} steps or more, which {folder} has done, got {settings['steps']}.")
-    before, now = (_flat(each) for each in (json.loads((folder / RECORD_FILE).read_text(encoding="utf-8")), settings))
+    before, now = (_flat(each) for each in (read_json(folder / RECORD_FILE), settings))
     differing = [
-        f"{name} is {before.get(name)!r} there and {value!r} here"
+        f"{name} is {shortened(repr(before.get(name)))} there and {value!r} here"
         for name, value in now.items()
         if name not in FREE and before.get(name) != value
     ]
@@ -40,16 +42,19 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     """Return settings as JSON holds them, with the entries of `data` on the same level."""
     settings = json.loads(json.dumps(settings))
     data = settings.pop("data", {})
-    return settings | {f"data.{name}": value for name, value in data.items()}
+    return settings | {f"data.{name}": value for name, value in (data if isinstance(data, dict) else {}).items()}
 
 
 def write_record(folder: Path, settings: dict[str, Any], *, done: int) -> None:
     """Write the settings of a run and, for each start, its command, the versions of packages and the commit."""
     path = folder / RECORD_FILE
-    before = json.loads(path.read_text(encoding="utf-8")) if done else {"starts": []}
+    before = read_json(path) if done else {}
     start = {"step": done} | {name: settings[name] for name in FREE}
     start |= {"command": shlex.join(sys.argv), "versions": versions(), "commit": commit()}
-    record = settings | {"starts": [*before["starts"], start]}
+    starts = before.get("starts", [])
+    if not isinstance(starts, list):
+        raise ValueError(f"Expected a list of `starts` in {path}, got {shortened(starts)}.")
+    record = settings | {"starts": [*starts, start]}
     write_text(path, json.dumps(record, indent=2) + "\n")
 
 
@@ -94,8 +99,9 @@ def append_row(path: Path, row: dict[str, float]) -> None:
 def drop_rows_after(path: Path, step: int) -> None:
     """Drop the rows after `step`, which a killed run wrote after its last checkpoint, and a row that is cut off."""
     if path.is_file():
-        header, *lines = path.read_text(encoding="utf-8").split("\n")[:-1] or [""]
-        kept = [line for line in lines if int(line.split(",")[0]) <= step]
+        with refusing_damage(f"Expected a table of steps in {path}"):
+            header, *lines = path.read_text(encoding="utf-8").split("\n")[:-1] or [""]
+            kept = [line for line in lines if int(line.split(",")[0]) <= step]
         write_text(path, "".join(f"{line}\n" for line in [header, *kept] if line))
 
 
@@ -103,5 +109,5 @@ def read_log(path: Path) -> list[dict[str, float]]:
     """Read the rows of a table; none if it does not exist yet."""
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
+    with refusing_damage(f"Expected a table of numbers in {path}"), path.open(newline="", encoding="utf-8") as file:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]

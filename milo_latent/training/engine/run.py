@@ -16,11 +16,13 @@ from accelerate.utils import ProjectConfiguration
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from milo_latent.files import write_text
+from milo_latent.atomic import saving_weights, write_text
+from milo_latent.structure import read_json, refusing_damage
 from milo_latent.training.engine.records import append_row, check_record, drop_rows_after, read_log, write_record
 
 LOG, VALIDATION = "log", "validation"  # names of the tables and, in trackers, of the groups of figures
 LOG_EVERY = 50  # steps, over which the logged loss is a mean
+PARTIAL = "checkpoint.partial"
 LOSS_FILE = "loop.json"  # in a checkpoint
 Precision = Literal["no", "bf16", "fp16"]
 OptimizerName = Literal["adamw", "adamw-8bit", "soap"]
@@ -122,13 +124,15 @@ class Run:
         """
         output, settings = self.config.output, asdict(self.config) | {"output": str(self.config.output)}
         output.mkdir(parents=True, exist_ok=True)
-        checkpoints, step = sorted(output.glob("checkpoint-*")), 0
+        checkpoints, step = sorted(path for path in output.glob("checkpoint-*") if path.name[11:].isdigit()), 0
         if checkpoints:
             step = int(checkpoints[-1].name.removeprefix("checkpoint-"))
             check_record(output, settings, done=step)
-            self.accelerator.load_state(str(checkpoints[-1]))
-            self.loss_since_log += json.loads((checkpoints[-1] / LOSS_FILE).read_text())["loss_since_log"]
+            with refusing_damage(f"Expected a complete checkpoint in {checkpoints[-1]}"):
+                self.accelerator.load_state(str(checkpoints[-1]))
+                self.loss_since_log += float(read_json(checkpoints[-1] / LOSS_FILE)["loss_since_log"])
         if self.accelerator.is_main_process:
+            shutil.rmtree(output / PARTIAL, ignore_errors=True)  # of a run that was killed
             for name in (LOG, VALIDATION):
                 drop_rows_after(output / f"{name}.csv", step)
             write_record(output, settings, done=step)
@@ -171,8 +175,9 @@ class Run:
     def save_checkpoint(self, done: int) -> None:
         """Save beside the last checkpoint, then replace it, so that a complete one remains whenever a run is killed."""
         self.accelerator.wait_for_everyone()
-        partial = self.config.output / "checkpoint.partial"
-        self.accelerator.save_state(str(partial), safe_serialization=True)
+        partial = self.config.output / PARTIAL
+        with saving_weights(partial):
+            self.accelerator.save_state(str(partial), safe_serialization=True)
         loss = self._mean_over_processes(self.loss_since_log)
         if self.accelerator.is_main_process:
             write_text(partial / LOSS_FILE, json.dumps({"loss_since_log": loss}))
