@@ -11,11 +11,14 @@ from tqdm.auto import tqdm
 # errors that users can mend; all others are bugs of this package and keep their tracebacks
 EXPECTED_ERRORS = (ValueError, TypeError, OSError, MemoryError, ImportError, FloatingPointError)
 
+LONGEST_PATH = 500  # characters; what is longer is no name that a file has, and is cut
+
 
 def _say(text: object) -> None:
     """Print a line on standard error, on a line of its own even where a progress bar is shown."""
     broken = "\n" if any(not bar.disable for bar in getattr(tqdm, "_instances", ())) else ""
-    print(f"{broken}milo-latent: {' '.join(str(text).split())}", file=sys.stderr)
+    words = (word if len(word) <= LONGEST_PATH else f"{word[:100]}..." for word in str(text).split())
+    print(f"{broken}milo-latent: {' '.join(words)}", file=sys.stderr)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

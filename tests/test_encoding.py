@@ -70,7 +70,8 @@ def test_a_damaged_photo_is_named_and_the_others_are_encoded(model, photos, tmp_
     arguments = ["encode", str(photos), "-o", str(tmp_path / "latents"), "--model", model]
     assert main(arguments) == 1
     assert "2 photos" in (error := capsys.readouterr().err)
-    assert "1 failed: 1.png" in error
+    assert "1 failed:" in error
+    assert error.splitlines()[-1].startswith("milo-latent: 1.png: Expected a complete image")
     assert sorted(path.name for path in (tmp_path / "latents").iterdir()) == ["0.safetensors", "2.safetensors"]
     assert main([*arguments, "--tile", "100"]) == 1
     assert "failed" not in (error := capsys.readouterr().err)  # refused before the first photo
@@ -91,7 +92,7 @@ def test_a_vae_that_lacks_weights_is_refused(model, photos, tmp_path, capsys):
         assert not (tmp_path / output).exists()
         path.write_bytes(whole)
     (broken / "vae" / path.name).write_bytes(b"half")
-    with pytest.raises(ValueError, match="weights of a VAE"):
+    with pytest.raises(ValueError, match=r"complete safetensors file, got .*vae"):
         load_vae(broken)
 
 
@@ -116,6 +117,13 @@ def test_folders_that_cannot_be_encoded_are_refused(model, photos, tmp_path, cap
     (tmp_path / "empty").mkdir()
     assert main(["encode", str(tmp_path / "empty"), "-o", str(tmp_path / "out"), "--model", model]) == 1
     assert "found none" in capsys.readouterr().err
+
+
+def test_a_shared_name_costs_its_files_only(model, photos, tmp_path, capsys):
     write_image(photos / "0.jpg", torch.rand(1, 3, 9, 9))
     assert main(["encode", str(photos), "-o", str(tmp_path / "out"), "--model", model]) == 1
-    assert "each name once" in capsys.readouterr().err
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("milo-latent: ")]
+    assert "2 photos of" in lines[0]
+    assert [line.split()[1] for line in lines[1:]] == ["0.jpg:", "0.png:"]
+    assert "each name once" in lines[1]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["1.safetensors", "2.safetensors"]

@@ -11,11 +11,12 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from milo_latent.checks import check_batch, check_model_input, check_pair, check_region
+from milo_latent.checks import check_batch, check_model_input, check_pair, check_region, shortened
 from milo_latent.metric.loading import PretrainedMixin
 from milo_latent.metric.mask_finder import MaskFinder, is_transforming
 
 HIGHEST_MOS = 5.0
+MAX_LEVELS = 16  # inputs have sides of at least 2^levels
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class MILO(PretrainedMixin, ModelMixin, ConfigMixin):
         scaling_factor: float | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(levels, int) or not 1 <= levels <= MAX_LEVELS:
+            raise ValueError(f"Expected `levels` to be a whole number from 1 to {MAX_LEVELS}, got {shortened(levels)}.")
         self.mask_finder = MaskFinder(channels, tuple(mask_channels))
         self.scaler = nn.Sequential(
             nn.Conv2d(1, scaler_channels, 1),

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
+from milo_latent.checks import shortened
 from milo_latent.metric.network import MILO
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
 from milo_latent.resources import available_weights, find_weights
@@ -68,8 +69,8 @@ def _check_device(name: str) -> str:
     try:
         torch.zeros(1, device=name).item()  # the device "meta" has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's, by device and by build
-        first_line = str(error).splitlines()[0]
+        reason = shortened(str(error).splitlines()[0])
         raise ValueError(
-            f"Expected a device that is there, such as {best_device()!r}, got {name!r}: {first_line}"
+            f"Expected a device that is there, such as {best_device()!r}, got {shortened(name)!r}: {reason}"
         ) from error
     return name

@@ -112,6 +112,7 @@ class RestorationSettings:
                 "Expected a `detector` of faces, got None. Pass YuNet(path) of "
                 "`milo_latent.restoration.face_detector`, or --detector FILE."
             )
+        self.seeds(1 if isinstance(self.seed, int | np.integer) else len(self.seed))  # refuses those that are too large
         with pipe.tiling(self.tile):  # refuses tiles that do not fit
             split_guides(self.guide(pipe), pipe)  # and guides that cannot act
         arguments = self.call_arguments | {"upscale": self.upscale}
@@ -152,10 +153,12 @@ class RestorationSettings:
         """Return the seed of each of `count` images.
 
         Raises:
-            ValueError: if there are several seeds, but not `count`.
+            ValueError: if there are several seeds, but not `count`, or one has more than 64 bits.
         """
-        if isinstance(self.seed, int | np.integer):
-            return [int(self.seed)] * count
-        if len(self.seed) != count:
-            raise ValueError(f"Expected one seed, or {count}, one for each image, got {len(self.seed)}.")
-        return [int(seed) for seed in self.seed]
+        seeds = [self.seed] * count if isinstance(self.seed, int | np.integer) else self.seed
+        if len(seeds) != count:
+            raise ValueError(f"Expected one seed, or {count}, one for each image, got {len(seeds)}.")
+        for seed in seeds:
+            if not -(2**63) <= seed < 2**63:
+                raise ValueError(f"Expected seeds of 64 bits, got {seed}.")
+        return [int(seed) for seed in seeds]
