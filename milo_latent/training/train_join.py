@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from milo_latent.atomic import make_readable
 from milo_latent.checks import check_range
 from milo_latent.diffbir.fidelity_join import FidelityJoin
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner
 from milo_latent.evaluation.gmsd import gmsd
 from milo_latent.evaluation.metrics import psnr
-from milo_latent.files import make_readable, read_image
+from milo_latent.files import read_image
 from milo_latent.metric.network import MILO
 from milo_latent.pictures import round_to_8bit
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
