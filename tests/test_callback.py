@@ -156,6 +156,22 @@ def test_any_object_with_start_and_call_guides(pipeline):
     assert torch.equal(run(pipeline, Pull(0.0)), run(pipeline))
 
 
+def test_guides_pull_to_the_reference_without_the_noise_that_the_networks_see(pipeline):
+    seen, pull = [], Pull(0.0)
+    hook = pipeline.controlnet.register_forward_pre_hook(
+        lambda module, arguments, options: seen.append(options["controlnet_cond"]), with_kwargs=True
+    )
+    for noise_aug in (0, 300):
+        run(pipeline, pull, steps=1, noise_aug=noise_aug)
+        assert torch.equal(pull.reference, reference_latents(pipeline))
+    hook.remove()
+    assert torch.equal(seen[0], pull.reference)
+    signal = pipeline.scheduler.alphas_cumprod[300].item()
+    noise = (seen[1] - signal**0.5 * pull.reference) / (1 - signal) ** 0.5
+    assert noise.std().item() == pytest.approx(1.0, abs=0.1)
+    assert abs(noise.mean().item()) < 0.1
+
+
 def test_several_guides_act_in_turn_and_a_function_beside_them_is_called_back(pipeline):
     seen, reference = [], reference_latents(pipeline)
 

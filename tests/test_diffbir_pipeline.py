@@ -70,9 +70,14 @@ def test_outputs_are_the_same_image(pipeline):
     assert torch.equal(pipeline(image=image, return_dict=False, **options)[0], tensor)
 
 
-def test_num_images_per_prompt_repeats_each_image(pipeline):
-    images = torch.rand(2, 3, 30, 30)
-    assert run(pipeline, images, num_images_per_prompt=3).shape[0] == 6
+def test_num_images_per_prompt_gives_the_results_of_each_image_one_after_another(pipeline):
+    images = torch.rand(2, 3, 30, 30, generator=generator(9))
+    seeds = range(6)
+    results = run(pipeline, images, num_images_per_prompt=3, generator=[generator(seed) for seed in seeds])
+    assert results.shape[0] == 6
+    for seed in seeds:
+        alone = run(pipeline, images[seed // 3 : seed // 3 + 1], generator=generator(seed))
+        assert torch.allclose(results[seed : seed + 1], alone, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -195,15 +200,15 @@ def test_a_callback_replaces_prompts_and_guidance_scale_for_the_steps_that_follo
 
     def change(pipe, step_index, timestep, tensors):
         if step_index == 0:
-            tensors["prompt_embeds"] = other
+            tensors |= {"prompt_embeds": other, "negative_prompt_embeds": other + 1}
         pipe._guidance_scale = 3.0 if step_index == 0 else 1.0
         return tensors
 
     prompts = {"prompt_embeds": embeddings(), "negative_prompt_embeds": embeddings(seed=1)}
-    names = ["latents", "prompt_embeds"]
+    names = ["latents", "prompt_embeds", "negative_prompt_embeds"]
     options = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": names, "guidance_scale": 3.0}
     run(prompted, num_inference_steps=3, **prompts, **options)
-    expected = [torch.cat([prompts["negative_prompt_embeds"], each]) for each in (prompts["prompt_embeds"], other)]
+    expected = [torch.cat([prompts["negative_prompt_embeds"], prompts["prompt_embeds"]]), torch.cat([other + 1, other])]
     assert all(torch.equal(*pair) for pair in zip(seen, [*expected, other], strict=True))
 
 
@@ -281,8 +286,12 @@ def test_each_image_keeps_its_prompt_in_all_its_results(prompted):
     generators = [generator(index) for index in range(4)]
     options = {"num_inference_steps": 1, "output_type": "latent"}
     batch = run(prompted, images, prompt_embeds=prompts, num_images_per_prompt=2, generator=generators, **options)
-    alone = run(prompted, images[1:], prompt_embeds=prompts[1:], generator=generator(3), **options)
-    assert torch.allclose(batch[3:], alone, atol=1e-4)
+    for index in range(4):
+        image, own = images[index // 2 :][:1], prompts[index // 2 :][:1]
+        alone = run(prompted, image, prompt_embeds=own, generator=generator(index), **options)
+        assert torch.allclose(batch[index : index + 1], alone, atol=1e-4)
+        other = run(prompted, image, prompt_embeds=prompts[1 - index // 2 :][:1], generator=generator(index), **options)
+        assert not torch.allclose(batch[index : index + 1], other, atol=1e-3)
     with pytest.raises(ValueError, match="1 or 2 prompts, one for each image, got 3"):
         run(prompted, images, prompt_embeds=embeddings(3), **options)
 

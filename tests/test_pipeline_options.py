@@ -1,7 +1,11 @@
 """DiffBIRPipeline's options: tiles, prompts, starts, growing and rescaled guidance, one step, compiled networks."""
 
 import copy
+import dataclasses
+import functools
 import gc
+import itertools
+import math
 import pickle
 import shutil
 import weakref
@@ -20,11 +24,14 @@ from milo_latent.diffbir import sampling
 from milo_latent.diffbir.bsrnet import BSRNet
 from milo_latent.diffbir.foreign_cleaner import ForeignCleaner
 from milo_latent.diffbir.prompts import PromptCache, listed
+from milo_latent.diffbir.rules import OFFICIAL, RULES
 from milo_latent.diffbir.schedulers import OFFICIAL_SAMPLERS, SolverScheduler, official_scheduler
 from milo_latent.diffbir.swinir import SwinIR
-from milo_latent.diffbir.tiles import STAGES, official_tiled
+from milo_latent.diffbir.tiles import STAGES, Tile, official_tiled
+from milo_latent.guidance.coefficients import step_coefficients
 from milo_latent.guidance.milo import MILOGuidance
 from milo_latent.guidance.region_adaptive import RegionAdaptiveGuidance
+from milo_latent.guidance.x0 import predict_original_sample
 from milo_latent.restoration.restore import restore_image
 from milo_latent.testing import generator, tiny_metric
 
@@ -42,11 +49,99 @@ def run(pipeline, image=None, **options):
 
 @pytest.mark.parametrize("sampler", OFFICIAL_SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 3])
-def test_every_official_sampler_runs_also_in_one_step(pipeline, sampler, steps):
-    pipeline.scheduler = official_scheduler(sampler)
-    result = run(pipeline, num_inference_steps=steps)
-    assert torch.isfinite(result).all()
-    assert torch.equal(run(pipeline, num_inference_steps=steps), result)
+def test_every_official_sampler_ends_at_a_clean_estimate_also_in_one_step(pipeline, sampler, steps):
+    """The UNet's output is zero: with v-prediction, the estimate is the sample times its share of signal."""
+    pipeline.scheduler = official_scheduler(sampler, rescale_betas_zero_snr=False)
+    torch.nn.init.zeros_(pipeline.unet.conv_out.weight)
+    torch.nn.init.zeros_(pipeline.unet.conv_out.bias)
+    estimates, original = [], pipeline.scheduler.step
+
+    @functools.wraps(original)
+    def step(output, timestep, sample, **options):
+        coefficients = step_coefficients(pipeline.scheduler, timestep)
+        estimates.append(predict_original_sample(output, sample, coefficients))
+        return original(output, timestep, sample, **options)
+
+    pipeline.scheduler.step = step
+    result = run(pipeline, num_inference_steps=steps, output_type="latent")
+    assert len(estimates) == steps
+    assert steps == 3 or pipeline.scheduler.timesteps.tolist() == [999]
+    if sampler in ("ddim", "dpm++_m2"):  # which leave the noise of the first timestep
+        assert (result - estimates[-1]).abs().mean() < 0.1 * result.abs().mean() + 0.05
+    else:
+        assert torch.allclose(result, estimates[-1], atol=1e-5)
+    assert torch.equal(run(pipeline, num_inference_steps=steps, output_type="latent"), result)
+
+
+def ancestral_noise(sigma, sigma_next):
+    """Standard deviations of the noise that is added and of what is left of the old, k-diffusion's `up` and `down`."""
+    up = min(sigma_next, (sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2) ** 0.5)
+    return up, (sigma_next**2 - up**2) ** 0.5
+
+
+def sampled_by_hand(solver, sigmas, sample, denoised, noises):
+    """Run k-diffusion's `sample_euler_ancestral` or `sample_dpmpp_2m_sde` (midpoint), eta and s_noise 1."""
+    for index, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
+        estimate = denoised[index]
+        if following == 0:
+            return estimate
+        if solver == "euler_a":
+            up, down = ancestral_noise(sigma, following)
+            sample = sample + (sample - estimate) / sigma * (down - sigma) + noises[index] * up
+            continue
+        width = math.log(sigma / following)
+        sample = following / sigma * math.exp(-width) * sample + (1 - math.exp(-2 * width)) * estimate
+        if index:
+            ratio = math.log(sigmas[index - 1] / sigma) / width
+            sample = sample + 0.5 * (1 - math.exp(-2 * width)) / ratio * (estimate - denoised[index - 1])
+        sample = sample + noises[index] * following * (1 - math.exp(-2 * width)) ** 0.5
+    return sample
+
+
+@pytest.mark.parametrize("solver", ["euler_a", "dpm++_2m_sde"])
+def test_solvers_that_draw_noise_are_those_of_k_diffusion(solver):
+    scheduler = SolverScheduler(solver=solver, prediction_type="sample")
+    scheduler.set_timesteps(6)
+    drawn = torch.randn(13, 1, 4, 5, 5, generator=generator(), dtype=torch.float64)
+    start, denoised, noises = drawn[0] * scheduler.init_noise_sigma, drawn[1:7], drawn[7:]
+    sample = start
+    for timestep, estimate, noise in zip(scheduler.timesteps, denoised, noises, strict=True):
+        sample = scheduler.step(estimate, timestep, sample, variance_noise=noise).prev_sample
+        if scheduler.step_index == 5:
+            expected = sampled_by_hand(solver, scheduler.sigmas[:6].tolist(), start, denoised, noises)
+            assert torch.allclose(sample, expected, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(sample, denoised[-1], atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", ["euler_a", "dpm++_2m_sde", "dpm++_3m_sde"])
+def test_drawn_noise_is_unit_noise_of_the_generator_and_eta_scales_it(solver):
+    ends = []
+    for eta in (1.0, 0.5, 0.0):
+        scheduler = SolverScheduler(solver=solver, prediction_type="sample", eta=eta)
+        scheduler.set_timesteps(4)
+        estimate, sample = torch.zeros(1, 4, 64, 64), torch.zeros(1, 4, 64, 64)
+        ends.append(scheduler.step(estimate, scheduler.timesteps[0], sample, generator=generator(3)).prev_sample)
+    noise = torch.randn(1, 4, 64, 64, generator=generator(3))
+    assert torch.allclose(ends[0] / ends[0].std() * noise.std(), noise, atol=1e-4)
+    sigma, following = SolverScheduler(), None
+    sigma.set_timesteps(4)
+    sigma, following = (float(each) for each in sigma.sigmas[:2])
+    expected = [
+        eta * ancestral_noise(sigma, following)[0]
+        if solver == "euler_a"
+        else following * (1 - (following / sigma) ** (2 * eta)) ** 0.5
+        for eta in (1.0, 0.5)
+    ]
+    assert [(end / noise).median().item() for end in ends[:2]] == pytest.approx(expected, rel=1e-4)
+    assert (ends[2] == 0).all()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
+def test_the_betas_of_our_solvers_are_those_of_diffusers(schedule):
+    betas = {"beta_start": 0.001, "beta_end": 0.02, "beta_schedule": schedule}
+    for zero in (False, True):
+        ours, theirs = (cls(**betas, rescale_betas_zero_snr=zero) for cls in (SolverScheduler, DDIMScheduler))
+        assert torch.allclose(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-3, atol=1e-7)
 
 
 def test_one_step_of_a_spacing_that_starts_at_the_end_starts_from_the_noise(pipeline):
@@ -156,6 +251,21 @@ def test_schedulers_refuse_what_they_cannot_do(make, match):
 # Starts and guidance scales
 
 
+@pytest.mark.parametrize(("compatibility", "timestep"), [(None, 750), ("official", 999)])
+def test_a_run_that_starts_from_the_condition_noises_it_to_the_timestep_of_its_rules(pipeline, compatibility, timestep):
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="leading")
+    seen, noise = [], torch.randn(1, 4, 16, 16, generator=generator(1))
+    pipeline.unet.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    conditions = []
+    pipeline.controlnet.register_forward_pre_hook(
+        lambda module, arguments, options: conditions.append(options["controlnet_cond"]), with_kwargs=True
+    )
+    image, options = torch.rand(1, 3, 128, 128), {"num_inference_steps": 4, "latents": noise}
+    run(pipeline, image, start_point="cond", compatibility=compatibility, **options)
+    expected = sampling.add_noise(conditions[0], noise, pipeline.scheduler, timestep)
+    assert torch.allclose(seen[0], expected, atol=1e-6)
+
+
 def test_starting_from_the_condition_or_with_a_noised_one_changes_the_result(pipeline):
     free = run(pipeline)
     for options in ({"start_point": "cond"}, {"noise_aug": 400}):
@@ -205,10 +315,15 @@ def test_options_that_cannot_work_are_refused(pipeline, options, match):
         run(pipeline, **options)
 
 
-def test_the_official_picture_is_cut_to_8_bit_not_rounded(pipeline):
-    exact, cut = run(pipeline), run(pipeline, compatibility="official")
-    assert torch.equal((cut * 255).round() / 255, cut)
-    assert exact.shape == cut.shape
+def test_the_official_picture_is_cut_to_8_bit_not_rounded(pipeline, monkeypatch):
+    cut = run(pipeline, compatibility="official")
+    monkeypatch.setitem(RULES, "official", dataclasses.replace(OFFICIAL, quantize=lambda image: image))
+    exact = run(pipeline, compatibility="official")
+    assert torch.equal(cut, (exact * 255).floor() / 255)
+    assert not torch.allclose(cut, (exact * 255).round() / 255, atol=1e-3)
+    assert OFFICIAL.quantize(torch.tensor([0.0, 0.499, 0.9999, 1.0, 1.2])).mul(255).round().tolist() == [
+        0, 127, 254, 255, 255,
+    ]  # fmt: skip
 
 
 # Prompts
@@ -369,12 +484,39 @@ def test_guidance_acts_on_the_blended_estimate(pipeline):
 
 
 @pytest.mark.parametrize(
-    "options", [{"tile": 32}, {"tile": 128, "overlap": 128}, {"stages": ("unet",)}, {"tile": 512.5}, {"tile": 128}]
+    ("options", "match"),
+    [
+        ({"tile": 32}, "tile of at least 64 pixels .* got tile 32 and overlap 8"),
+        ({"tile": 512.5}, r"whole numbers, got tile 512\.5"),
+        ({"tile": 128, "overlap": 128}, "0 <= overlap < tile.* got tile 128 and overlap 128"),
+        ({"tile": 384, "overlap": -1}, "0 <= overlap < tile.* and overlap -1"),
+        ({"stages": ("unet",)}, "`stages` to be one of .*'unet'"),
+        ({"tile": 128}, "at least 320.*128"),
+    ],
 )
-def test_tiles_that_cannot_work_are_refused(pipeline, options):
-    with pytest.raises(ValueError, match=r"tile of at least 64|`stages`|at least 320"):
+def test_tiles_that_cannot_work_are_refused(pipeline, options, match):
+    with pytest.raises(ValueError, match=match):
         pipeline.enable_tiling(**options)
     assert pipeline._tiles == {}
+
+
+def test_an_overlap_of_none_is_a_quarter_and_0_is_0(pipeline):
+    pipeline.enable_tiling(336, stages=("encoder",))
+    pipeline.enable_tiling(128, 0, stages=("diffusion",))
+    assert pipeline._tiles == {"encoder": Tile(336, 84), "diffusion": Tile(128, 0)}
+    whole, seen = torch.randn(1, 4, 32, 48, generator=generator()), []
+
+    def note(part):
+        seen.append(part)
+        return part
+
+    for rules in RULES.values():
+        seen.clear()
+        result = rules.tiles(Tile(128, 0), (32, 48), multiple=16, cell=8)(note, whole)
+        assert torch.allclose(result, whole, atol=1e-6)
+        assert [tuple(part.shape[2:]) for part in seen] == [(16, 16)] * 6
+    assert Tile(200, 10).aligned(64, 8) == {"tile": 24, "overlap": 8, "multiple": 8}
+    assert Tile(64, 63).aligned(64) == {"tile": 64, "overlap": 0, "multiple": 64}
 
 
 def test_the_official_rule_takes_tiles_only_where_one_fits(pipeline):
@@ -449,7 +591,11 @@ def test_any_vae_fits(pipeline):
         block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=4,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
     )  # fmt: skip
-    assert run(pipeline).shape == (1, 3, 50, 70)
+    latents, result = run(pipeline, output_type="latent"), run(pipeline, color_fix="none")
+    assert pipeline.vae.config.scaling_factor == 0.18215
+    with torch.no_grad():
+        decoded = pipeline.vae.decode(latents / 0.18215).sample
+    assert torch.allclose(result, (decoded / 2 + 0.5).clamp(0, 1)[..., :50, :70], atol=1e-5)
 
 
 # Arguments

@@ -1,6 +1,7 @@
 """The one call and its settings: defaults, batches, refusals."""
 
 import inspect
+import itertools
 import os
 import shutil
 
@@ -10,6 +11,7 @@ import torch
 
 from milo_latent import load_restorer
 from milo_latent.diffbir.versions import VERSIONS, Release
+from milo_latent.guidance.milo import MILOGuidance
 from milo_latent.latents.codec import encode_image
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
 from milo_latent.restoration.faces import TEMPLATE, Face
@@ -42,6 +44,20 @@ def test_scale_zero_gives_the_bits_of_no_callback(restorer, pipeline):
     image = torch.rand(1, 3, 30, 30)
     plain = pipeline(image=image, num_inference_steps=2, generator=[generator(4)], output_type="pt").images
     assert torch.equal(restore_image(image, model=restorer, steps=2, seed=4, milo_scale=0.0), plain)
+
+
+def test_strength_and_curriculum_are_those_of_the_guide(restorer):
+    """In four steps all schedules differ; in two or three, "linear" and "cosine" are alike."""
+    image, results = torch.rand(1, 3, 30, 30, generator=generator(2)), []
+    for schedule in ("constant", "linear", "cosine"):
+        guide = MILOGuidance(restorer.metric, 0.7, schedule)
+        options = {"num_inference_steps": 4, "generator": [generator(4)], "output_type": "pt"}
+        expected = restorer(image=image, callback_on_step_end=guide, **options).images
+        settings = {"steps": 4, "seed": 4, "milo_scale": 0.7, "schedule": schedule}
+        results.append(restore_image(image, model=restorer, **settings))
+        assert torch.equal(results[-1], expected)
+    assert torch.equal(restore_image(image, model=restorer, steps=4, seed=4, milo_scale=0.7), results[2])
+    assert all(not torch.equal(*pair) for pair in itertools.combinations(results, 2))
 
 
 def test_what_is_saved_opens_again_whole(restorer, pipeline, tmp_path):
