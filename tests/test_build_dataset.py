@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -254,6 +255,28 @@ def test_calibrated_labels_are_zero_for_equal_images_and_grow():
     assert labels[0] < labels[1] < labels[2] <= 1
     with pytest.raises(ValueError, match="missing"):
         Ensemble([metric], {})
+
+
+def test_members_keep_their_own_calibration_and_the_label_is_higher_for_the_worse():
+    """Two members of opposite scales, whose curves differ: 4.5 to 1.5 about 0.3, and 5 to 3 about -20."""
+    calibrations = {
+        "first": pseudo_mos.Calibration(Logistic(4.5, 1.5, 0.3, -0.1), best=0.0),
+        "second": pseudo_mos.Calibration(Logistic(5.0, 3.0, -20.0, -5.0), best=-60.0),
+    }
+    values = {"first": torch.tensor([0.0, 0.3, 9.0]), "second": torch.tensor([-60.0, -20.0, 100.0])}
+    members = [FullReference(name, lambda *, ref, dist, name=name: values[name], False) for name in ("second", "first")]
+    labels = Ensemble(members, calibrations).labels(ref=torch.zeros(3, 3, 8, 8), dist=torch.zeros(3, 3, 8, 8))
+
+    def label(error, best, high, low, center, width):
+        best, worse = (low + (high - low) / (1 + math.exp((each - center) / width)) for each in (best, error))
+        return (best - worse) / 4
+
+    expected = [
+        [label(second, -60, 5, 3, -20, 5), label(first, 0, 4.5, 1.5, 0.3, 0.1)]
+        for first, second in zip(*(values[name].tolist() for name in ("first", "second")), strict=True)
+    ]
+    assert torch.allclose(labels.float(), torch.tensor(expected), atol=1e-5)
+    assert labels[2].tolist() == pytest.approx([0.5, 0.714], abs=1e-3)
 
 
 def test_the_shipped_metric_labels_without_any_file():

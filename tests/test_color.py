@@ -5,6 +5,7 @@ import torch
 from golden import golden
 
 from milo_latent.diffbir.color import fix_color, low_frequencies
+from milo_latent.diffbir.tiles import Tile
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,20 @@ def test_each_method_takes_what_it_says():
     wavelet = fix_color(image, colors, method="wavelet")
     assert torch.allclose(wavelet - image, low_frequencies(colors) - low_frequencies(image), atol=1e-6)
     assert fix_color(image, colors, method="none") is image
+
+
+@pytest.mark.parametrize("tile", [Tile(64, 0), Tile(192, 96)])
+def test_tiles_change_nothing_since_they_overlap_by_the_reach_of_the_blurs(tile):
+    """Black and white noise, for which a tile that sees one pixel too few differs."""
+    image, colors = torch.rand(2, 1, 3, 300, 280, generator=torch.Generator().manual_seed(0)).round().unbind()
+    assert torch.allclose(fix_color(image, colors, tile=tile), fix_color(image, colors), atol=1e-5)
+
+
+def test_low_frequencies_depend_on_the_pixels_within_the_sum_of_the_gaps():
+    impulse = torch.zeros(1, 1, 101, 101, dtype=torch.float64)
+    impulse[..., 50, 50] = 1.0
+    row = low_frequencies(impulse)[0, 0, 50]
+    assert (row > 0).nonzero().flatten().tolist() == list(range(50 - 31, 50 + 32))
 
 
 def test_bad_arguments_are_refused():

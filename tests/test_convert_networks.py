@@ -7,7 +7,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, con
 from golden import HEADS, golden, official_shapes, official_weights, relative
 from official_checkpoints import make_networks, official_states
 
-from milo_latent.convert.mapping import select
+from milo_latent.convert.mapping import Layout, check_rest, rename, select
 from milo_latent.convert.networks import find_network
 
 CASES = ("a_16x16_t37", "b_16x16_t781", "c_24x16_t37", "d_24x16_t781", "e_batch2_16x16_t999_t0")
@@ -161,3 +161,26 @@ def test_a_network_without_its_first_keys_is_refused():
 def test_unusual_heads_must_be_named():
     with pytest.raises(ValueError, match="attention_head_dim"):
         find_network("UNet", official_weights("unet"))
+
+
+def test_names_and_patterns_match_whole_keys_only():
+    assert rename("conv1.weight", {"conv": "other"}) is None
+    assert rename("conv.1.weight", {"conv": "other", "conv.1": "longer"}) == "longer.weight"
+    layout = Layout(names={"a": "ours"}, ignorable=("skip",))
+    one = torch.ones(1)
+    assert layout.convert({"a.weight": one, "skip": one}) == ({"ours.weight": one}, [])
+    assert layout.convert({"skip.more": one, "not.skip": one, "ab.weight": one})[1] == [
+        "skip.more", "not.skip", "ab.weight",
+    ]  # fmt: skip
+    check_rest({"net.a": one, "extra": one}, ("net.",), ["extra"], what="a file")
+    for key in ("extra.more", "not.extra"):
+        with pytest.raises(ValueError, match="1 unknown"):
+            check_rest({"net.a": one, key: one}, ("net.",), ["extra"], what="a file")
+
+
+def test_a_key_given_twice_is_left_over():
+    layout = Layout(names={"a": "ours", "b": "ours"})
+    one, two = torch.ones(1), torch.zeros(1)
+    converted, unknown = layout.convert({"a.weight": one, "b.weight": two})
+    assert converted["ours.weight"] is one
+    assert unknown == ["b.weight"]

@@ -71,10 +71,15 @@ def test_outputs_are_the_same_image(pipeline):
 
 
 def test_num_images_per_prompt_gives_the_results_of_each_image_one_after_another(pipeline):
-    images = torch.rand(2, 3, 30, 30, generator=generator(9))
-    seeds = range(6)
+    images = torch.rand(2, 3, 30, 30, generator=generator(9)) * torch.tensor([0.2, 1.0]).view(2, 1, 1, 1)
+    seeds, seen = range(6), []
+    pipeline.controlnet.register_forward_pre_hook(
+        lambda module, arguments, options: seen.append(options["controlnet_cond"]), with_kwargs=True
+    )
     results = run(pipeline, images, num_images_per_prompt=3, generator=[generator(seed) for seed in seeds])
     assert results.shape[0] == 6
+    assert all(torch.equal(seen[0][index], seen[0][index // 3 * 3]) for index in seeds)
+    assert not torch.allclose(seen[0][0], seen[0][3], atol=1e-2)
     for seed in seeds:
         alone = run(pipeline, images[seed // 3 : seed // 3 + 1], generator=generator(seed))
         assert torch.allclose(results[seed : seed + 1], alone, atol=1e-4)

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 from milo_latent import MILO, MILOLoss, read_image, read_latents
 from milo_latent.convert.official import describe
@@ -216,6 +218,49 @@ def test_no_candidates_get_no_scores(metric):
     assert metric.compare(ref=ref[:0], dist=dist[:0]).mos.shape == (0,)
 
 
+def test_mos_and_error_map_are_the_scaler_s_by_hand(metric):
+    """5 * (1 - S(E)), and S(e) - S(0) for the error e of each pixel, from no error to the worst."""
+
+    def scaled(value):
+        hidden = torch.tensor([[value]])
+        layers = list(metric.scaler)
+        for layer in layers[::2][:-1]:
+            hidden = hidden @ layer.weight[:, :, 0, 0].T + layer.bias
+            hidden = torch.where(hidden > 0, hidden, 0.2 * hidden)
+        return (hidden @ layers[4].weight[:, :, 0, 0].T + layers[4].bias).sigmoid().item()
+
+    errors = torch.tensor([0.0, 0.3, 2.0, 1e4])
+    expected = [5 * (1 - scaled(error)) for error in errors.tolist()]
+    assert metric.mos(errors).tolist() == pytest.approx(expected, abs=1e-5)
+    differences = [scaled(error) - scaled(0.0) for error in errors.tolist()]
+    assert metric.scale_error(errors.view(1, 1, 2, 2)).flatten().tolist() == pytest.approx(differences, abs=1e-6)
+    assert metric.scale_error(errors[1:].view(3, 1, 1, 1)).flatten().tolist() == pytest.approx(
+        differences[1:], abs=1e-6
+    )
+
+
+def test_the_mask_is_built_from_coarse_to_fine_by_hand(metric):
+    """Odd sides: each level halves them and cuts; masks are doubled, and their last row and column repeated."""
+    ref, dist = (each[..., :37, :22] for each in latent_pair(batch=2, side=40))
+    levels = [(dist, ref)]
+    for _ in range(3):
+        levels.append(tuple(F.avg_pool2d(each, 2) for each in levels[-1]))
+    mask = torch.zeros(2, 1, 2, 1)
+    for level in reversed(levels):
+        mask = F.interpolate(mask, scale_factor=2, mode="bilinear", align_corners=True)
+        rows, columns = (side - own for side, own in zip(level[0].shape[2:], mask.shape[2:], strict=True))
+        mask = torch.cat([mask, mask[..., -1:, :]][: 1 + rows], dim=2)
+        mask = torch.cat([mask, mask[..., -1:]][: 1 + columns], dim=3)
+        hidden = torch.cat([*level, mask], dim=1)
+        for layer in list(metric.mask_finder)[::2]:
+            hidden = F.conv2d(hidden.relu() if hidden.shape[1] != 9 else hidden, layer.weight, layer.bias, padding=1)
+        mask = mask + hidden.sigmoid()
+    assert torch.allclose(metric.mask(dist=dist, ref=ref), mask, atol=1e-5)
+    error = (mask * (ref - dist).abs()).mean(dim=(1, 2, 3))
+    assert torch.allclose(metric(dist=dist, ref=ref), error, atol=1e-5)
+    assert (metric.mask(dist=ref, ref=dist) - mask).abs().max() > 1e-3
+
+
 def test_the_mos_falls_with_noise_and_is_highest_for_identical_inputs():
     metric = tiny_metric()
     initialize(metric)  # a scaler that rises, as a trained one does
@@ -286,8 +331,23 @@ def test_a_saved_metric_has_a_card_with_its_space_direction_and_hash(tmp_path):
     metric.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     digest = hashlib.sha256((tmp_path / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
-    for expected in ("some-vae", "0.5", "lower is better", digest, "library_name: diffusers"):
-        assert expected in card
+    parameters = sum(each.numel() for each in metric.parameters())
+    for row in (
+        "library_name: diffusers",
+        "# MILO_L, for latents",
+        "| input | latents of the autoencoder `some-vae`, times the scaling factor 0.5, (B, 4, H, W), "
+        "sides of at least 16 |",
+        "| `metric(dist=..., ref=...)` | error E, (B,): 0 = identical, unbounded above; lower is better |",
+        "| `metric.compare(...).mos` | 5 * (1 - S(E)), (B,), 0 to 5; higher is better |",
+        "| levels | 4 |",
+        f"| parameters | {parameters:,} |",
+        f"| SHA-256 of `diffusion_pytorch_model.safetensors` | `{digest}` |",
+    ):
+        assert row in card.splitlines(), row
+    MILO(channels=3).save_pretrained(tmp_path / "images")
+    lines = (tmp_path / "images" / "README.md").read_text().splitlines()
+    assert "# MILO_I, for images" in lines
+    assert "| input | RGB images in [0, 1], (B, 3, H, W), sides of at least 16 |" in lines
     (tmp_path / "README.md").write_text("mine")
     metric.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
@@ -326,11 +386,25 @@ def test_a_foreign_checkpoint_is_refused_by_its_keys(tmp_path):
         MILO.from_pretrained(path)
 
 
-def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
-    path = tmp_path / "evil.pth"
-    torch.save(print, path)
+class Harmful:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_that_runs_code_is_refused_before_it_does(tmp_path, zipped):
+    path, trace = tmp_path / "evil.pth", tmp_path / "ran"
+    torch.save({"weight": torch.zeros(1), "other": Harmful(trace)}, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(ValueError, match="cannot be read"):
         MILO.from_pretrained(path)
+    assert not trace.exists()
+    torch.load(path, weights_only=False)  # as this file would do
+    assert trace.exists()
 
 
 def test_a_card_written_by_us_keeps_the_hash_of_the_weights_beside_it(tmp_path):

@@ -153,6 +153,19 @@ def test_a_gaussian_blur_spreads_by_sigma_and_keeps_borders_and_the_batch():
     assert torch.allclose(gaussian_blur(torch.ones(3, 9, 9), 2.0), torch.ones(3, 9, 9))
 
 
+@pytest.mark.parametrize(("sigma", "reach"), [(0.2, 1), (1.0, 3), (1.5, 5), (2.0, 6)])
+def test_a_gaussian_blur_reaches_three_standard_deviations(sigma, reach):
+    impulse = torch.zeros(1, 25, 25)
+    impulse[..., 12, 12] = 1
+    blurred = gaussian_blur(impulse, sigma)[0]
+    offsets = torch.arange(-reach, reach + 1.0)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    expected = torch.zeros(25)
+    expected[12 - reach : 13 + reach] = kernel / kernel.sum()
+    assert torch.allclose(blurred, torch.outer(expected, expected), atol=1e-7)
+    assert (blurred[12] > 0).sum() == 2 * reach + 1
+
+
 def test_jpeg_loses_more_at_lower_quality():
     image = torch.rand(2, 1, 16, 24, generator=torch.Generator().manual_seed(0)).expand(-1, 3, -1, -1)  # no chroma
     fine, coarse = (jpeg_round_trip(image, quality) for quality in (95, 10))

@@ -1,8 +1,11 @@
 """The README: its Python blocks run, its links lead somewhere, its commands exist."""
 
 import re
+import shlex
 
 import pytest
+
+from milo_latent.cli import build_parser
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,23 @@ def test_the_links_lead_somewhere(readme, repository):
         assert heading in [each.lower().replace(" ", "-") for each in headings], link
 
 
-def test_the_first_two_blocks_are_the_two_commands(readme):
+def test_the_first_two_blocks_are_the_two_commands(readme, repository):
     first, second = re.findall(r"```bash\n(.*?)```", readme, re.S)
-    assert "milo-latent restore" in first
-    assert "pytest" in second
+    install, command = first.strip().rsplit(" && ", 1)
+    assert install == "python3 -m venv .venv && .venv/bin/pip install -e ."
+    assert command == ".venv/bin/milo-latent restore examples/cat_noisy.png -o photo_restored.png"
+    assert second.strip() == 'python3 -m venv .venv && .venv/bin/pip install -e ".[dev]" && .venv/bin/pytest'
+    for word in command.split():
+        assert word.startswith((".venv", "-", "photo_", "restore")) or (repository / word).is_file(), word
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/diffbir.md", "docs/restorers.md", "docs/scoring.md"])
+def test_the_commands_take_the_options_that_are_shown(repository, page, capsys):
+    text = (repository / page).read_text().replace("\\\n", " ")
+    commands = re.findall(r"^ *milo-latent ([^#|\n]+)", text, re.M)
+    assert commands
+    for command in commands:
+        try:
+            build_parser().parse_args(shlex.split(command))
+        except SystemExit:
+            pytest.fail(f"{command}: {capsys.readouterr().err}")

@@ -95,14 +95,15 @@ def test_only_the_last_checkpoint_is_kept_with_the_run_s_record(tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == 5
 
 
-def test_a_run_records_what_it_is(tmp_path):
+def test_a_run_records_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/a/train_metric.py", "--output", "runs/my metric"])
     train(tmp_path / "run", 2)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["seed"] == 0
     [start] = record["starts"]
     assert start["step"] == 0
     assert start["versions"]["torch"] == version("torch")
-    assert "pytest" in start["command"]
+    assert start["command"] == "/a/train_metric.py --output 'runs/my metric'"
     assert start["commit"] is None or len(start["commit"].rstrip("+")) == 40
 
 
