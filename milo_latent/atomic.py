@@ -53,15 +53,22 @@ def folder_at_once(folder: Path) -> Iterator[Path]:
     """
     check_new_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder.parent)
-    partial = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder.parent))
+    with temporary_folder(folder.parent) as partial:
+        yield partial
+        partial.chmod(0o777 & ~_umask())  # mkdtemp makes folders private
+        partial.replace(folder)
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Yield a folder in `parent` that is removed at the end, or by the next process if this one is killed."""
+    remove_leftovers(parent)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     try:
-        with _held(partial):
-            yield partial
-            partial.chmod(0o777 & ~_umask())  # mkdtemp makes folders private
-            partial.replace(folder)
+        with _held(folder):
+            yield folder
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

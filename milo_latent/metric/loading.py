@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -10,7 +9,7 @@ from typing import Any, Self
 import torch
 from diffusers import ConfigMixin, ModelMixin
 
-from milo_latent.atomic import make_readable, saving_weights
+from milo_latent.atomic import make_readable, saving_weights, temporary_folder
 from milo_latent.checkpoints import CHECKPOINT_SUFFIXES, read_checkpoint, rename_keys
 from milo_latent.checks import shortened
 from milo_latent.metric.card import write_card
@@ -180,8 +179,8 @@ def fetch_official(name: str) -> Path:
 def _fetch(file: PinnedFile) -> None:
     """Fetch a file into the cache, where it appears once it is complete and checked."""
     file.path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=file.path.parent) as folder:
-        partial = Path(folder) / file.path.name
+    with temporary_folder(file.path.parent) as folder:
+        partial = folder / file.path.name
         torch.hub.download_url_to_file(file.url, str(partial), progress=False)
         if not file.is_at(partial):
             raise ValueError(
