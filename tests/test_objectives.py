@@ -41,6 +41,12 @@ def test_milo_is_the_metric_s_error(pair, metric):
     assert torch.allclose(Objective("milo", metric)(pred, target), expected)
 
 
+def test_log_milo_is_the_mean_over_images_of_the_logarithm_of_the_error(pair, metric):
+    pred, target = pair
+    expected = (metric(dist=pred, ref=target) + 1e-4).log().mean()
+    assert torch.allclose(Objective("log-milo", metric)(pred, target), expected)
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("progress", [0.0, 0.3, 1.0])
 def test_a_curriculum_weighs_absolute_errors(pair, metric, schedule, progress):

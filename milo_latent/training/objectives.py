@@ -13,10 +13,12 @@ from milo_latent.checks import check_choice
 from milo_latent.guidance.curriculum import curriculum_weight
 from milo_latent.metric.network import MILO, check_metric
 
-ObjectiveName = Literal["mae", "log-mse", "milo", "linear", "cosine"]
+ObjectiveName = Literal["mae", "log-mse", "milo", "log-milo", "linear", "cosine"]
 OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
-WITH_MASK = ("milo", "linear", "cosine")
-LOG_OFFSET = 1e-4  # of squared errors in [0, 1]: PSNRs above 40 dB are hardly rewarded
+WITH_MASK = ("milo", "log-milo", "linear", "cosine")
+LOG_OFFSET = (
+    1e-4  # of squared errors in [0, 1], and of E: what nobody sees, such as PSNRs above 40 dB, is hardly rewarded
+)
 
 
 class Objective:
@@ -27,12 +29,13 @@ class Objective:
     - "mae": mean(|pred - target|);
     - "log-mse": mean over images of log(mean((pred - target)^2) + 1e-4), minus the mean PSNR up to a factor;
     - "milo": mean(M * |pred - target|), MILO's error E;
+    - "log-milo": mean over images of log(E + 1e-4): strong and weak degradations count alike;
     - "linear" and "cosine": mean(W(progress) * |pred - target|): less visible regions first, visible ones last.
 
     If the gradient passed through the mask, a network would learn to close the mask and not the difference.
 
     Args:
-        name: one of the five.
+        name: one of the six.
         metric: for images or latents; only its mask is used, which "mae" and "log-mse" do without.
 
     Raises:
@@ -62,7 +65,10 @@ class Objective:
         error = (pred - target).abs()
         if self.name not in WITH_MASK:
             return error.mean()
-        return (self._weight(pred, target, progress) * error).mean()
+        error = self._weight(pred, target, progress) * error
+        if self.name == "log-milo":
+            return (error.mean(dim=(1, 2, 3)) + LOG_OFFSET).log().mean()
+        return error.mean()
 
     @torch.no_grad()
     def _weight(self, pred: Tensor, target: Tensor, progress: float) -> Tensor:
@@ -70,7 +76,7 @@ class Objective:
         assert self.metric is not None
         with torch.autocast(pred.device.type, enabled=False):  # in bfloat16, masks are off by some 8 %
             mask = self.metric.to(pred.device).mask(dist=pred, ref=target.float())
-        return mask if self.name == "milo" else curriculum_weight(mask, progress, schedule=self.name)  # type: ignore[arg-type]
+        return mask if self.name in ("milo", "log-milo") else curriculum_weight(mask, progress, schedule=self.name)  # type: ignore[arg-type]
 
 
 def training_progress(step: int, steps: int) -> float:
@@ -91,7 +97,7 @@ def with_progress(
 def add_objective_options(parser: argparse.ArgumentParser, *, default: ObjectiveName) -> None:
     """Add the options from which `open_objective` makes an objective."""
     parser.add_argument("--objective", choices=OBJECTIVES, default=default)
-    parser.add_argument("--metric", default="milo-image", help="MILO_I, whose mask the last three objectives use")
+    parser.add_argument("--metric", default="milo-image", help="MILO_I, whose mask most objectives use")
 
 
 def open_objective(options: argparse.Namespace) -> Objective:
