@@ -35,22 +35,22 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {  # module or folder -> its tests, those that fail soonest first
     "distortions": "distortions",
-    "guidance/base": "callback guidance stock_pipelines",
+    "guidance/base": "guidance_steps callback guidance stock_pipelines",
     "guidance/coefficients": "schedulers step",
-    "guidance/curriculum": "curriculum restoration_guidance guidance",
-    "guidance/milo": "guidance callback step",
-    "guidance/reference": "guidance restoration_guidance callback",
+    "guidance/curriculum": "curriculum restoration_guidance",
+    "guidance/milo": "guidance_steps guidance callback",
+    "guidance/reference": "guidance_steps guidance restoration_guidance",
     "guidance/region_adaptive": "restoration_guidance",
-    "guidance/trace": "guidance",
-    "guidance/x0": "step guidance restoration_guidance callback",
-    "metric/card": "weights",
-    "metric/loading": "weights official refusals network",
+    "guidance/trace": "guidance_steps guidance",
+    "guidance/x0": "step guidance_steps restoration_guidance guidance callback",
+    "metric/card": "network official",
+    "metric/loading": "network official refusals",
     "metric/loss": "network functional metric_properties",
     "metric/mask_finder": "mask_finder network",
     "metric/network": "network metric_properties mask_finder",
     "metric/visualize": "visualize",
     "diffbir/sampling": "sampling_golden diffbir_pipeline pipeline_options",
-    "diffbir/schedulers": "sampling_golden pipeline_options",
+    "diffbir/schedulers": "pipeline_options sampling_golden",
 }
 COLUMNS = ["folder", "module", "index", "line", "fault", "before", "after", "result", "killed_by", "seconds"]
 SWAPS: dict[type, type] = {

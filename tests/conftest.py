@@ -43,6 +43,15 @@ def metric():
     return tiny_metric()
 
 
+@pytest.fixture(scope="session")
+def uneven_metric():
+    """A metric whose masks differ a lot between pixels, and between (ref, dist) and (dist, ref)."""
+    metric = tiny_metric()
+    for layer in list(metric.mask_finder)[::2][:-1]:
+        layer.weight.mul_(3.0)
+    return metric
+
+
 @pytest.fixture
 def photo(tmp_path) -> Path:
     """A small noisy PNG: a gradient with an edge."""

@@ -84,6 +84,39 @@ def test_the_last_checkpoints_are_kept(tmp_path):
     assert kept == ["checkpoint-00000004", "checkpoint-00000006", "checkpoint-00000008"]
 
 
+class Constant(nn.Module):
+    """Its loss does not depend on the parameter, so that only weight decay changes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.value = nn.Parameter(torch.full((3,), 2.0))
+
+    def forward(self, point, value):
+        return (0.0 * self.value).sum() + value.sum()
+
+
+def test_weights_decay_by_the_share_of_the_recipe(tmp_path):
+    options = {"precision": "no", "warmup": 1, "learning_rate": 0.1, "decay": 0.0, "checkpoint_steps": 100}
+    module = Constant()
+    fit(module, draw_points, RunConfig(tmp_path / "run", 3, weight_decay=0.5, **options))
+    assert module.value.tolist() == pytest.approx([2.0 * (1 - 0.1 * 0.5) ** 3] * 3)
+
+
+def test_gradients_are_clipped_to_the_norm_of_the_recipe(tmp_path, monkeypatch):
+    norms, step = [], torch.optim.AdamW.step
+
+    def note(optimizer, *args, **kwargs):
+        gradients = [each.grad for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
+        norms.append(torch.cat([each.flatten() for each in gradients]).norm().item())
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", note)
+    for limit in (0.01, 1e6):
+        train(tmp_path / str(limit), 3, max_grad_norm=limit)
+    assert norms[:3] == pytest.approx([0.01] * 3, rel=1e-3)
+    assert all(norm > 0.05 for norm in norms[3:])
+
+
 def test_an_optimizer_that_is_not_installed_is_refused_in_one_line():
     try:
         import bitsandbytes  # noqa: F401

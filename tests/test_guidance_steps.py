@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from milo_latent import MILOGuidance
 from milo_latent.guidance.reference import match_region
 from milo_latent.guidance.x0 import decoder_push
-from milo_latent.metric.network import MILO
 from milo_latent.testing import generator, latent_pair
 
 ALPHA = {
@@ -23,14 +22,9 @@ REFERENCE, X0 = latent_pair(batch=2, side=24, noise=1.0, seed=7)
 START, STOP, STEPS = 0.25, 0.75, (0.25, 0.35, 0.65, 0.75)
 
 
-@pytest.fixture(scope="module")
-def metric():
-    """A metric whose masks differ a lot between pixels, and between (ref, dist) and (dist, ref)."""
-    torch.manual_seed(0)
-    metric = MILO(channels=4)
-    for layer in list(metric.mask_finder)[::2][:-1]:
-        layer.weight.data.mul_(3.0)
-    return metric.frozen()
+@pytest.fixture
+def metric(uneven_metric):
+    return uneven_metric
 
 
 def weight_by_hand(metric, x0, progress, schedule):

@@ -13,13 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from milo_latent import MILO
+from milo_latent.evaluation.agreement import pearson, spearman
 from milo_latent.testing import tiny_metric
 from milo_latent.training import train_metric
+from milo_latent.training.data.shards import PairSet
 from milo_latent.training.engine.loop import build_optimizer
 from milo_latent.training.engine.recipe import Recipe, read_recipe
 from milo_latent.training.engine.records import append_row, drop_rows_after, read_log
 from milo_latent.training.engine.run import Run, RunConfig
-from milo_latent.training.train_metric import OpinionLoss, mirrored, new_metric, scale_map
+from milo_latent.training.train_metric import OpinionLoss, draw_from, mirrored, new_metric, scale_map
 
 PAIRS = 24
 PER_PAIR = ("dist_latents", "ref_index", "dmos", "setting", "maps")  # entries of a shard
@@ -290,6 +292,60 @@ def test_maps_are_scaled_to_the_label_and_mirrors_are_eight():
     assert scale_map(maps, torch.tensor([0.9, 0.9])).max() <= 0.95
     seen = {mirrored(maps[:1], choice).numpy().tobytes() for choice in range(8)}
     assert len(seen) == 8
+
+
+def test_both_sides_and_the_map_of_a_pair_are_mirrored_alike_by_the_recipe_s_seed():
+    ref = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    pairs = SimpleNamespace(
+        draw=lambda size, **options: torch.arange(2), pairs=lambda indices: (ref, ref + 1, indices), maps=ref[:, :1] + 2
+    )
+    drawn = {}
+    for seed in (0, 1):
+        draw = draw_from(pairs, Recipe(steps=9, seed=seed, mirror=True, map_weight=1.0), processes=1)
+        batches = [draw(step, 0) for step in range(8)]
+        for one, other, _, target in batches:
+            assert torch.equal(one + 1, other)
+            assert torch.equal(one[:, :1] + 2, target)
+        drawn[seed] = torch.stack([batch[0] for batch in batches])
+        assert len(drawn[seed].flatten(1).unique(dim=0)) > 2
+    assert not torch.equal(drawn[0], drawn[1])
+    plain = draw_from(pairs, Recipe(steps=9), processes=1)(3, 0)
+    assert len(plain) == 3
+    assert torch.equal(plain[0], ref)
+
+
+def test_validation_compares_the_map_s_mean_of_ref_and_dist_with_the_labels(dataset, uneven_metric):
+    pairs, metric = PairSet(dataset, space="latents"), uneven_metric
+    ref, dist, dmos = pairs.pairs(torch.arange(len(pairs)))
+    means, swapped = (
+        metric.error_map(ref=one, dist=other).mean(dim=(1, 2, 3)) for one, other in ((ref, dist), (dist, ref))
+    )
+    expected = {"srcc": spearman(means, dmos), "plcc": pearson(means, dmos)}
+    figures = train_metric.validation_figures(metric, pairs)
+    assert figures == pytest.approx(expected, abs=2e-6)
+    assert abs(figures["plcc"] - pearson(swapped, dmos)) > 1e-5
+
+
+def test_seeds_give_other_weights_and_other_pairs_and_every_part_learns(dataset, whole, tmp_path):
+    torch.manual_seed(0)
+    start = new_metric(dataset, space="latents", latent_space=None).state_dict()
+    for name, value in weights(whole).items():
+        assert not torch.equal(value, start[name]), name
+    starts = []
+    for name, seed in (("a", 0), ("again", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        recipe = recipe_file(tmp_path / name, steps=1, seed=seed)
+        train_metric.main(command(dataset, tmp_path / name / "run", recipe))
+        starts.append((weights(tmp_path / name / "run"), losses(tmp_path / name / "run")))
+    same = [torch.equal(value, starts[1][0][name]) for name, value in starts[0][0].items()]
+    assert all(same)
+    assert starts[0][1] == starts[1][1]
+    first = "mask_finder.0.weight"
+    assert not torch.allclose(starts[0][0][first], starts[2][0][first], atol=1e-2)
+    pairs = PairSet(dataset, space="latents")
+    drawn = [pairs.draw(8, seed=seed, step=0, process_index=0, processes=1) for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_logs_forget_what_came_after_the_checkpoint(tmp_path):
