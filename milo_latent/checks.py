@@ -11,6 +11,7 @@ from torch import Tensor
 
 # root mean square of scaled latents, which is near 1 by definition; that of unscaled ones is 5 to 8 (SD 1.x to SDXL)
 LATENT_RANGE = (0.05, 3.0)
+OVERSHOOT = 0.1  # by which decoders and filters leave [0, 1] where nothing clips
 SHOWN = 200  # characters of a value from a file or of another library's error that a message repeats
 
 
@@ -37,6 +38,13 @@ def check_file(path: Path, what: str, way_out: str = "") -> None:
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"Expected {what}, got {path}, which {found}. {way_out}".rstrip())
+
+
+def check_apart(output: Path, *inputs: Path) -> None:
+    """Raise ValueError if the file `output` is one of `inputs`, whatever the paths: it would be overwritten."""
+    for path in inputs:
+        if output.exists() and path.exists() and output.samefile(path):
+            raise ValueError(f"Expected another file for the result than the input {path}, which would be overwritten.")
 
 
 def check_batch(name: str, tensor: Tensor, channels: int | None = None) -> None:
@@ -114,6 +122,13 @@ class ValueWatch:
 
     def __init__(self) -> None:
         self.warned = False
+
+    def glance(self, name: str, tensor: Tensor, *, latents: bool, stacklevel: int = 4) -> None:
+        """Look at what is on the CPU, where reading values makes nothing wait; images may overshoot a little."""
+        if torch.compiler.is_compiling() or self.warned or tensor.device.type != "cpu" or tensor.numel() == 0:
+            return
+        if latents or not -OVERSHOOT <= tensor.amin() <= tensor.amax() <= 1 + OVERSHOOT:
+            self.look(name, tensor, latents=latents, stacklevel=stacklevel + 1)
 
     def look(self, name: str, tensor: Tensor, *, latents: bool, stacklevel: int = 3) -> None:
         """Warn of images or scaled latents, (B, C, H, W), called `name`, unless it has warned before."""

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 from milo_latent.atomic import check_output_folder, remove_leftovers, write_atomically, write_bytes
 from milo_latent.checks import check_file, check_finite, shortened
 from milo_latent.pictures import from_8bit, picture_to_tensor, to_8bit
+from milo_latent.provenance import FolderRecord
 from milo_latent.structure import DTYPES, open_safetensors, refusing_damage
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
@@ -304,14 +306,24 @@ def files_failed(summary: str, lines: list[str]) -> ValueError:
 
 
 def process_folder(
-    folder: Path, output: Path, work: Callable[[Path, Path], object], *, inputs: frozenset[str], suffix: str, unit: str
+    folder: Path,
+    output: Path,
+    work: Callable[[Path, Path], object],
+    *,
+    made: Mapping[str, Any],
+    inputs: frozenset[str],
+    suffix: str,
+    unit: str,
 ) -> tuple[int, int]:
-    """Call `work(path, result)` for every file of a folder whose result is not there yet.
+    """Call `work(path, result)` for every file of a folder that has no result yet, or one made of something else.
+
+    A file beside `output`, `OUTPUT.record`, tells of what each result was made. Warns of results that are made anew.
 
     Args:
         folder: the folder of the files.
         output: the folder of the results, made if it is missing; a result has the name of its file, with `suffix`.
         work: may raise ValueError, FileNotFoundError or MemoryError; the other files are processed all the same.
+        made: what all results depend on beside their files, such as settings, as values that JSON can hold.
         inputs: the suffixes of the files.
         suffix: the suffix of the results, such as "png".
         unit: what messages call the files, in the plural.
@@ -328,12 +340,15 @@ def process_folder(
     output.mkdir(parents=True, exist_ok=True)
     remove_leftovers(output)
     results = {path: output / f"{name}.{suffix}" for name, path in named.items()}
-    left = [path for path in results if not results[path].exists()]
+    record = FolderRecord(output, dict(made))
+    left = [path for path in results if not record.is_current(results[path], path)]
+    record.tell_of_others(results[path] for path in left)
     done = 0
     with tqdm(left, unit="file", disable=len(left) < 2) as shown:
         for path in shown:
             try:
-                work(path, results[path])
+                with record.making(results[path], path):
+                    work(path, results[path])
                 done += 1
             except (ValueError, FileNotFoundError, MemoryError) as error:  # a full disk stops the run
                 failed.append(f"{path.name}: {error}")

@@ -18,7 +18,7 @@ from milo_latent.files import LATENT_SUFFIXES, list_unique_files, read_image, re
 from milo_latent.score import pairs as scoring
 from milo_latent.score.pairs import match_pairs, score_pairs
 from milo_latent.score.table import ScoreRow, ScoreTable
-from milo_latent.testing import latent_pair, tiny_metric, tiny_pipeline
+from milo_latent.testing import generator, latent_pair, tiny_metric, tiny_pipeline
 
 
 @pytest.fixture
@@ -127,12 +127,13 @@ def test_an_interrupted_table_ends_as_an_uninterrupted_one(folders, weights, tmp
 
 
 def test_rows_of_other_weights_are_dropped(tmp_path):
-    table = ScoreTable(tmp_path / "a.csv", key="one")
-    table.extend([ScoreRow('with "quotes", and comma', 0.1, 0.2)])
-    assert list(ScoreTable(tmp_path / "a.csv", key="one").rows.values()) == [
-        ScoreRow('with "quotes", and comma', 0.1, 0.2)
-    ]
-    assert ScoreTable(tmp_path / "a.csv", key="other").rows == {}
+    row = ScoreRow('with "quotes", and comma', 0.1, 0.2)
+    one, other = ({row.name: {"weights": weights}} for weights in ("one", "other"))
+    ScoreTable(tmp_path / "a.csv", made=one).extend([row])
+    assert list(ScoreTable(tmp_path / "a.csv", made=one).rows.values()) == [row]
+    for made in (other, {}, {row.name: {}}, {"another": {"weights": "one"}}):
+        with pytest.warns(UserWarning, match="1 rows of .* are scored anew"):
+            assert ScoreTable(tmp_path / "a.csv", made=made).rows == {}
 
 
 def test_json_prints_every_row(folders, weights, capsys):
@@ -264,15 +265,94 @@ def test_a_killed_process_goes_on_and_ends_with_the_same_table(tmp_path, weights
     assert not partial.exists()
 
 
+@pytest.mark.filterwarnings("default::UserWarning")  # as for users, not as errors
 def test_rows_of_other_folders_are_dropped(folders, weights, tmp_path, capsys):
     ref, dist = folders
     table = str(tmp_path / "t.csv")
     common = ["--weights", weights, "--csv", table]
     assert main(["score", "--ref", str(ref), "--dist", str(dist), *common]) == 0
     other = (tmp_path / "t.csv").read_text()
-    ScoreTable(table, key=f"{weights}  {ref.resolve()} elsewhere").extend([ScoreRow("00", 9.0, 9.0)])
+    elsewhere = {"00": {"weights": "", "ref": "elsewhere", "dist": "elsewhere"}}
+    ScoreTable(table, made=elsewhere).extend([ScoreRow("00", 9.0, 9.0)])
     assert main(["score", "--ref", str(ref), "--dist", str(dist), *common]) == 0
     assert (tmp_path / "t.csv").read_text() == other
+
+
+def interrupted(command, table, monkeypatch):
+    """Begin a table and stop after the first batch."""
+    real, reads = scoring.read_input, []
+
+    def read(path, encode=None):
+        reads.append(path)
+        if len(reads) == 2 * scoring.BATCH_SIZE + 1:
+            raise KeyboardInterrupt
+        return real(path, encode)
+
+    with monkeypatch.context() as context:
+        context.setattr(scoring, "read_input", read)
+        assert main([*command, "--csv", str(table)]) == 130
+    return Path(f"{table}.partial")
+
+
+@pytest.mark.filterwarnings("default::UserWarning")  # as for users, not as errors
+def test_rows_of_files_that_changed_since_are_scored_anew_and_that_is_said(
+    folders, weights, tmp_path, monkeypatch, capsys
+):
+    ref, dist = folders
+    command = ["score", "--ref", str(ref), "--dist", str(dist), "--weights", weights]
+    for changed in (ref / "03.npy", dist / "03.safetensors", Path(weights) / "diffusion_pytorch_model.safetensors"):
+        interrupted(command, tmp_path / "parts.csv", monkeypatch)
+        if changed.parent == Path(weights):
+            tiny_metric(seed=5).save_pretrained(weights)
+        else:
+            write_latents(changed, torch.randn(1, 4, 16, 16, generator=generator(9)))
+        capsys.readouterr()
+        assert main([*command, "--csv", str(tmp_path / "parts.csv")]) == 0
+        assert "rows of" in (told := capsys.readouterr().err)
+        assert "are scored anew" in told
+        assert main([*command, "--csv", str(tmp_path / "whole.csv")]) == 0
+        assert (tmp_path / "parts.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_a_damaged_row_is_scored_anew(folders, weights, tmp_path, monkeypatch):
+    command = ["score", "--ref", str(folders[0]), "--dist", str(folders[1]), "--weights", weights]
+    content = bytearray(interrupted(command, tmp_path / "a.csv", monkeypatch).read_bytes())
+    made = {json.loads(line[9:])["name"]: json.loads(line[9:]) for line in content.splitlines()}
+    right = {name: ScoreRow(name, entry.pop("error"), entry.pop("mos")) for name, entry in made.items()}
+    made = {entry.pop("name"): entry for entry in made.values()}
+    assert len(right) == scoring.BATCH_SIZE
+    first = content.index(b"\n") + 1
+    for place in range(first):
+        damaged = content.copy()
+        damaged[place] ^= 1 << place % 8
+        (tmp_path / "a.csv.partial").write_bytes(damaged)
+        with pytest.warns(UserWarning, match="damaged"):
+            rows = ScoreTable(tmp_path / "a.csv", made=made).rows
+        assert len(rows) >= scoring.BATCH_SIZE - 2  # two are damaged where the end of a line was hit
+        assert all(row == right[name] for name, row in rows.items())
+
+
+def test_results_never_replace_inputs(folders, weights, photo, tmp_path, capsys):
+    files = [tmp_path / name for name in ("a.png", "b.png", "c.png", "t.csv.partial")]
+    for file in files:
+        file.write_bytes(photo.read_bytes())
+    (tmp_path / "link.png").hardlink_to(files[0])
+    a, b, c, partial = map(str, files)
+    before = photo.read_bytes()
+    command = ["score", "--weights", "milo-image", "--ref", a, "--dist"]
+    for arguments in (
+        [b, "--map", a],
+        [b, "--map", str(tmp_path / "link.png")],
+        [b, "--map", str(tmp_path / "." / "b.png")],
+        [b, "--map", c, "--overlay", c],
+        [b, "--csv", a],
+        [b, "--csv", b],
+        [partial, "--csv", str(tmp_path / "t.csv")],
+    ):
+        assert main([*command, *arguments]) == 1
+        assert "which would be overwritten" in capsys.readouterr().err
+    assert main(["score", "--weights", a, "--ref", b, "--dist", c, "--csv", a]) == 1
+    assert all(file.read_bytes() == before for file in files)
 
 
 def test_options_that_would_do_nothing_or_fail_late_are_refused(tmp_path, capsys):

@@ -13,7 +13,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "encode",
         help="encode photos into latents",
-        description="Encode a photo, or a folder of them, into latents. What is in OUT already is left alone.",
+        description="Encode a photo, or a folder of them, into latents. What is in OUT already is left alone if it was "
+        "made of the same files and weights.",
     )
     command.set_defaults(run=run)
     command.add_argument("input", type=Path, metavar="IN", help="photo, or folder of photos")

@@ -22,7 +22,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         "restore",
         help="restore a degraded photo, or a folder of them",
         description="Restore a degraded photo, or a folder of them. Without --model nothing is downloaded: the "
-        "embedded models are used. Photos of a folder whose results are there already are left alone.",
+        "embedded models are used. Photos of a folder are left alone whose results are there already, made of the same "
+        "files, weights and settings.",
     )
     command.set_defaults(run=run)
     command.add_argument("input", type=Path, metavar="IN", help="the photo, or a folder of photos")
@@ -64,10 +65,11 @@ def add_diffusion_settings(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> str:
     """Restore; return the line to print."""
+    from milo_latent.checks import check_apart
     from milo_latent.files import IMAGE_SUFFIXES, check_output
     from milo_latent.restoration.files import restore_file, restore_folder
     from milo_latent.restoration.restore import restore
-    from milo_latent.restoration.restorer import load_restorer
+    from milo_latent.restoration.restorer import load_restorer, pipeline_digest
 
     folder = options.input.is_dir()
     output = options.output or _beside(options.input, folder=folder)
@@ -75,13 +77,15 @@ def run(options: argparse.Namespace) -> str:
         if not options.input.is_file():
             raise FileNotFoundError(f"Expected a photo or a folder, got {options.input}, which does not exist.")
         check_output(output, IMAGE_SUFFIXES)
+        check_apart(output, options.input)
     hide_loading_bar()
     pipe = load_restorer(options.model, device=options.device, dtype=to_dtype(options.dtype), metric=options.metric)
     settings = given_settings(options).resolve(pipe)
     restore_photo = partial(restore, pipe=pipe, settings=settings)
     began = time.perf_counter()
     if folder:
-        restored, skipped = restore_folder(options.input, output, restore_photo)
+        made = {"weights": pipeline_digest(pipe), **settings.as_text()}
+        restored, skipped = restore_folder(options.input, output, restore_photo, made=made)
         line = f"{restored} photos of {options.input} -> {output} ({skipped} were there already"
     else:
         before, after = restore_file(options.input, output, restore_photo)

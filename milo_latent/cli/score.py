@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from milo_latent.cli.common import hide_loading_bar
+
+if TYPE_CHECKING:
+    from milo_latent.score.pairs import Pair
 
 PIXELS_PER_CELL = 8  # of every VAE of the Stable Diffusion families, where the VAE is not at hand
 
@@ -53,12 +56,11 @@ def run(options: argparse.Namespace) -> str:
     largest = _map_scale(options)
     failed: list[str] = []
     pairs = match_pairs(options.ref, options.dist, failed=failed)
-    _check_outputs(options, len(pairs))
     weights = _weights(options, pairs)
+    _check_outputs(options, pairs, weights)
     metric = MILO.from_pretrained(weights)
     encode = None if options.vae is None else _encoder(metric, options.vae)
-    key = f"{weights} {options.vae or ''} {options.ref.resolve()} {options.dist.resolve()}"
-    table = ScoreTable(options.csv, key=key) if options.csv else None
+    table = ScoreTable(options.csv, made=_made(metric, encode, pairs)) if options.csv else None
     painted = []
     if options.map is not None:
         ((row, error_map),) = compare_pairs(metric, pairs, encode=encode)
@@ -106,16 +108,40 @@ def _map_scale(options: argparse.Namespace) -> float | None:
     return largest
 
 
-def _check_outputs(options: argparse.Namespace, pairs: int) -> None:
+def _check_outputs(options: argparse.Namespace, pairs: list[Pair], weights: str) -> None:
+    from milo_latent.checks import check_apart
+    from milo_latent.score.table import partial_of
+
     if options.overlay is not None and options.map is None:
         raise ValueError("Expected --map OUT with --overlay: the map is what is laid over the image.")
     if options.csv is not None and options.csv.is_dir():
         raise ValueError(f"Expected a file for --csv, got the folder {options.csv}.")
-    if options.map is not None and pairs != 1:
-        raise ValueError(f"Expected one pair for --map, got {pairs}.")
+    if options.map is not None and len(pairs) != 1:
+        raise ValueError(f"Expected one pair for --map, got {len(pairs)}.")
+    inputs = [*(path for pair in pairs for path in (pair.ref, pair.dist)), Path(weights), options.overlay or Path()]
+    outputs = [options.map, *([options.csv, partial_of(options.csv)] if options.csv else [])]
+    for output in filter(None, outputs):
+        check_apart(output, *inputs)
 
 
-def _weights(options: argparse.Namespace, pairs: list[Any]) -> str:
+def _made(metric: Any, encode: Any, pairs: list[Pair]) -> dict[str, dict[str, str]]:
+    """Return what the row of each pair depends on: weights, and the files with their sizes and times."""
+    from milo_latent.provenance import file_stamp, weights_digest
+
+    networks = {"metric": metric} if encode is None else {"metric": metric, "vae": encode.args[0]}
+    digest = weights_digest(networks)
+    folders = {path: str(path.resolve()) for path in {each.parent for pair in pairs for each in (pair.ref, pair.dist)}}
+    return {
+        pair.name: {
+            "weights": digest,
+            "ref": f"{folders[pair.ref.parent]} {file_stamp(pair.ref)}",
+            "dist": f"{folders[pair.dist.parent]} {file_stamp(pair.dist)}",
+        }
+        for pair in pairs
+    }
+
+
+def _weights(options: argparse.Namespace, pairs: list[Pair]) -> str:
     """Return the weights to score with."""
     from milo_latent.metric.loading import default_image_metric
     from milo_latent.score.pairs import is_latents

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from milo_latent.checks import ValueWatch, shortened
+from milo_latent.checks import ValueWatch, check_apart, shortened
 from milo_latent.files import (
     IMAGE_SUFFIXES,
     LATENT_SUFFIXES,
@@ -21,6 +21,7 @@ from milo_latent.files import (
     write_latents,
 )
 from milo_latent.latents.codec import VAE, check_tile, decode_latents, encode_image, vae_scale_factor
+from milo_latent.provenance import weights_digest
 from milo_latent.resources import find_weights
 from milo_latent.structure import check_model_folder, read_json, refusing_damage
 
@@ -75,9 +76,10 @@ def encode_file(vae: VAE, photo: Path, output: Path, *, vae_name: str, tile: int
 
     Raises:
         FileNotFoundError: if there is no such photo.
-        ValueError: if the photo is damaged, the suffix of `output` is another, or `tile` does not fit the VAE.
+        ValueError: if the photo is damaged, `output` is the photo or of another suffix, or `tile` does not fit the VAE.
     """
     check_output(output, LATENT_SUFFIXES)
+    check_apart(output, photo)
     image = read_image(photo)
     latents = encode_image(vae, image, tile=tile)
     factor = vae_scale_factor(vae)
@@ -115,8 +117,9 @@ def decode_file(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, or holds latents of another VAE.
+        ValueError: if the file is damaged, holds latents of another VAE, or is `output` itself.
     """
+    check_apart(output, latents)
     tensor, metadata = read_latents(latents), read_latents_metadata(latents)
     for name, own in _scale(vae).items():
         stored = metadata.get(name, str(own))
@@ -160,7 +163,8 @@ def encode_folder(
     def encode(photo: Path, latents: Path) -> None:
         encode_file(vae, photo, latents, vae_name=vae_name, tile=tile)
 
-    return process_folder(photos, output, encode, inputs=IMAGE_SUFFIXES, suffix=suffix, unit="photos")
+    made = {"weights": weights_digest({"vae": vae}), "vae": vae_name, "tile": tile}
+    return process_folder(photos, output, encode, made=made, inputs=IMAGE_SUFFIXES, suffix=suffix, unit="photos")
 
 
 def decode_folder(vae: VAE, latents: Path, output: Path, *, tile: int | None = None) -> tuple[int, int]:
@@ -175,4 +179,5 @@ def decode_folder(vae: VAE, latents: Path, output: Path, *, tile: int | None = N
     def decode(path: Path, image: Path) -> None:
         decode_file(vae, path, image, tile=tile, watch=watch)
 
-    return process_folder(latents, output, decode, inputs=LATENT_SUFFIXES, suffix="png", unit="latents")
+    made = {"weights": weights_digest({"vae": vae}), "tile": tile}
+    return process_folder(latents, output, decode, made=made, inputs=LATENT_SUFFIXES, suffix="png", unit="latents")

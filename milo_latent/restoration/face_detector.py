@@ -11,6 +11,7 @@ from torch import Tensor
 from milo_latent.checks import check_batch, check_file, check_range
 from milo_latent.extras import import_extra
 from milo_latent.pictures import to_8bit
+from milo_latent.resources import sha256
 from milo_latent.restoration.faces import Face
 
 WEIGHTS = "https://github.com/opencv/opencv_zoo/tree/main/models/face_detection_yunet"
@@ -34,12 +35,17 @@ class YuNet:
     def __init__(self, path: str | Path, *, score_threshold: float = 0.6) -> None:
         check_range("score_threshold", score_threshold, 0.0, 1.0)
         check_file(Path(path), "YuNet's .onnx file", f"It is at {WEIGHTS}.")
+        self.settings = f"{sha256(Path(path))} {score_threshold}"
         cv2 = import_extra("cv2", "faces", "Finding faces")
         try:
             self._network = cv2.FaceDetectorYN.create(str(path), "", (320, 320), score_threshold=score_threshold)
         except cv2.error as error:
             first_line = str(error).strip().splitlines()[0]
             raise ValueError(f"Expected YuNet's .onnx file, got {path}: {first_line} It is at {WEIGHTS}.") from error
+
+    def __repr__(self) -> str:
+        """Return what the results depend on, the same for the same file wherever it lies."""
+        return f"YuNet({self.settings})"
 
     def __call__(self, image: Tensor) -> list[Face]:
         """Return the faces of an image, (1, 3, H, W), in [0, 1], those of the highest confidence first."""

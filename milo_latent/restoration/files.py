@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from milo_latent.checks import check_apart
 from milo_latent.files import ALPHA_SUFFIXES, IMAGE_SUFFIXES, check_output, process_folder, read_photo, write_image
 from milo_latent.pictures import LUMA
 from milo_latent.restoration.faces import Restore
@@ -21,9 +24,10 @@ def restore_file(photo: Path, output: Path, restore: Restore) -> tuple[str, str]
 
     Raises:
         FileNotFoundError: if there is no such photo, or no folder for `output`.
-        ValueError: if the photo is damaged, or the suffix of `output` not that of an image.
+        ValueError: if the photo is damaged, `output` is the photo itself, or its suffix not that of an image.
     """
     check_output(output, IMAGE_SUFFIXES)
+    check_apart(output, photo)
     image, alpha = read_photo(photo)
     restored = restore(image)
     if torch.equal(image, image[:, :1].expand_as(image)):  # a gray photo
@@ -42,11 +46,11 @@ def to_gray(image: Tensor) -> Tensor:
     return (image * image.new_tensor(LUMA).view(1, 3, 1, 1)).sum(dim=1, keepdim=True).expand_as(image)
 
 
-def restore_folder(photos: Path, output: Path, restore: Restore) -> tuple[int, int]:
+def restore_folder(photos: Path, output: Path, restore: Restore, *, made: Mapping[str, Any]) -> tuple[int, int]:
     """Restore every photo of a folder, each as it would be restored alone; photos with a result already are skipped.
 
-    The results are PNG files of the photos' names. Returns and errors are those of `process_folder`; results that would
-    lie among the photos are refused too.
+    The results are PNG files of the photos' names. `made`, returns and errors are those of `process_folder`; results
+    that would lie among the photos are refused too.
     """
     if output.resolve() == photos.resolve():
         raise ValueError(f"Expected another folder for the results than that of the photos, got {output} for both.")
@@ -54,6 +58,7 @@ def restore_folder(photos: Path, output: Path, restore: Restore) -> tuple[int, i
         photos,
         output,
         lambda photo, result: restore_file(photo, result, restore),
+        made=made,
         inputs=IMAGE_SUFFIXES,
         suffix="png",
         unit="photos",

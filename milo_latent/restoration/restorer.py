@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from milo_latent.checks import shortened
 from milo_latent.metric.network import MILO
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
+from milo_latent.provenance import weights_digest
 from milo_latent.resources import available_weights, find_weights
 
 
@@ -74,3 +75,9 @@ def _check_device(name: str) -> str:
             f"Expected a device that is there, such as {best_device()!r}, got {shortened(name)!r}: {reason}"
         ) from error
     return name
+
+
+def pipeline_digest(pipeline: DiffBIRPipeline) -> str:
+    """Return the digest of all that a pipeline's results depend on: its components and the prompts that it stores."""
+    prompts = {f"prompt {text}": embeds for text, embeds in pipeline.prompt_cache.stored.items()}
+    return weights_digest(pipeline.components | prompts)

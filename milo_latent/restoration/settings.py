@@ -131,6 +131,14 @@ class RestorationSettings:
         options = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in OWN}
         return {"num_inference_steps": self.steps} | options
 
+    def as_text(self) -> dict[str, str]:
+        """Return the settings that have a value, by their names, for a record of how results were made."""
+        return {
+            field.name: repr(getattr(self, field.name))
+            for field in fields(self)
+            if getattr(self, field.name) is not None
+        }
+
     def guide(self, pipe: DiffBIRPipeline) -> MILOGuidance | None:
         """Return the guidance of resolved settings by the pipeline's metric; None where it is switched off.
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterable
+import math
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean
 
 from milo_latent.atomic import write_text
+from milo_latent.provenance import Entry, format_entry, read_entries
 
 
 @dataclass(frozen=True)
@@ -21,39 +23,58 @@ class ScoreRow:
     mos: float  # mean opinion score, 0 to 5, higher is better
 
 
+SCORES = ("error", "mos")  # the fields of a row that are computed
+
+
+def partial_of(path: Path) -> Path:
+    """Return where the rows of a table are until it is finished."""
+    return path.with_name(path.name + ".partial")
+
+
+def _is_score(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
 class ScoreTable:
     """Rows that are kept on disk as they come, so that an interrupted table resumes where it stopped.
 
+    Warns of rows on disk that are scored anew, since they are damaged or were made of something else.
+
     Args:
         path: of the finished CSV; until then the rows are in a file beside it, with `.partial` appended to its name.
-        key: what the scores depend on, such as the weights; rows of another key are dropped.
+        made: what the row of each name depends on, such as weights and files; rows of something else are dropped.
     """
 
-    def __init__(self, path: str | Path, *, key: str) -> None:
-        self.path, self.key = Path(path), key
-        self.partial = self.path.with_name(self.path.name + ".partial")
+    def __init__(self, path: str | Path, *, made: Mapping[str, Entry]) -> None:
+        self.path, self.made = Path(path), made
+        self.partial = partial_of(self.path)
+        entries, dropped = read_entries(self.partial)
         self.rows: dict[str, ScoreRow] = {}
-        if self.partial.is_file():
-            self._read()
-
-    def _read(self) -> None:
-        lines = self.partial.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-        if lines[0] != json.dumps(self.key):
-            return
-        for line in lines[1:-1]:  # what follows the last line break was cut off in writing
-            values = next(csv.reader([line]))
-            if len(values) == len(fields(ScoreRow)):
-                self.rows[values[0]] = ScoreRow(values[0], float(values[1]), float(values[2]))
+        for entry in entries:
+            values = {name: entry.pop(name, None) for name in SCORES}
+            name = str(entry.get("name"))
+            if entry == {"name": name, **made.get(name, {"another": True})} and all(map(_is_score, values.values())):
+                self.rows[name] = ScoreRow(name, **values)
+            else:
+                dropped += 1
+        if dropped:
+            warnings.warn(
+                f"{dropped} rows of {self.partial} are scored anew: they are of other files, weights or settings, or "
+                "damaged.",
+                stacklevel=2,
+            )
 
     def extend(self, rows: Iterable[ScoreRow]) -> None:
         """Add rows, each on disk before the next is computed."""
-        kept = [self._line(row) for row in self.rows.values()]
-        write_text(self.partial, "\n".join([json.dumps(self.key), *kept, ""]))
-        with self.partial.open("a", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        write_text(self.partial, "".join(map(self._entry, self.rows.values())))
+        with self.partial.open("a", encoding="utf-8") as file:
             for row in rows:
-                file.write(self._line(row) + "\n")
+                file.write(self._entry(row))
                 file.flush()
                 self.rows[row.name] = row
+
+    def _entry(self, row: ScoreRow) -> str:
+        return format_entry({**asdict(row), **self.made[row.name]})
 
     @staticmethod
     def _line(row: ScoreRow) -> str:
