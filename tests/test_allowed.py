@@ -118,9 +118,9 @@ def test_pickled_weights_are_never_opened(folder):
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     torch.save(tiny_pipeline().unet.state_dict(), weights.with_suffix(".bin"))
     weights.unlink()
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ValueError, match="safetensors"):
         DiffBIRPipeline.from_pretrained(folder)
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ValueError, match="safetensors"):
         DiffBIRPipeline.from_pretrained(folder, use_safetensors=False)
 
 

@@ -100,6 +100,18 @@ def test_labels_are_those_of_the_ensemble_for_the_distortion_named(material, bui
     assert ensemble.labels(ref=ref, dist=dist).mean().item() == pytest.approx(dmos.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("name", ["high", "low", "center", "scale", "best"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999", "1e300", "null", '"3"'])
+def test_calibrations_that_are_not_finite_numbers_are_refused(tmp_path, name, value):
+    written = {"high": 5, "low": 1, "center": -25, "scale": -5, "best": -60} | {name: "VALUE"}
+    content = {"psnr": {"curve": {key: written[key] for key in written if key != "best"}, "best": written["best"]}}
+    (tmp_path / "a.json").write_text(json.dumps(content).replace('"VALUE"', value))
+    with pytest.raises(ValueError, match="Expected calibrations in"):
+        read_calibrations(tmp_path / "a.json")
+    with pytest.raises(ValueError, match="scale"):
+        Calibration(Logistic(5, 1, -25, 0), -60)
+
+
 def test_workers_change_nothing(material, built, tmp_path):
     build_dataset.main(arguments(material, tmp_path / "set", "--keep-images", "--workers", "2"))
     assert digests(tmp_path / "set") == digests(built)

@@ -1,5 +1,8 @@
 """Files: every kind of image reads right or fails with one clear line; nothing is written in part."""
 
+import pickle
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -123,10 +126,27 @@ def test_latents_round_trip(tmp_path, suffix, batch):
         assert read_latents_metadata(tmp_path / "a.safetensors") == {"vae": "nano"}
 
 
-def test_pickled_arrays_are_never_read(tmp_path):
-    np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="Pickled objects are never read"):
-        read_latents(tmp_path / "a.npy")
+class Harmful:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def test_pickled_arrays_are_never_read_and_run_nothing(tmp_path):
+    marker = tmp_path / "it ran"
+    np.save(tmp_path / "a.npy", np.array([Harmful(marker)], dtype=object), allow_pickle=True)
+    with (tmp_path / "b.npy").open("wb") as file:  # a pickle alone, which numpy would load, too
+        pickle.dump(Harmful(marker), file)
+    for name in ("a.npy", "b.npy"):
+        with pytest.raises(ValueError, match="Pickled objects are never read"):
+            read_latents(tmp_path / name)
+    assert not marker.exists()
+    np.load(tmp_path / "a.npy", allow_pickle=True)
+    assert marker.exists()  # it would have run
 
 
 def test_files_without_latents_are_refused(tmp_path):

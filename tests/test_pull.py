@@ -20,6 +20,7 @@ class Handler(BaseHTTPRequestHandler):
     """Serves CONTENT, or files, with the hub's headers; 1000 bytes of "cut" once, and a page for "page"."""
 
     requests: list = []  # noqa: RUF012
+    revisions: set = set()  # noqa: RUF012
     folder = None
 
     def do_HEAD(self):
@@ -55,6 +56,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
             self.send_header("X-Repo-Commit", "0" * 40)
         self.end_headers()
+        self.revisions.add(self.path.split("/")[-2])
+        if name == "changed":
+            content = content[:-1] + b"?"
         if not head:
             cut = name == "cut" and len(self.requests) == 1
             self.wfile.write(content[start : start + 1000] if cut else content[start:])
@@ -69,6 +73,7 @@ def address(monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Handler, "requests", [])
+    monkeypatch.setattr(Handler, "revisions", set())
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     found = f"http://127.0.0.1:{server.server_port}"
@@ -123,6 +128,15 @@ def test_a_page_in_place_of_a_file_is_refused_in_one_line(fetch, tmp_path):
     with pytest.raises(OSError, match=r"Could not fetch .* Download it by hand") as caught:
         fetch(ON_HUB + "page")
     assert "\n" not in str(caught.value)
+
+
+def test_what_the_hub_sends_has_the_checksum_that_it_tells(fetch, tmp_path):
+    """Also where no checksum is published: a body of the right length that was changed on its way is not kept."""
+    with pytest.raises(OSError, match=r"Could not fetch .* sent another, which is not kept"):
+        fetch(ON_HUB + "changed")
+    assert not (tmp_path / "changed").exists()
+    assert fetch(ON_HUB + "weights.pth").read_bytes() == CONTENT
+    assert Handler.revisions == {"main", "0" * 40}  # the file is that of the commit which was told
 
 
 def test_a_size_is_compared_as_the_hub_writes_it(fetch, tmp_path):

@@ -1,18 +1,26 @@
 """What people hand to a metric by mistake: refused in one line that names the way out, or warned of once."""
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from milo_latent import MILO
+from milo_latent import MILO, load_restorer
+from milo_latent.checkpoints import rename_keys
 from milo_latent.checks import ValueWatch
 from milo_latent.cli import main
 from milo_latent.files import write_image, write_latents
+from milo_latent.guidance.curriculum import curriculum_weight
+from milo_latent.guidance.milo import MILOGuidance
+from milo_latent.latents import codec
+from milo_latent.latents.codec import encode_image
 from milo_latent.latents.files import decode_file, load_vae
+from milo_latent.metric.loading import OFFICIAL_PREFIXES
+from milo_latent.metric.loss import MILOLoss
 from milo_latent.score.pairs import match_pairs, score_pairs
-from milo_latent.testing import latent_pair, tiny_metric, tiny_pipeline
+from milo_latent.testing import generator, latent_pair, tiny_metric, tiny_pipeline
 
 
 @pytest.fixture
@@ -119,12 +127,23 @@ def test_nan_and_infinity_are_refused(weights, refused, value):
     assert "b.npy" in line
 
 
+class Harmful:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
 def test_integers_and_pickles_are_refused(weights, refused):
     whole = npy(weights / "whole.npy", noise(4, 16, 16).astype(np.int64))
     assert "floating point" in refused(whole, whole, "--weights", weights / "any")
-    pickled = weights / "pickled.npy"
-    np.save(pickled, np.array([{"latents": 1}], dtype=object), allow_pickle=True)
+    pickled, marker = weights / "pickled.npy", weights / "it ran"
+    np.save(pickled, np.array([Harmful(marker)], dtype=object), allow_pickle=True)
     assert "Pickled objects are never read" in refused(pickled, pickled, "--weights", weights / "any")
+    assert not marker.exists()
 
 
 def test_small_images_and_latents_are_refused(weights, refused):
@@ -185,6 +204,77 @@ def test_truncated_weights_are_refused(weights, refused, kept):
         source.write_bytes(content[: int(kept * len(content))])
     assert "Expected a complete checkpoint" in refused(latents, latents, "--weights", weights / "whole.pth")
     assert "Expected MILO weights" in refused(latents, latents, "--weights", weights / "any")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["mask_finder.4.weight", "scaler.0.bias"])
+def test_weights_that_are_not_finite_are_refused(weights, refused, name, value):
+    latents, metric = npy(weights / "a.npy", noise(4, 16, 16)), tiny_metric()
+    metric.state_dict()[name].flatten()[3] = value
+    metric.save_pretrained(weights / "bad")
+    official = {own: theirs for theirs, own in OFFICIAL_PREFIXES.items()}
+    torch.save(rename_keys(metric.state_dict(), official), weights / "bad.pth")
+    for source in ("bad", "bad.pth"):
+        assert f"Expected `{name} of the metric` to be finite" in refused(
+            latents, latents, "--weights", weights / source
+        )
+    for user in (MILOLoss, MILOGuidance):
+        with pytest.raises(ValueError, match=f"{name} of the metric` to be finite"):
+            user(metric)
+    pipeline = tiny_pipeline()
+    pipeline.register_modules(metric=metric)
+    pipeline.save_pretrained(weights / "model")
+    with pytest.raises(ValueError, match="to be finite"):
+        load_restorer(weights / "model", device="cpu")
+
+
+def test_a_mask_that_is_not_a_number_is_not_taken_for_an_even_one():
+    assert curriculum_weight(torch.full((1, 1, 4, 4), torch.nan), 0.5).isnan().all()
+    assert torch.equal(curriculum_weight(torch.zeros(1, 1, 4, 4), 1.0), torch.ones(1, 1, 4, 4))
+
+
+@pytest.mark.parametrize("scale", [lambda image: 255 * image, lambda image: 2 * image - 1])
+def test_images_in_a_wrong_range_are_warned_of_once_wherever_they_enter(scale):
+    ref, dist = torch.rand(2, 1, 3, 32, 32, generator=generator())
+    wrong, metric, vae = scale(ref), tiny_metric(channels=3), tiny_pipeline().vae
+    for use in (
+        lambda image: tiny_metric(channels=3)(ref=image, dist=scale(dist)),
+        lambda image: MILOLoss(tiny_metric(channels=3))(scale(dist), image),
+        lambda image: encode_image(vae, image),
+    ):
+        codec.WATCH.warned = False
+        with pytest.warns(UserWarning, match=r"Expected image values in \[0, 1\]") as caught:
+            use(wrong)
+        assert len(caught) == 1
+    with pytest.warns(UserWarning, match="image values"):
+        metric.compare(ref=wrong, dist=wrong)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metric.compare(ref=wrong, dist=wrong)
+        encode_image(vae, wrong)  # that warned above
+
+
+def test_latents_in_a_wrong_range_are_warned_of_by_the_metric(metric):
+    ref, dist = latent_pair()
+    with pytest.warns(UserWarning, match="Expected scaled latents"):
+        metric(ref=ref / 0.18215, dist=dist / 0.18215)
+
+
+def test_what_overshoots_a_little_is_not_warned_of(metric, monkeypatch):
+    monkeypatch.setattr(codec, "WATCH", ValueWatch())
+    image = torch.rand(1, 3, 32, 32, generator=generator()) * 1.18 - 0.09
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny_metric(channels=3)(ref=image, dist=image)
+        encode_image(tiny_pipeline().vae, image)
+        metric(ref=latent_pair()[0], dist=latent_pair()[1] * 9)  # a clean estimate may be far off; its reference is not
+
+
+def test_an_accelerator_is_never_waited_for(metric):
+    """The values of tensors elsewhere are not read: those of the device `meta` cannot be."""
+    ref = torch.rand(1, 4, 16, 16, device="meta") * 255
+    assert metric.to("meta")(ref=ref, dist=ref).device.type == "meta"
+    assert not metric.watch.warned
 
 
 def test_foreign_weights_are_refused(weights, refused):

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
 from milo_latent.atomic import check_new_folder
 from milo_latent.convert.diffbir import convert_diffbir
@@ -46,7 +46,8 @@ def official_files(version: VersionName, task: TaskName) -> dict[str, str]:
 def fetch(name: str, folder: Path) -> Path:
     """Fetch an official checkpoint unless it is in the folder already, and check it.
 
-    An interrupted download from the hub is resumed by the next call. `HF_ENDPOINT` names a mirror of the hub.
+    What comes from the hub is of the commit and has the SHA-256 that the hub names at the start, also where none is
+    published here. An interrupted download from there is resumed by the next call. `HF_ENDPOINT` names a mirror.
 
     Args:
         name: of the checkpoint, in `FILES`.
@@ -79,9 +80,13 @@ def _download(url: str, path: Path) -> None:
     on_hub = HUB_ADDRESS.fullmatch(url)
     if on_hub is None:
         torch.hub.download_url_to_file(url, str(path))
-    else:
-        repository, revision, file = on_hub.groups()
-        hf_hub_download(repository, file, revision=revision, local_dir=path.parent)
+        return
+    repository, revision, file = on_hub.groups()
+    told = get_hf_file_metadata(hf_hub_url(repository, file, revision=revision))
+    hf_hub_download(repository, file, revision=told.commit_hash or revision, local_dir=path.parent)
+    if len(told.etag or "") == 64 and sha256(path) != told.etag:  # the hub tags large files with their SHA-256
+        path.unlink()
+        raise ValueError(f"The hub tells of a file with the SHA-256 {told.etag}, and sent another, which is not kept.")
 
 
 def _check_published(name: str, path: Path) -> None:

@@ -78,8 +78,8 @@ def curriculum_weight(mask: Tensor, progress: float, *, schedule: AnySchedule = 
     alpha, visible = curriculum_alpha(progress, schedule=schedule), mask / LEVELS
     weight = (1.0 - alpha) * (1.0 - visible) + alpha * visible
     mean = weight.mean(dim=(1, 2, 3), keepdim=True)
-    # a mask that is 0 or LEVELS everywhere leaves nothing to prefer, so all pixels weigh alike
-    return torch.where(mean > 0, weight / mean.clamp(min=torch.finfo(mean.dtype).tiny), torch.ones_like(weight))
+    # a mask that is 0 or LEVELS everywhere leaves nothing to prefer, so all pixels weigh alike; NaN stays
+    return torch.where(mean <= 0, torch.ones_like(weight), weight / mean.clamp(min=torch.finfo(mean.dtype).tiny))
 
 
 def flatness(image: Tensor) -> Tensor:

@@ -11,13 +11,14 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 from torch.nn import functional as F
 
-from milo_latent.checks import check_batch
+from milo_latent.checks import ValueWatch, check_batch
 from milo_latent.latents.tiling import tiled
 
 VAE: TypeAlias = AutoencoderKL | AutoencoderTiny
 
 # in latent cells; at 8 cells from a tile's border, latents of `nano` change by less than 3e-5 (standard deviation 1)
 TINY_MARGIN, TINY_OVERLAP = 8, 20
+WATCH = ValueWatch()
 
 
 def vae_scale_factor(vae: VAE) -> int:
@@ -55,6 +56,8 @@ def encode_image(vae: VAE, image: Tensor, *, tile: int | None = None) -> Tensor:
         image: (B, 3, H, W), in [0, 1]; H and W are padded to multiples of the VAE's factor by repeating the border.
         tile: side of the tiles in pixels, a multiple of the VAE's factor; None encodes the image as a whole.
 
+    Warns, once in a process, of images on the CPU that are far outside [0, 1].
+
     Returns:
         Latents, (B, C, h, w), in the VAE's dtype and on its device.
 
@@ -63,6 +66,7 @@ def encode_image(vae: VAE, image: Tensor, *, tile: int | None = None) -> Tensor:
         ValueError: if `image` is not (B, 3, H, W), or `tile` does not fit the VAE.
     """
     check_batch("image", image, 3)
+    WATCH.glance("image", image, latents=False)
     factor = vae_scale_factor(vae)
     padded = pad_image(image, factor)
     if tile is None:

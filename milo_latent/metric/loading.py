@@ -8,10 +8,11 @@ from typing import Any, Self
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
+from torch import nn
 
 from milo_latent.atomic import make_readable, saving_weights, temporary_folder
 from milo_latent.checkpoints import CHECKPOINT_SUFFIXES, read_checkpoint, rename_keys
-from milo_latent.checks import shortened
+from milo_latent.checks import check_finite, shortened
 from milo_latent.metric.card import write_card
 from milo_latent.resources import available_weights, cache_dir, find_weights, sha256
 from milo_latent.structure import check_model_folder, refusing_damage
@@ -143,9 +144,21 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
         write_card(self, Path(save_directory))
 
     def frozen(self) -> Self:
-        """Return itself in evaluation mode, its parameters without gradients, in the memory layout that is fastest."""
+        """Return itself in evaluation mode, its parameters without gradients, in the memory layout that is fastest.
+
+        Raises:
+            ValueError: if a weight is NaN or infinite.
+        """
+        check_finite_weights(self)
         self.to(memory_format=torch.channels_last)
         return self.eval().requires_grad_(False)
+
+
+def check_finite_weights(metric: nn.Module) -> None:
+    """Raise ValueError if a weight of a metric is NaN or infinite: all that it says would be worthless."""
+    for name, parameter in metric.named_parameters():
+        if not parameter.is_meta:
+            check_finite(f"{name} of the metric", parameter)
 
 
 def weights_path(source: str | Path) -> Path:

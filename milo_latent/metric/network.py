@@ -11,8 +11,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from milo_latent.checks import check_batch, check_model_input, check_pair, check_region, shortened
-from milo_latent.metric.loading import PretrainedMixin
+from milo_latent.checks import ValueWatch, check_batch, check_model_input, check_pair, check_region, shortened
+from milo_latent.metric.loading import PretrainedMixin, check_finite_weights
 from milo_latent.metric.mask_finder import MaskFinder, is_transforming
 
 HIGHEST_MOS = 5.0
@@ -70,6 +70,7 @@ class MILO(PretrainedMixin, ModelMixin, ConfigMixin):
         super().__init__()
         if not isinstance(levels, int) or not 1 <= levels <= MAX_LEVELS:
             raise ValueError(f"Expected `levels` to be a whole number from 1 to {MAX_LEVELS}, got {shortened(levels)}.")
+        self.watch = ValueWatch()  # of the range of references
         self.mask_finder = MaskFinder(channels, tuple(mask_channels))
         self.scaler = nn.Sequential(
             nn.Conv2d(1, scaler_channels, 1),
@@ -102,13 +103,16 @@ class MILO(PretrainedMixin, ModelMixin, ConfigMixin):
     def mask(self, *, dist: Tensor, ref: Tensor) -> Tensor:
         """Return the visibility mask M, (B, 1, H, W), in (0, levels); the arguments are those of `forward`.
 
-        The share of a single `ref` for many `dist` in the first layer is computed once.
+        The share of a single `ref` for many `dist` in the first layer is computed once. A metric warns, once, of
+        references on the CPU that are far outside the range of images or the scale of latents.
 
         Source: `mask_generator` of the official network. In spite of its variable names it concatenates
         [dist, ref, mask] when it is called as the official commands do.
         """
         check_pair(ref, dist, channels=self.config.channels, smallest=2**self.config.levels)
         check_model_input("ref` and `dist", dist, next(self.parameters()), model="metric")
+        if not is_transforming():
+            self.watch.glance("ref", ref, latents=not is_image_metric(self))
         find = self.mask_finder.prepare(shared_ref=ref.shape[0] != dist.shape[0])
         dist_levels, ref_levels = self._pyramid(dist), self._pyramid(ref)
         height, width = (side // 2 for side in dist_levels[-1].shape[2:])
@@ -209,8 +213,9 @@ def is_image_metric(metric: MILO) -> bool:
 
 
 def check_metric(metric: Any) -> None:
-    """Raise TypeError unless `metric` is a MILO; its name alone, for example, is refused."""
+    """Raise TypeError unless `metric` is a MILO, not its name for example; ValueError if its weights are not finite."""
     if not isinstance(metric, MILO):
         raise TypeError(
             f"Expected `metric` to be a MILO, got {type(metric).__name__}. Open one: MILO.from_pretrained(name)."
         )
+    check_finite_weights(metric)

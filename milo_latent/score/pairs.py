@@ -185,7 +185,8 @@ def compare_pairs(
     Raises:
         ValueError: for files that are damaged or do not fit each other or the metric.
     """
-    remaining, watch = iter(pairs), ValueWatch()
+    remaining = iter(pairs)
+    metric.watch = watch = ValueWatch()  # the metric itself does not warn of the same values again
     last: tuple[Path, Tensor | None] | None = None
 
     def read(path: Path) -> Tensor | None:

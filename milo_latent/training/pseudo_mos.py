@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from milo_latent.atomic import write_text
-from milo_latent.checks import check_file
+from milo_latent.checks import check_file, check_range
 from milo_latent.evaluation.agreement import Logistic, fit_logistic, spearman
 from milo_latent.evaluation.distortion_settings import measure_settings, read_setting_opinions
 from milo_latent.evaluation.metrics import FullReference, by_name
@@ -24,14 +24,22 @@ from milo_latent.training.data.crops import list_images, spread_over
 
 DEFAULT_MEMBERS = ("ssim", "ms-ssim", "vif")  # MILO_I is not among them, since the user names its weights
 OPINION_RANGE = 4.0  # KADID-10k's opinions lie between 1 and 5
+LARGEST = 1e12  # of the values of a calibration
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A mapping from a metric's errors to labels."""
+    """A mapping from a metric's errors to labels; ValueError for values that are not finite and a scale of 0."""
 
     curve: Logistic  # from errors to mean opinions, higher is better
     best: float  # error of an image compared with itself, whose label is 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot label."""
+        for name, value in {**asdict(self.curve), "best": self.best}.items():
+            check_range(f"{name} of a calibration", value, -LARGEST, LARGEST)
+        if self.curve.scale == 0:
+            raise ValueError("Expected a `scale` of the calibration's curve other than 0.")
 
     def __call__(self, errors: Tensor) -> Tensor:
         """Return labels (DMOS), 0 = identical, towards 1 = worst."""

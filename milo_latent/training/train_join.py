@@ -192,7 +192,7 @@ def open_pipeline(options: argparse.Namespace) -> DiffBIRPipeline:
     """
     pipe = load_restorer(options.model, device=str(training_state().device))
     if options.cleaner is not None:
-        cleaner = ResidualCleaner.from_pretrained(options.cleaner).float().requires_grad_(False)
+        cleaner = ResidualCleaner.from_pretrained(options.cleaner, use_safetensors=True).float().requires_grad_(False)
         pipe.register_modules(cleaner=cleaner.to(pipe.device))
     pipe.register_modules(join=None)
     pipe.set_progress_bar_config(disable=True)
@@ -210,7 +210,7 @@ def train(options: argparse.Namespace) -> JoinLoss:
     torch.manual_seed(options.seed)
     join = FidelityJoin(**options.network_options)
     if options.start is not None:
-        join = FidelityJoin.from_pretrained(options.start).float()
+        join = FidelityJoin.from_pretrained(options.start, use_safetensors=True).float()
     join.train().to(memory_format=torch.channels_last)
     crops = ImageCrops(options.images, crop_size=options.crop_size, seed=options.seed)
     draw = draw_degraded(crops, options.batch_size, DEGRADATIONS[options.degradation])
