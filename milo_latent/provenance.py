@@ -39,7 +39,7 @@ def weights_digest(parts: Mapping[str, Any]) -> str:
         tensors = part.state_dict() if isinstance(part, nn.Module) else {name: part} if torch.is_tensor(part) else {}
         for key, tensor in tensors.items():
             found.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
