@@ -3,6 +3,7 @@
     python benchmarks/flops.py                      # FLOPs, at 512 and 1024 px; needs no memory
     python benchmarks/flops.py --time 512           # and the time, full-size networks with random weights; 9 GB
     python benchmarks/flops.py --time 512 --decoder # and of guidance through the decoder; 17 GB
+    python benchmarks/flops.py --training           # FLOPs of a training step, and of MILO's weight in it
 
 The networks are those of Stable Diffusion 2.1 (UNet, VAE), DiffBIR's IRControlNet, and MILO as it is shipped. FLOPs are
 those of convolutions and matrix products, a multiplication and an addition counted as two (torch.utils.flop_counter),
@@ -20,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,6 +30,7 @@ from milo_latent.evaluation.reports import write_rows
 from milo_latent.guidance.base import Guide
 from milo_latent.guidance.x0 import guide_model_output
 from milo_latent.metric.loss import MILOLoss
+from milo_latent.training.denoising_loss import MaskWeight, denoising_loss
 from milo_latent.training.engine.records import commit
 
 SHAPE = {
@@ -120,6 +122,43 @@ def count_flops(size: int) -> dict[str, float]:
     return flops
 
 
+class ScheduleWithData(DDPMScheduler):
+    """A scheduler whose own method would move its noise schedule to the device of the latents, which has no data."""
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """Return latents of the right shape."""
+        return latents + noise
+
+
+def count_training_flops(size: int) -> dict[str, float]:
+    """Return the FLOPs of training IRControlNet on one pair of latents, with the frozen UNet, forward and backward.
+
+    Encoding the pair, the optimizer and the prompt are left out, so that the share of MILO's weight is an upper bound.
+    """
+    networks, flops = make_networks("meta", decoder=False), {}
+    networks["controlnet"].requires_grad_(True)
+    for objective in ("standard", "milo"):
+        with torch.device("meta"):
+            shape = (1, 4, size // 8, size // 8)
+            latents, condition, noise = torch.randn(shape), torch.randn(shape), torch.randn(shape)
+            prompt = torch.randn(1, TOKENS, 1024)
+
+        def denoise(noisy: Tensor, timestep: Tensor, prompt: Tensor = prompt, told: Tensor = condition) -> Tensor:
+            timestep = timestep.to("meta")
+            down, middle = networks["controlnet"](noisy, timestep, prompt, controlnet_cond=told, return_dict=False)
+            return networks["unet"](
+                noisy, timestep, prompt, down_block_additional_residuals=down, mid_block_additional_residual=middle
+            ).sample
+
+        with FlopCounterMode(display=False) as counter:
+            denoising_loss(
+                denoise, ScheduleWithData(), latents=latents, condition=condition, noise=noise,
+                timestep=torch.tensor([500]), weight=MaskWeight(objective, networks["latent metric"]),
+            ).backward()  # fmt: skip
+        flops[objective] = float(counter.get_total_flops())
+    return flops
+
+
 def measure_times(size: int, *, decoder: bool, repeats: int) -> dict[str, float]:
     """Return the median seconds of each call; the slow ones run `repeats` times, ours ten times as often."""
     times = {}
@@ -140,11 +179,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--time", type=int, nargs="*", default=[], metavar="SIZE", help="sizes to measure the time at")
     parser.add_argument("--decoder", action="store_true", help="measure the time through the decoder too")
+    parser.add_argument("--training", action="store_true", help="count a training step instead of a denoising step")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.training:
+        for size in (512, 1024):
+            flops = count_training_flops(size)
+            extra = flops["milo"] - flops["standard"]
+            print(f"{size} px: step {flops['standard'] / 1e9:,.0f} GFLOP, MILO {extra / 1e9:.3f} GFLOP,", end=" ")
+            print(f"{extra / flops['standard']:.4%}")
+        return
     rows = []
     print(f"torch {torch.__version__}, {options.threads} threads, float32")
     for size in sorted({512, 1024, *options.time}):

@@ -82,6 +82,16 @@ def prompted(pipeline):
 
 
 @pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """The folder of a tiny pipeline with a metric."""
+    folder = tmp_path_factory.mktemp("model")
+    pipeline = tiny_pipeline()
+    pipeline.register_modules(metric=tiny_metric())
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
     """A folder of three small photos, made from a formula."""
     folder = tmp_path_factory.mktemp("images")

@@ -175,7 +175,7 @@ def test_a_data_set_gives_images_pairs_and_captions_by_column(tmp_path):
 def test_batches_follow_from_step_and_process_not_from_workers(photos):
     found = pairs(FolderSource([photos]))
     alone = BatchReader(found, batch_size=4, collate=collate)
-    ahead = BatchReader(found, batch_size=4, workers=1, collate=collate)
+    ahead = BatchReader(found, batch_size=4, workers=2, collate=collate)
     halves = [BatchReader(found, batch_size=2, processes=2, collate=collate) for _ in range(2)]
     for step in (0, 1, 2, 7):
         clean, degraded = alone(step)

@@ -81,7 +81,7 @@ class MaskWeight:
         schedule, progress = ("linear", 1.0) if self.objective == "milo" else (self.objective, progress)
         weight = curriculum_weight(mask, progress, schedule=schedule)  # type: ignore[arg-type]
         low, high = self.timesteps
-        used = ((timestep >= low) & (timestep <= high)).view(-1, 1, 1, 1)
+        used = ((timestep >= low) & (timestep <= high)).view(-1, 1, 1, 1).to(weight.device)
         return torch.where(used, weight, torch.ones_like(weight))
 
 

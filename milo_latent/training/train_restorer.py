@@ -16,15 +16,19 @@ from milo_latent.latents.codec import encode_image
 from milo_latent.metric.network import MILO
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
 from milo_latent.programs import run_program
+from milo_latent.resources import find_weights
 from milo_latent.restoration.restorer import load_restorer
 from milo_latent.training.card import write_restorer_card
 from milo_latent.training.data.degradations import DEGRADATIONS
 from milo_latent.training.data.fingerprints import source_digest
+from milo_latent.training.data.latent_cache import fill_cache
 from milo_latent.training.data.photos import DatasetSource, FolderSource, PhotoSource, ShardSource
 from milo_latent.training.data.restoration_pairs import BatchReader, RestorationPairs, noise_and_timestep
 from milo_latent.training.denoising_loss import MASKS, OBJECTIVES, MaskWeight, denoising_loss
-from milo_latent.training.engine.loop import add_run_options, fit, run_config, training_state
+from milo_latent.training.engine.loop import add_run_options, fit, run_config, splits_weights, training_state
 from milo_latent.training.engine.memory import memory_plan
+from milo_latent.training.engine.run import RunConfig
+from milo_latent.training.hub import open_repository, upload
 from milo_latent.training.objectives import training_progress
 from milo_latent.training.restorer_networks import TRAINED, DenoisingNetworks, reinitialize, training_scheduler
 from milo_latent.training.validation import RestorationValidator
@@ -44,6 +48,7 @@ class RestorerLoss(nn.Module):
         self.networks = networks
         self._pipeline = [pipeline]  # in a list, so that checkpoints do not hold its frozen parts
         self.weight, self.scheduler = weight, training_scheduler(pipeline.scheduler)
+        self.cached = False  # whether batches hold latents in place of images
 
     @property
     def pipeline(self) -> DiffBIRPipeline:
@@ -61,15 +66,17 @@ class RestorerLoss(nn.Module):
         """Return target and condition latents, (B, C, h, w) float32, and prompt embeddings, if the model takes prompts.
 
         Args:
-            clean: (B, 3, H, W), in [0, 1].
-            degraded: (B, 3, H, W), in [0, 1].
+            clean: (B, 3, H, W), in [0, 1]; its latents if `cached`.
+            degraded: (B, 3, H, W), in [0, 1]; its latents, cleaned, if `cached`.
             captions: one for each image.
         """
         pipeline = self.pipeline
         if pipeline.vae.device != clean.device:
             pipeline.to(clean.device)
-        cleaned = degraded if pipeline.cleaner is None else pipeline.clean(degraded, tuple(degraded.shape[2:]))
-        latents, condition = (encode_image(pipeline.vae, image).float() for image in (clean, cleaned))
+        latents, condition = clean, degraded
+        if not self.cached:
+            cleaned = degraded if pipeline.cleaner is None else pipeline.clean(degraded, tuple(degraded.shape[2:]))
+            latents, condition = (encode_image(pipeline.vae, image).float() for image in (clean, cleaned))
         prompts = captions if pipeline.takes_prompts else None
         prompt_embeds, _ = pipeline.encode_prompt(prompts, num_images=len(captions), guided=False)
         return latents, condition, prompt_embeds
@@ -88,8 +95,8 @@ class RestorerLoss(nn.Module):
         """Return the loss, a scalar.
 
         Args:
-            clean: (B, 3, H, W), in [0, 1].
-            degraded: (B, 3, H, W), in [0, 1].
+            clean: as for `encode`.
+            degraded: as for `encode`.
             captions: one for each image.
             noise: (B * n, C, h, w); each pair is used at n noise levels, since encoding it costs more than a step.
             timestep: (B * n,).
@@ -166,6 +173,13 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--shards", nargs="+", type=Path, help="webdataset tar files: NAME.png, NAME.lq.png, NAME.txt")
     data.add_argument("--degradation", choices=sorted(DEGRADATIONS), default="mixed")
     data.add_argument("--caption-dropout", type=float, default=0.5, help="share of empty captions (official: 0.5)")
+    data.add_argument(
+        "--cache-latents",
+        type=int,
+        default=0,
+        metavar="N",
+        help="encode N epochs of crops once, into OUTPUT/latents, and use them over and over (default: encode always)",
+    )
     data.add_argument("--workers", type=int, default=0, help="processes that read and degrade ahead")
     loss = options.add_argument_group("loss")
     loss.add_argument("--objective", choices=OBJECTIVES, default="standard", help="how MILO's mask weighs the loss")
@@ -250,10 +264,32 @@ def _settings(options: argparse.Namespace, source: PhotoSource) -> dict[str, Any
     """Return what defines the run besides the options that every command has."""
     names = [
         *("train", "rank", "reinitialize", "without_cleaner", "degradation", "caption_dropout", "objective", "mask_of"),
-        *("mask_timesteps", "noise_levels", "noise_aug"),
+        *("mask_timesteps", "noise_levels", "noise_aug", "cache_latents"),
     ]
     settings = {name: getattr(options, name) for name in names}
-    return settings | {"model": source_digest(options.model), "photos": len(source)}
+    parts = {name: source_digest(find_weights(options.model) / name) for name in ("vae", "cleaner")}
+    return settings | parts | {"model": source_digest(options.model), "photos": len(source)}
+
+
+def cache_latents(options: argparse.Namespace, loss: RestorerLoss, reader: BatchReader, config: RunConfig) -> None:
+    """Encode the epochs that `--cache-latents` asks for, and let `reader` and `loss` go on with their latents."""
+    state = training_state()
+
+    def encode(clean: Tensor, degraded: Tensor, captions: list[str]) -> tuple[Any, ...]:
+        return loss.encode(clean.to(state.device), degraded.to(state.device), captions)
+
+    names = ("crop_size", "images", "photos", "degradation", "caption_dropout", "without_cleaner", "vae", "cleaner")
+    settings = {name: config.data.get(name) for name in (*names, "cache_latents")}
+    reader.pairs = fill_cache(
+        reader,
+        encode,
+        options.output / "latents",
+        epochs=options.cache_latents,
+        settings=settings | {"seed": config.seed, "batch_size": config.batch_size},
+        process_index=state.process_index,
+    )
+    state.wait_for_everyone()  # each process has encoded a share
+    loss.cached = True
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -261,6 +297,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     options.crop_size = options.crop_size or (128 if options.model == "nano" else 512)
     source = open_source(options)
+    if options.push_to_hub and training_state().is_main_process:
+        open_repository(options.push_to_hub)
     loss = make_loss(options)
     reader = make_reader(options, loss, source)
     config = run_config(options, data=_settings(options, source), decay=options.decay, warmup=options.warmup)
@@ -269,7 +307,9 @@ def main(arguments: list[str] | None = None) -> None:
         progress = training_progress(step // config.accumulation, config.steps)
         return *reader(step, process_index), progress
 
-    if training_state().is_main_process:
+    if options.cache_latents:
+        cache_latents(options, loss, reader, config)
+    if training_state().is_main_process and not splits_weights():
         batch = send_to_device(draw(0, 0), training_state().device)
         print(memory_plan(loss.to(training_state().device), batch, config, frozen=tuple(loss.frozen_networks())))
     validate = None
@@ -281,17 +321,14 @@ def main(arguments: list[str] | None = None) -> None:
             pipeline=loss.pipeline,
             output=options.output,
         )
-    fit(loss, draw, config, validate=validate)
+    loss = fit(loss, draw, config, validate=validate, reopen=lambda: make_loss(options))
     if not training_state().is_main_process:
         return
     loss.networks.save(loss.pipeline.to("cpu"), options.output)
     folder = write_restorer_card(options, config, validate.figures if validate else {})
     print(f"Saved {folder}. Restore with it: milo-latent restore PHOTO --model {folder}")
     if options.push_to_hub:
-        from huggingface_hub import HfApi
-
-        HfApi().create_repo(options.push_to_hub, exist_ok=True)
-        HfApi().upload_folder(repo_id=options.push_to_hub, folder_path=folder)
+        upload(options.push_to_hub, folder)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,18 @@ from milo_latent.training.data.degradations import Degradation
 from milo_latent.training.data.photos import PhotoSource
 
 
+@lru_cache(maxsize=8)
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """Return the order in which an epoch goes through `count` photos."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
 class RestorationPairs(Dataset):
     """Samples number 0, 1, 2, ...: every epoch goes through all photos once, in an order of its own.
 
-    Sample n is photo `order(epoch)[place]` with `epoch, place = divmod(n, len(source))`. Its crop, its flips and its
-    degradation are drawn from (seed, epoch, name of the photo), so neither the number of processes nor that of workers
-    matters.
+    Sample n is photo `epoch_order(...)[place]` with `epoch, place = divmod(n, len(source))`. Its crop, its flips and
+    its degradation are drawn from (seed, epoch, name of the photo), so neither the number of processes nor that of
+    workers matters.
 
     Args:
         source: photos.
@@ -42,12 +49,6 @@ class RestorationPairs(Dataset):
     ) -> None:
         self.source, self.crop_size, self.degradation = source, crop_size, degradation
         self.seed, self.caption_dropout = seed, caption_dropout
-        self._epoch, self._order = -1, np.empty(0, dtype=int)
-
-    def _draw_order(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
-        return self._order
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Return sample `number`: `clean` and `degraded`, (3, crop_size, crop_size) in [0, 1], `caption`, and `draws`.
@@ -58,7 +59,7 @@ class RestorationPairs(Dataset):
             ValueError: if the photo is smaller than the crop.
         """
         epoch, place = divmod(number, len(self.source))
-        photo = self.source[int(self._draw_order(epoch)[place])]
+        photo = self.source[int(epoch_order(self.seed, epoch, len(self.source))[place])]
         rng = np.random.default_rng((self.seed, epoch, zlib.crc32(photo.name.encode())))
         clean, degraded = photo.clean, photo.degraded
         if min(clean.shape[1:]) < self.crop_size:

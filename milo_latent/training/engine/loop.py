@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env, send_to_device
 from torch import nn
 
@@ -18,6 +18,7 @@ from milo_latent.training.data.fingerprints import files_digest, source_digest
 from milo_latent.training.engine.average import WeightAverage
 from milo_latent.training.engine.run import OptimizerName, Precision, Run, RunConfig, start_accelerator
 
+Trained = TypeVar("Trained", bound=nn.Module)
 SOAP_BETAS = (0.95, 0.95)  # as in its paper
 NETWORKS = ("teacher", "vae", "metric", "cleaner")  # options that name frozen networks
 
@@ -81,6 +82,11 @@ def run_config(options: argparse.Namespace, *, data: dict[str, Any] | None = Non
     )
 
 
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a module that require a gradient."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
 def build_optimizer(parameters: Iterable[nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
     """Return the optimizer of a run: AdamW, or SOAP, which is Adam in the eigenbasis of Shampoo's preconditioner.
 
@@ -123,13 +129,45 @@ def training_state() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not accelerated)
 
 
+def splits_weights() -> bool:
+    """Return whether `accelerate launch` was asked for FSDP or DeepSpeed, which split weights among the processes."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+
+
+def check_can_split(config: RunConfig, *, validated: bool, reopened: bool) -> None:
+    """Refuse what needs whole weights in one process, if they are split."""
+    refused = {
+        "this command": not reopened,
+        "--validation": validated,
+        "--ema-decay": config.ema_decay is not None,
+        f"--optimizer {config.optimizer}": config.optimizer != "adamw",
+    }
+    found = [name for name, given in refused.items() if given]
+    if splits_weights() and found:
+        raise ValueError(
+            f"Expected no {' and no '.join(found)} with FSDP or DeepSpeed, which split the weights among processes. "
+            "Launch it with recipes/accelerate/ddp.yaml."
+        )
+
+
+def whole_module(accelerator: Accelerator, prepared: nn.Module, reopen: Callable[[], Trained]) -> Trained:
+    """Return, in the main process, a new module with the weights that all processes together hold."""
+    state = accelerator.get_state_dict(prepared)
+    if not accelerator.is_main_process:
+        return accelerator.unwrap_model(prepared)
+    module = reopen()
+    module.load_state_dict(state)
+    return module
+
+
 def fit(
-    module: nn.Module,
+    module: Trained,
     draw: Callable[[int, int], tuple[Any, ...]],
     config: RunConfig,
     *,
     validate: Callable[[nn.Module], dict[str, float]] | None = None,
-) -> nn.Module:
+    reopen: Callable[[], Trained] | None = None,
+) -> Trained:
     """Train `module`, whose forward pass returns the loss of a batch, or resume its training.
 
     Args:
@@ -138,19 +176,22 @@ def fit(
             `config.accumulation` of them make a step.
         config: settings of the run.
         validate: called with `module` at every checkpoint, by the main process; the figures that it returns are logged.
+        reopen: makes `module` anew, with any weights; without it FSDP and DeepSpeed are refused.
 
     Returns:
-        The trained module, on its training device.
+        The trained module, on its training device. FSDP and DeepSpeed split its weights; they are gathered in the
+        module that the main process reopens, on the CPU.
 
     Raises:
         FloatingPointError: if the loss or the gradient is not finite; the last checkpoint stays.
-        ValueError: if the folder holds a run with other settings, or one that has done more steps.
+        ValueError: if the folder holds a run with other settings, or one that has done more steps, or for settings
+            that FSDP and DeepSpeed cannot serve.
     """
+    check_can_split(config, validated=validate is not None, reopened=reopen is not None)
     training_state()
     accelerator = start_accelerator(config)
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(parameters, config)
-    prepared, optimizer = accelerator.prepare(module, optimizer)
+    prepared, optimizer = accelerator.prepare(module, build_optimizer(trained_parameters(module), config))
+    parameters = trained_parameters(prepared)  # FSDP replaces them
     average = WeightAverage(accelerator, parameters, config.ema_decay)
     run = Run(accelerator, config)
     start = run.resume()
@@ -170,7 +211,8 @@ def fit(
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
                     if config.precision != "fp16" and norm is not None:  # the scaler of fp16 skips such steps itself
-                        run.check_finite(torch.as_tensor(norm), "gradient", step)
+                        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
+                        run.check_finite(norm, "gradient", step)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         average.update()
@@ -183,4 +225,6 @@ def fit(
             run.save_checkpoint(done)
     run.close()
     average.swap_in()
+    if reopen is not None and splits_weights():
+        return whole_module(accelerator, prepared, reopen)
     return accelerator.unwrap_model(prepared)

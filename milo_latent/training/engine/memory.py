@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import nn
 from milo_latent.training.engine.run import RunConfig
 
 MIB = 2**20
-MOMENTS = {"adamw": 8.0, "adamw-8bit": 2.0, "soap": 8.0}  # bytes for each trained parameter
+MOMENTS = {"adamw": 8, "adamw-8bit": 2, "soap": 8}  # bytes for each trained parameter
+LARGEST_SIDE = 10_000  # of SOAP's preconditioners
 ADVICE = (
     "Less memory: --gradient-checkpointing, a smaller --batch-size with more --accumulation, a smaller --crop-size, "
     "--train lora, --optimizer adamw-8bit, no --ema-decay."
@@ -26,9 +28,9 @@ class MemoryPlan:
     Args:
         parameters: of all networks, trained and frozen.
         gradients: of the trained ones.
-        optimizer: its moments.
+        optimizer: its moments, and the preconditioners of SOAP.
         average: moving average of the weights.
-        activations: what one batch needs besides, measured.
+        activations: what one batch needs besides, measured, and the batch itself.
     """
 
     parameters: int
@@ -75,10 +77,20 @@ def memory_plan(
     return MemoryPlan(
         parameters=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         gradients=gradients,
-        optimizer=int(MOMENTS[config.optimizer] * sum(parameter.numel() for parameter in trained)),
+        optimizer=optimizer_memory(trained, config),
         average=0 if config.ema_decay is None else gradients,
-        activations=max(peak - gradients, 0),
+        activations=max(peak - gradients, 0) + sum(each.nbytes for each in batch if isinstance(each, torch.Tensor)),
     )
+
+
+def optimizer_memory(parameters: Sequence[nn.Parameter], config: RunConfig) -> int:
+    """Return the bytes that the optimizer of a run keeps for these parameters."""
+    moments = MOMENTS[config.optimizer] * sum(parameter.numel() for parameter in parameters)
+    if config.optimizer != "soap":
+        return moments
+    # each side of a matrix or a convolution has a square preconditioner and its eigenvectors, in float32
+    sides = [side for parameter in parameters if parameter.ndim > 1 for side in parameter.shape]
+    return moments + sum(8 * side**2 for side in sides if side <= LARGEST_SIDE)
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> int:
@@ -88,6 +100,7 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces itself on standard error otherwise
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

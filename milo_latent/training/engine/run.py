@@ -12,7 +12,12 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    ProjectConfiguration,
+    parse_flag_from_env,
+)
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -94,12 +99,27 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     if missing:
         raise ValueError(f"Expected trackers that are installed ({installed}), got {missing}. Install them with pip.")
     project = ProjectConfiguration(str(config.output), logging_dir=str(config.output / "logs"))
-    return Accelerator(
-        mixed_precision=config.precision,
+    deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    accelerator = Accelerator(
+        mixed_precision="no" if deepspeed else config.precision,
         gradient_accumulation_steps=config.accumulation,
         log_with=list(trackers) or None,
         project_config=project,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of gradients
     )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(deepspeed_settings(config))
+    return accelerator
+
+
+def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
+    """Return what DeepSpeed must be told of a run: it clips gradients and casts the forward pass itself."""
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(config.precision)
+    return {
+        "train_micro_batch_size_per_gpu": config.batch_size,
+        "gradient_clipping": config.max_grad_norm,
+        "torch_autocast": {"enabled": True, "dtype": dtype} if dtype else {"enabled": False},
+    }
 
 
 class Run:
