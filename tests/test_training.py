@@ -16,6 +16,8 @@ from accelerate.utils import LoggerType
 from torch import nn
 
 from milo_latent import load_restorer
+from milo_latent.diffbir.fidelity_join import FidelityJoin
+from milo_latent.diffbir.residual_cleaner import ResidualCleaner
 from milo_latent.files import read_image
 from milo_latent.pictures import jpeg_round_trip
 from milo_latent.restoration.restore import restore_image
@@ -255,3 +257,37 @@ def test_the_commands_train_a_pipeline_that_restores(images, tmp_path):
     image = read_image(images / "0.png")
     assert restorer.metric.config.scaling_factor == restorer.vae.config.scaling_factor != 1.0
     assert restore_image(image, model=restorer, steps=1).shape == image.shape
+
+
+def assembled(tmp_path, pipeline, *options):
+    pipeline.save_pretrained(tmp_path / "model")
+    assemble.main(["--model", str(tmp_path / "model"), *map(str, options), "--output", str(tmp_path / "out")])
+    return load_restorer(tmp_path / "out", device="cpu")
+
+
+def test_a_pipeline_is_assembled_from_another_with_a_join_and_a_default_stage(pipeline, tmp_path, capsys):
+    join = FidelityJoin(channels=(4, 4))
+    torch.nn.init.normal_(join.conv_out.weight)
+    join.save_pretrained(tmp_path / "join")
+    made = assembled(tmp_path, pipeline, "--join", tmp_path / "join", "--default-stage", "join")
+    assert made.config.default_stage == "join"
+    assert torch.equal(made.join.conv_out.weight, join.conv_out.weight.half().float())
+    assert torch.equal(made.unet.conv_in.weight, pipeline.unet.conv_in.weight.half().float())
+    printed = capsys.readouterr().out
+    assert "Default stage: join" in printed
+    assert f"| `join` | `FidelityJoin` | {sum(each.numel() for each in join.parameters()):,} |" in printed
+    assert "| `join/diffusion_pytorch_model.safetensors` |" in printed
+    assert "block_out_channels" not in (tmp_path / "out" / "vae" / "config.json").read_text()
+    assert (tmp_path / "out" / "unet" / "config.json").read_text().count("block_out_channels") == 1
+
+
+def test_parts_that_are_missing_for_an_assembly_are_named(pipeline, tmp_path):
+    with pytest.raises(ValueError, match="train_join"):
+        assembled(tmp_path, pipeline, "--default-stage", "join")
+    assert not (tmp_path / "out").exists()
+    ResidualCleaner(channels=(4,), blocks=(1,)).save_pretrained(tmp_path / "cleaner")
+    with pytest.raises(ValueError, match="--metric, --vae"):
+        assemble.main(["--cleaner", str(tmp_path / "cleaner"), "--output", str(tmp_path / "out")])
+    made = assembled(tmp_path, pipeline, "--cleaner", tmp_path / "cleaner")
+    assert tuple(made.cleaner.config.channels) == (4,)
+    assert made.config.default_stage == "all"

@@ -45,7 +45,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     option("--device", help="cpu, cuda or mps (default: the best there is)")
     option("--dtype", choices=DTYPES, help="of the networks (default: float32)")
     option("--task", choices=[each for each in TASKS if each != "unaligned_face"], help="default: sr for x4")
-    option("--steps", type=int, help="denoising steps (default: the model's own, or 4)")
+    option("--steps", type=int, help="denoising steps (default: the model's own; else 1, or 4 with guidance)")
     option("--upscale", type=float, help="how much larger (default: that of the degradation or the task)")
     option("--tile", type=int, help="restore in tiles of this side in pixels, which saves memory")
     add_diffusion_settings(restore)

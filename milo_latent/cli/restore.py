@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import time
-from functools import partial
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from milo_latent.cli.common import DTYPES, TASKS, hide_loading_bar, to_dtype
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from milo_latent.restoration.settings import RestorationSettings
 
 SCHEDULES = ["constant", "linear", "cosine"]
@@ -42,9 +44,9 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
     """Add the options that are settings: `dest` names the field of `RestorationSettings`, or the option itself does."""
     add = command.add_argument
     add("--task", choices=TASKS, help="default: the model's, or denoise; unaligned_face: the faces in a photo")
-    add("--guidance", dest="milo_scale", type=float, help="strength of MILO guidance, 0 (off) to 1 (default: 0.5)")
+    add("--guidance", dest="milo_scale", type=float, help="of MILO, 0 (off) to 1 (default: 0.5 in stage all, else 0)")
     add("--curriculum", dest="schedule", choices=SCHEDULES, help="schedule of the guidance (default: cosine)")
-    add("--steps", type=int, help="denoising steps (default: the model's own, or 4)")
+    add("--steps", type=int, help="denoising steps (default: the model's own; else 1, or 4 with guidance)")
     add("--upscale", type=float, help="how much larger (default: 4 for sr, 2 for unaligned_face, else 1)")
     add("--seed", type=int, default=0, help="the same seed gives the same file (default: 0)")
     add("--tile", type=int, help="restore in tiles of this side in pixels, such as 512, which saves memory")
@@ -53,6 +55,9 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
 
 def add_diffusion_settings(command: argparse.ArgumentParser) -> None:
     """Add the settings that `DiffBIRPipeline` takes."""
+    add = command.add_argument
+    add("--stage", choices=["cleaner", "join", "all"], help="the last stage (default: the model's; all with guidance)")
+    add("--fidelity", type=float, help="share of the join, 0 (none) to 1 (default: 1 where the model has a join)")
     add = command.add_argument_group("diffusion", "for models with prompts (default: the model's own)").add_argument
     add("--prompt", help="what the photo shows")
     add("--negative-prompt", help="what the result should not be")
@@ -68,6 +73,7 @@ def run(options: argparse.Namespace) -> str:
     from milo_latent.checks import check_apart
     from milo_latent.files import IMAGE_SUFFIXES, check_output
     from milo_latent.restoration.files import restore_file, restore_folder
+    from milo_latent.restoration.hints import task_hint
     from milo_latent.restoration.restore import restore
     from milo_latent.restoration.restorer import load_restorer, pipeline_digest
 
@@ -81,7 +87,12 @@ def run(options: argparse.Namespace) -> str:
     hide_loading_bar()
     pipe = load_restorer(options.model, device=options.device, dtype=to_dtype(options.dtype), metric=options.metric)
     settings = given_settings(options).resolve(pipe)
-    restore_photo = partial(restore, pipe=pipe, settings=settings)
+    hints: Counter[str] = Counter()
+
+    def restore_photo(image: Tensor) -> Tensor:
+        hints.update(task_hint(image, settings))
+        return restore(image, pipe, settings)
+
     began = time.perf_counter()
     if folder:
         made = {"weights": pipeline_digest(pipe), **settings.as_text()}
@@ -91,9 +102,17 @@ def run(options: argparse.Namespace) -> str:
         before, after = restore_file(options.input, output, restore_photo)
         line = f"{options.input} -> {output} ({before} to {after}"
     seconds = time.perf_counter() - began
+    lines = [f"{settings.task}: {line}, {options.model}, {_how(settings)}) in {seconds:.1f} s"]
+    return "\n".join(lines + [f"{count} photos: {hint}" if folder else hint for hint, count in hints.items()])
+
+
+def _how(settings: RestorationSettings) -> str:
+    """Describe how photos were restored, by resolved settings."""
+    joined = f", fidelity {settings.fidelity:g}" if settings.fidelity else ""
+    if settings.stage != "all":
+        return f"stage {settings.stage}{joined}"
     guided = f"MILO guidance {settings.milo_scale:g} {settings.schedule}" if settings.milo_scale else "no guidance"
-    how = f"{options.model}, {settings.steps} steps, {guided}, seed {settings.seed}"
-    return f"{settings.task}: {line}, {how}) in {seconds:.1f} s"
+    return f"{settings.steps} steps, {guided}{joined}, seed {settings.seed}"
 
 
 def given_settings(options: argparse.Namespace) -> RestorationSettings:

@@ -160,14 +160,17 @@ class RestorationBenchmark:
         settings, pipe = self.settings, self.pipe
         if case.factor > 1:  # what was made smaller is enlarged as much, unless the settings say otherwise
             settings = replace(settings, task=settings.task or "sr", upscale=settings.upscale or float(case.factor))
+        if any(self.scales):  # what is compared with guidance samples as well, in as many steps
+            strongest = replace(settings, milo_scale=max(self.scales)).resolve(pipe)
+            settings = replace(settings, stage=strongest.stage, steps=strongest.steps)
         unguided = replace(settings, milo_scale=0.0).resolve(pipe)
         assert unguided.upscale is not None
         before = unguided_runs(pipe, unguided, referenced=case.clean is not None)
         runs = {(name, ""): run for name, run in before.items()}
         for scale, schedule, seed in product(self.scales, self.schedules, self.seeds):
             name = f"guidance {scale:g} {schedule}" if scale else "no guidance"
-            resolved = replace(settings, milo_scale=scale, schedule=schedule, seed=seed).resolve(pipe)
-            runs[name, str(seed)] = partial(_restore, pipe=pipe, settings=resolved)
+            guided = replace(settings, milo_scale=scale, schedule=schedule if scale else None, seed=seed)
+            runs[name, str(seed)] = partial(_restore, pipe=pipe, settings=guided.resolve(pipe))
         return runs, unguided.upscale
 
     @torch.no_grad()

@@ -6,18 +6,23 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from torch import nn
 
 from milo_latent.atomic import write_text
+from milo_latent.diffbir.fidelity_join import FidelityJoin
 from milo_latent.diffbir.ircontrolnet import IRControlNet
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner
+from milo_latent.diffbir.stages import LAST_STAGES
 from milo_latent.metric.network import MILO
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
 from milo_latent.programs import run_program
-from milo_latent.resources import sha256
+from milo_latent.resources import find_weights, sha256
 
+PARTS = {"vae": AutoencoderTiny, "cleaner": ResidualCleaner, "join": FidelityJoin}  # by the options of the command
 SHAPE = {  # of UNet and IRControlNet alike, whose features are added; they attend to nothing and take no prompt
     "block_out_channels": (64, 128, 192),
     "layers_per_block": 1,
@@ -57,38 +62,66 @@ def nano_controlnet(channels: int = 4) -> IRControlNet:
     return IRControlNet(**SHAPE, in_channels=channels, conditioning_channels=channels)
 
 
-def assemble(vae: Path, cleaner: Path, metric: Path, output: Path, restorer: Path | None = None) -> None:
-    """Write a pipeline folder from those of its parts.
+def read_parts(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the components of a pipeline that the options of the command name."""
+    safe = {"use_safetensors": True}
+    parts: dict[str, Any] = {}
+    for name, part_class in PARTS.items():
+        if getattr(options, name) is not None:
+            parts[name] = part_class.from_pretrained(getattr(options, name), **safe)
+    if options.metric is not None:
+        parts["metric"] = MILO.from_pretrained(options.metric)
+    if options.restorer is not None:
+        parts["unet"] = UNet2DConditionModel.from_pretrained(options.restorer / "unet", **safe)
+        parts["controlnet"] = IRControlNet.from_pretrained(options.restorer / "controlnet", **safe)
+        parts["scheduler"] = DDIMScheduler.from_pretrained(options.restorer / "scheduler")
+    return parts
+
+
+def build_pipeline(parts: dict[str, Any], *, model: str | None, default_stage: str | None) -> DiffBIRPipeline:
+    """Return a pipeline of these parts; what is missing comes from another pipeline, or is untrained.
 
     Args:
-        vae: autoencoder.
-        cleaner: first stage.
-        metric: MILO_L for the autoencoder's latents.
-        output: the folder to write.
-        restorer: trained pipeline, whose UNet, IRControlNet and scheduler are taken; None takes untrained ones, which
+        parts: components by name.
+        model: a pipeline whose other components are taken; None takes an untrained UNet and IRControlNet, which
             `train_restorer --train all` then trains.
+        default_stage: `stage` of calls that do not name one; None keeps that of `model`, or takes "all".
+
+    Raises:
+        ValueError: for parts that are missing, or a default stage that the pipeline does not have.
     """
-    safe = {"use_safetensors": True}
-    autoencoder = AutoencoderTiny.from_pretrained(vae, **safe)
-    channels = autoencoder.config.latent_channels
-    pipeline = DiffBIRPipeline(
-        vae=autoencoder,
-        unet=UNet2DConditionModel.from_pretrained(restorer / "unet", **safe) if restorer else nano_unet(channels),
-        controlnet=(
-            IRControlNet.from_pretrained(restorer / "controlnet", **safe) if restorer else nano_controlnet(channels)
-        ),
-        scheduler=DDIMScheduler.from_pretrained(restorer / "scheduler") if restorer else nano_scheduler(),
-        cleaner=ResidualCleaner.from_pretrained(cleaner, **safe),
-        metric=MILO.from_pretrained(metric),
-    )
+    if model is not None:
+        pipeline = DiffBIRPipeline.from_pretrained(find_weights(model), **parts)
+    elif missing := {"vae", "cleaner", "metric"} - parts.keys():
+        raise ValueError(f"Expected {', '.join(f'--{name}' for name in sorted(missing))}, or a --model that has them.")
+    else:
+        channels = parts["vae"].config.latent_channels
+        untrained = {
+            "unet": nano_unet(channels), "controlnet": nano_controlnet(channels), "scheduler": nano_scheduler()
+        }  # fmt: skip
+        pipeline = DiffBIRPipeline(**untrained | parts)
+    if default_stage is not None:
+        pipeline.register_to_config(default_stage=default_stage)
+    pipeline.choose_stage()  # refuses a stage without its network
+    return pipeline
+
+
+def write_pipeline(pipeline: DiffBIRPipeline, output: Path) -> None:
+    """Write the folder of a pipeline, without what its parts recall of the machine that trained them."""
     pipeline.to(dtype=torch.float16).save_pretrained(output)
-    # AutoencoderTiny adds this value to its configuration, and then warns about it whenever it is loaded
-    config = json.loads((output / "vae" / "config.json").read_text())
-    config.pop("block_out_channels", None)
     for path in output.rglob("config.json"):
-        part = config if path.parent.name == "vae" else json.loads(path.read_text())
-        part.pop("_name_or_path", None)  # a path on the machine that trained it
-        write_text(path, json.dumps(part, indent=2, sort_keys=True) + "\n")
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)  # a path on the machine that trained it
+        if path.parent.name == "vae" and isinstance(pipeline.vae, AutoencoderTiny):
+            config.pop("block_out_channels", None)  # which the class adds, and then warns about when it is loaded
+        write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def part_rows(pipeline: DiffBIRPipeline) -> str:
+    """Return the rows of the model card's table of parts: name, class and number of parameters of each network."""
+    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    counts = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in networks.items()}
+    return "\n".join(f"| `{name}` | `{type(part).__name__}` | {counts[name]:,} |" for name, part in networks.items())
 
 
 def card_rows(folder: Path) -> str:
@@ -100,16 +133,20 @@ def card_rows(folder: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Assemble a pipeline, and print the table of files of its model card."""
+    """Assemble a pipeline, and print the tables of parts and of files of its model card."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("vae", "cleaner", "metric", "output"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--restorer", type=Path, help="trained pipeline (default: untrained UNet and IRControlNet)")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--model", help="pipeline whose parts are taken where none is given (default: none)")
+    for name in (*PARTS, "metric"):
+        parser.add_argument(f"--{name}", type=Path, help="folder of a trained one")
+    parser.add_argument("--restorer", type=Path, help="trained pipeline: its UNet, IRControlNet and scheduler")
+    parser.add_argument("--default-stage", choices=LAST_STAGES, help="where a restoration ends if nothing else is said")
     parser.add_argument("--seed", type=int, default=0, help="of untrained networks")
     options = parser.parse_args(arguments)
-    torch.manual_seed(vars(options).pop("seed"))
-    assemble(**vars(options))
-    print(card_rows(options.output))
+    torch.manual_seed(options.seed)
+    pipeline = build_pipeline(read_parts(options), model=options.model, default_stage=options.default_stage)
+    write_pipeline(pipeline, options.output)
+    print(f"Default stage: {pipeline.config.default_stage}", part_rows(pipeline), card_rows(options.output), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,8 @@ class JoinLoss(nn.Module):
     def __init__(self, join: FidelityJoin, pipe: DiffBIRPipeline, objective: Objective, *, steps: int = 1) -> None:
         super().__init__()
         self.join, self.pipe, self.objective = join, pipe, objective
-        self.call_arguments = RestorationSettings(steps=steps, milo_scale=0.0).resolve(pipe).call_arguments
+        settings = RestorationSettings(stage="all", fidelity=0.0, milo_scale=0.0, steps=steps)
+        self.call_arguments = settings.resolve(pipe).call_arguments
 
     def forward(self, clean: Tensor, degraded: Tensor, seed: Tensor, progress: Tensor) -> Tensor:
         """Return the loss, a scalar.
@@ -79,8 +80,8 @@ class JoinLoss(nn.Module):
         return cleaned, self.join(decoded, cleaned, degraded)
 
     def _generate(self, degraded: Tensor, seed: int) -> Tensor:
-        arguments = self.call_arguments | {"generator": torch.Generator().manual_seed(seed), "stage": "all"}
-        return self.pipe(image=degraded, output_type="pt", **arguments).images
+        generator = torch.Generator().manual_seed(seed)
+        return self.pipe(image=degraded, generator=generator, output_type="pt", **self.call_arguments).images
 
 
 @torch.no_grad()

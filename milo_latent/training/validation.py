@@ -45,7 +45,8 @@ class RestorationValidator:
     def __call__(self, module: nn.Module) -> dict[str, float]:
         """Return the mean PSNR in dB and the mean error E of MILO_I over the restored photos."""
         module.eval()
-        restored = [restore_image(image, model=self.pipeline, milo_scale=0.0, seed=0) for image in self.degraded]
+        settings = {"milo_scale": 0.0, "seed": 0, "stage": "all", "fidelity": 0.0}
+        restored = [restore_image(image, model=self.pipeline, **settings) for image in self.degraded]
         module.train()
         pairs = list(zip(restored, self.clean, strict=True))
         psnr = [-10 * (image - clean).square().mean().clamp_min(1e-10).log10() for image, clean in pairs]
