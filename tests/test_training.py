@@ -277,8 +277,8 @@ def test_a_pipeline_is_assembled_from_another_with_a_join_and_a_default_stage(pi
     assert "Default stage: join" in printed
     assert f"| `join` | `FidelityJoin` | {sum(each.numel() for each in join.parameters()):,} |" in printed
     assert "| `join/diffusion_pytorch_model.safetensors` |" in printed
-    assert "block_out_channels" not in (tmp_path / "out" / "vae" / "config.json").read_text()
-    assert (tmp_path / "out" / "unet" / "config.json").read_text().count("block_out_channels") == 1
+    assert '"block_out_channels"' not in (tmp_path / "out" / "vae" / "config.json").read_text()
+    assert (tmp_path / "out" / "unet" / "config.json").read_text().count('"block_out_channels"') == 1
 
 
 def test_parts_that_are_missing_for_an_assembly_are_named(pipeline, tmp_path):
