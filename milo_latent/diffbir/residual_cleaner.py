@@ -60,7 +60,9 @@ class ResidualUNet(ModelMixin, ConfigMixin):
         """Return (B, 3, H, W) for images in [0, 1] that are stacked in the channels, (B, 3 * images, H, W)."""
         height, width = images.shape[2:]
         multiple = 2 ** len(self.down_blocks)
-        padded = F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+        # a reflected border looks like noise; a repeated one would look like streaks, which are kept as edges are
+        mode = "reflect" if min(height, width) >= multiple else "replicate"
+        padded = F.pad(images, (0, -width % multiple, 0, -height % multiple), mode=mode)
         hidden = self.conv_in(F.pixel_unshuffle(padded - 0.5, 2))  # (B, channels[0], H / 2, W / 2)
         skips: list[Tensor] = []
         for level, blocks in enumerate(self.down_blocks):

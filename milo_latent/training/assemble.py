@@ -109,7 +109,7 @@ def build_pipeline(parts: dict[str, Any], *, model: str | None, default_stage: s
 def write_pipeline(pipeline: DiffBIRPipeline, output: Path) -> None:
     """Write the folder of a pipeline, without what its parts recall of the machine that trained them."""
     pipeline.to(dtype=torch.float16).save_pretrained(output)
-    for path in output.rglob("config.json"):
+    for path in (*output.rglob("config.json"), output / "model_index.json"):
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)  # a path on the machine that trained it
         if path.parent.name == "vae" and isinstance(pipeline.vae, AutoencoderTiny):
