@@ -7,7 +7,7 @@ import torch
 from milo_latent.cli import main
 from milo_latent.files import write_image
 from milo_latent.pictures import gaussian_blur, jpeg_round_trip, round_to_8bit
-from milo_latent.restoration.hints import CLEAN, SMALL, blockiness, blur_share, noise_level, task_hint
+from milo_latent.restoration.hints import CLEAN, SMALL, blockiness, blur_share, middle, noise_level, task_hint
 from milo_latent.restoration.settings import RestorationSettings
 
 DENOISE = RestorationSettings(task="denoise", upscale=1.0)
@@ -66,6 +66,19 @@ def test_only_a_clean_sharp_photo_gets_a_hint():
     for image in (small, large):
         for harmed in (noisy(image, 5), noisy(image, 25), jpeg_round_trip(image, 40), gaussian_blur(image, 2.0)):
             assert task_hint(harmed, DENOISE) == []
+
+
+def test_the_middle_of_a_large_photo_is_looked_at_and_keeps_its_blocks():
+    large = torch.zeros(1, 3, 954, 549)
+    large[..., 216 : 216 + 512, 16 : 16 + 512] = 1.0
+    assert middle(large).min() == 1.0
+    assert middle(large).shape == (1, 3, 512, 512)
+    assert blockiness(middle(jpeg_round_trip(picture(549), 40))) > 2
+    small = picture(136)
+    assert torch.equal(middle(small), small)
+    noisy_around = noisy(picture(736), 30)
+    noisy_around[..., 112 : 112 + 512, 112 : 112 + 512] = picture(736)[..., 112 : 112 + 512, 112 : 112 + 512]
+    assert task_hint(noisy_around, DENOISE) == [CLEAN]
 
 
 def test_other_tasks_sizes_and_plain_pictures_get_no_hint():
