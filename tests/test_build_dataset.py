@@ -184,15 +184,15 @@ def test_a_set_that_is_not_whole_is_refused(built, tmp_path):
 
 
 def test_a_disk_that_fills_up_leaves_whole_shards_only(material, tmp_path, monkeypatch):
-    write, calls = build_dataset.write_bytes, []
+    write, calls = build_dataset.write_safetensors, []
 
-    def full(path, fill):
+    def full(path, tensors, **options):
         calls.append(path)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
-        write(path, fill)
+        write(path, tensors, **options)
 
-    monkeypatch.setattr(build_dataset, "write_bytes", full)
+    monkeypatch.setattr(build_dataset, "write_safetensors", full)
     with pytest.raises(OSError, match="No space left"):
         build_dataset.main(arguments(material, tmp_path / "set"))
     monkeypatch.undo()
