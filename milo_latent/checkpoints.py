@@ -68,9 +68,7 @@ def _is_stored(value: Any) -> bool:
 def _read_pickled(path: Path) -> Any:
     with path.open("rb") as file:
         start = file.read(64)
-    zipped = start.startswith(b"PK\x03\x04")  # checkpoints of the old format are not, and cannot be memory-mapped
-    if zipped:
-        _check_archive(path)
+    zipped = check_archive(path)  # checkpoints of the old format are not, and cannot be memory-mapped
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"version https://git-lfs")):
         raise ValueError(f"Expected a checkpoint, got {path}, which is a web page or a pointer. Fetch the file itself.")
     with refusing_damage(f"Expected a checkpoint of tensors in {path}, which cannot be read"):
@@ -82,11 +80,17 @@ def _read_pickled(path: Path) -> Any:
             raise ValueError(reason) from error
 
 
-def _check_archive(path: Path) -> None:
-    """Raise ValueError unless the entries of a checkpoint's archive are stored as they are and have their checksums.
+def check_archive(path: Path) -> bool:
+    """Return whether a checkpoint is an archive, not of the old format, which has no checksums.
 
     PyTorch verifies no checksum, and takes the bytes of a compressed entry for values when it maps the file.
+
+    Raises:
+        ValueError: unless the entries of an archive are stored as they are and have their checksums.
     """
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return False
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -102,6 +106,7 @@ def _check_archive(path: Path) -> None:
         raise ValueError(f"Expected a checkpoint as torch.save writes it, got {path}, which was packed anew.")
     if damaged is not None:
         raise ValueError(f"Expected a complete checkpoint, got {path}: the checksum of {damaged[:200]} in it is wrong.")
+    return True
 
 
 def _nothing_runs(path: Path) -> AbstractContextManager:

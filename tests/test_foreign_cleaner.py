@@ -104,3 +104,14 @@ def test_models_of_grey_images_are_refused(spandrel, file):
     spandrel.model = Descriptor(channels=1)
     with pytest.raises(ValueError, match=r"RGB to RGB, got .* 1 channels in"):
         load_upscaler(file)
+
+
+def test_a_file_with_a_flipped_bit_is_refused(spandrel, tmp_path):
+    weight = torch.arange(100.0)
+    torch.save({"weight": weight}, tmp_path / "a.pth")
+    assert load_upscaler(tmp_path / "a.pth").scale == 2
+    content = bytearray((tmp_path / "a.pth").read_bytes())
+    content[content.index(weight.numpy().tobytes())] ^= 1
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.pth: the checksum of .* is wrong"):
+        load_upscaler(tmp_path / "a.pth")

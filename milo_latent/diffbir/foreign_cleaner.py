@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from milo_latent.checkpoints import check_archive
 from milo_latent.extras import import_extra
 
 
@@ -54,11 +55,12 @@ def load_upscaler(path: str | Path) -> ForeignCleaner:
     Raises:
         ImportError: if spandrel is not installed, with the command that installs it.
         FileNotFoundError: if there is no such file.
-        ValueError: if the file holds no model from RGB images to RGB images.
+        ValueError: if the file is damaged, or holds no model from RGB images to RGB images.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"Expected a model file, got {path}, which does not exist.")
+    check_archive(path)
     spandrel = import_extra("spandrel", "upscalers", "Opening upscalers")
     with suppress(ImportError):  # Restormer and others, whose licenses are not open
         importlib.import_module("spandrel_extra_arches").install(ignore_duplicates=True)
