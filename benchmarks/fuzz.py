@@ -64,7 +64,7 @@ from milo_latent.training.engine.recipe import read_recipe
 from milo_latent.training.engine.run import RunConfig
 from milo_latent.training.pseudo_mos import DEFAULT_CALIBRATIONS, read_calibrations, write_calibrations
 
-LIMIT = 10.0  # seconds that a case may take; the slowest valid one takes below 1
+LIMIT = 10.0  # seconds of the processor that a case may take; the slowest valid one takes below 1
 ECHO = 200  # characters of a hostile value that an error may repeat
 LONG = "A" * 5000
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "MPO")  # of most pictures
@@ -366,18 +366,18 @@ KINDS: dict[str, tuple[float, Kind]] = {  # with their share of the cases
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `Hang` in what takes longer; code that never returns to Python ends the process with its traceback."""
+    """Raise `Hang` in what takes more time of the processor; what never comes back to Python ends the process."""
 
     def stop(*_: object) -> None:
         raise Hang
 
-    faulthandler.dump_traceback_later(10 * seconds, exit=True, file=sys.__stderr__)
-    signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    faulthandler.dump_traceback_later(60 * seconds, exit=True, file=sys.__stderr__)
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         faulthandler.cancel_dump_traceback_later()
 
 

@@ -22,6 +22,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from milo_latent.atomic import saving_weights, write_text
+from milo_latent.checks import shortened
+from milo_latent.resources import sha256
 from milo_latent.structure import read_json, refusing_damage
 from milo_latent.training.engine.records import append_row, check_record, drop_rows_after, read_log, write_record
 
@@ -140,7 +142,8 @@ class Run:
         """Load the last checkpoint, if there is one, and open the logs; return the first step to run.
 
         Raises:
-            ValueError: if the folder holds a run with other settings, or one that has done more steps.
+            ValueError: if the folder holds a run with other settings, or one that has done more steps, or if the
+                checkpoint is damaged.
         """
         output, settings = self.config.output, asdict(self.config) | {"output": str(self.config.output)}
         output.mkdir(parents=True, exist_ok=True)
@@ -149,8 +152,10 @@ class Run:
             step = int(checkpoints[-1].name.removeprefix("checkpoint-"))
             check_record(output, settings, done=step)
             with refusing_damage(f"Expected a complete checkpoint in {checkpoints[-1]}"):
+                record = read_json(checkpoints[-1] / LOSS_FILE)
+                _check_files(checkpoints[-1], record["files"])
                 self.accelerator.load_state(str(checkpoints[-1]))
-                self.loss_since_log += float(read_json(checkpoints[-1] / LOSS_FILE)["loss_since_log"])
+                self.loss_since_log += float(record["loss_since_log"])
         if self.accelerator.is_main_process:
             shutil.rmtree(output / PARTIAL, ignore_errors=True)  # of a run that was killed
             for name in (LOG, VALIDATION):
@@ -200,7 +205,8 @@ class Run:
             self.accelerator.save_state(str(partial), safe_serialization=True)
         loss = self._mean_over_processes(self.loss_since_log)
         if self.accelerator.is_main_process:
-            write_text(partial / LOSS_FILE, json.dumps({"loss_since_log": loss}))
+            files = {path.name: sha256(path) for path in partial.iterdir() if path.is_file() and path.name != LOSS_FILE}
+            write_text(partial / LOSS_FILE, json.dumps({"loss_since_log": loss, "files": files}))
             final = self.config.output / f"checkpoint-{done:08d}"
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
@@ -239,3 +245,10 @@ class Run:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.wait_for_everyone()
+
+
+def _check_files(folder: Path, digests: dict[str, str]) -> None:
+    """Raise ValueError unless the files of a checkpoint have their SHA-256; accelerate loads what it can of others."""
+    for name, digest in digests.items():
+        if Path(name).name != name or sha256(folder / name) != digest:
+            raise ValueError(f"the SHA-256 of {shortened(name)} is not that of the file that was saved.")
