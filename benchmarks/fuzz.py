@@ -478,8 +478,9 @@ def start(name: str, data: Path, folder: Path) -> int:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return the files of a folder, by name."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Return the files of a folder, by name, but the records of what results were made of, which grow by each start."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".record"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def hidden(folder: Path) -> list[Path]:
