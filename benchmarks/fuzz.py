@@ -27,6 +27,7 @@ import tempfile
 import time
 import traceback
 import unittest.mock
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -385,7 +386,12 @@ def run_case(kind: Kind, folder: Path, path: Path) -> tuple[str, str]:
     """Read a damaged file; return what came of it, and the text of its error."""
     errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()), time_limit(LIMIT):
+        with (
+            contextlib.redirect_stderr(errors),
+            contextlib.redirect_stdout(io.StringIO()),
+            warnings.catch_warnings(action="default"),
+            time_limit(LIMIT),
+        ):
             code = run_program(lambda: kind.read(folder, path))
     except Hang:
         return "hangs", "".join(traceback.format_exc())

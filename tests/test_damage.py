@@ -402,6 +402,6 @@ def test_a_damaged_checkpoint_of_a_run_is_named(fuzz, tmp_path):
     for name in ("optimizer.bin", "loop.json", "model.safetensors", "random_states_0.pkl"):
         copy = shutil.copytree(tmp_path / "run", tmp_path / name)
         path = copy / "checkpoint-00000004" / name
-        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
         with pytest.raises(ValueError, match=r"Expected a complete checkpoint in .*checkpoint-00000004"):
             fuzz.train(copy, 6)
