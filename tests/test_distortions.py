@@ -12,9 +12,10 @@ from milo_latent.distortions import DISTORTIONS, LEVELS, distort, seed_of
 from milo_latent.distortions.blurs import disk_kernel, line_kernel
 from milo_latent.distortions.color_spaces import lab_to_rgb, rgb_to_lab
 from milo_latent.distortions.colors import color_saturation_hsv
-from milo_latent.distortions.contact_sheet import contact_sheet
+from milo_latent.distortions.contact_sheet import contact_sheet, main
 from milo_latent.distortions.spatial import best_thresholds
 from milo_latent.distortions.tones import tone_curve
+from milo_latent.files import read_image
 from milo_latent.pictures import round_to_8bit, to_8bit
 
 PUBLISHED = (  # levels 1 to 5 of each kind in its order, as in `imdist_generator.m` of KADID-10k
@@ -185,4 +186,22 @@ def test_what_cannot_be_distorted_is_refused(image):
 
 def test_the_contact_sheet_shows_all_kinds_and_levels(tmp_path, image):
     Image.fromarray(to_8bit(image[0])).save(tmp_path / "a.png")
-    assert contact_sheet(tmp_path / "a.png", side=16).size == ((150 + 16 * 6) * 2, 13 * 16)
+    sheet = np.asarray(contact_sheet(tmp_path / "a.png", side=16))
+    assert sheet.shape == (13 * 16, (150 + 16 * 6) * 2, 3)
+    square = read_image(tmp_path / "a.png")[..., 4:100]
+    for number, name in (
+        (1, "gaussian blur"),
+        (13, "impulse noise"),
+        (14, "multiplicative noise"),
+        (25, "contrast change"),
+    ):
+        top, left = (number - 1) % 13 * 16, (number - 1) // 13 * (150 + 16 * 6)
+        tiles = [square] + [distort(square, name, level, image_id="a") for level in LEVELS]
+        for column, tile in enumerate(tiles):
+            picture = Image.fromarray(to_8bit(tile[0])).resize((14, 14), Image.Resampling.LANCZOS)
+            start = left + 150 + column * 16
+            assert np.array_equal(sheet[top : top + 14, start : start + 14], np.asarray(picture))
+        assert (sheet[top : top + 16, left : left + 150].min(axis=2) < 100).any()
+        assert (sheet[top : top + 16, left : left + 6] == 255).all()
+    main([str(tmp_path / "a.png"), "--output", str(tmp_path / "sheet.png"), "--side", "10"])
+    assert Image.open(tmp_path / "sheet.png").size == ((150 + 60) * 2, 130)

@@ -1,6 +1,7 @@
 """Guidance as a whole, on a bare scheduler: modes, strengths, regions, dtypes, batches, the hook, the trace."""
 
 import copy
+import dataclasses
 import functools
 import inspect
 import warnings
@@ -14,7 +15,10 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, IPNDMScheduler
 from milo_latent import MILO, MILOGuidance
 from milo_latent.guidance.base import Guide
 from milo_latent.guidance.reference import match_reference, match_region
+from milo_latent.guidance.trace import GuidanceTrace
 from milo_latent.latents.codec import encode_image
+from milo_latent.metric.visualize import color_error_map
+from milo_latent.pictures import to_8bit
 from milo_latent.testing import generator, latent_pair, tiny_metric, tiny_pipeline
 
 REFERENCE, START = latent_pair(noise=2.0)
@@ -393,8 +397,47 @@ def test_the_trace_is_plotted_and_its_masks_are_animated(metric, tmp_path):
     figure = trace.plot()
     figure.draw_without_rendering()  # warns where the layout does not fit
     assert [axes.get_title() for axes in figure.axes[3:7]] == ["step 0", "step 1", "step 2", "step 3"]
-    drawn = figure.axes[0].lines[0].get_ydata()
-    assert drawn.tolist() == pytest.approx([step.error[0].item() for step in trace])
+    for axes, name in zip(figure.axes, ("error", "weight", "change"), strict=False):
+        values = [getattr(step, name)[0].item() for step in trace]
+        assert axes.lines[0].get_ydata().tolist() == pytest.approx(values)
+        assert axes.lines[0].get_xdata().tolist() == [0, 1, 2, 3]
+        assert axes.get_ylim() == pytest.approx((0, 1.1 * max(values)))
+    largest = max(step.mask[0].max().item() for step in trace)
+    for axes, step in zip(figure.axes[3:7], trace, strict=True):
+        assert np.array_equal(axes.images[0].get_array(), step.mask[0, 0].numpy())
+        assert axes.images[0].get_clim() == pytest.approx((0, largest))
+    second = trace.plot(sample=1)
+    assert np.array_equal(second.axes[3].images[0].get_array(), trace.steps[0].mask[1, 0].numpy())
+
+
+def test_frames_show_the_masks_in_the_colors_of_one_scale_with_text_below(metric, tmp_path):
+    from PIL import Image, ImageSequence
+
+    trace, _ = traced(metric, milo_scale=0.4)
+    wide = GuidanceTrace([dataclasses.replace(step, mask=step.mask[..., :8, :]) for step in trace])
+    largest = max(step.mask[1].max().item() for step in wide)
+    wide.write_animation(tmp_path / "masks.webp", sample=1, side=64, milliseconds=120)
+    with Image.open(tmp_path / "masks.webp") as animation:
+        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(animation)]
+        assert (animation.info["duration"], animation.info["loop"]) == (120, 0)
+    for frame, step in zip(frames, wide, strict=True):
+        assert frame.shape == (32 + 16, 64, 3)
+        painted = color_error_map(step.mask[1:], size=(32, 64), largest=largest, bar=False)
+        assert np.array_equal(frame[:32], to_8bit(painted[0]))
+        text = frame[32:]
+        assert (text[2:14] > 128).any()
+        assert (text[:2] == 0).all()
+        assert (text[:, :3] == 0).all()
+    assert not np.array_equal(frames[0][32:], frames[1][32:])
+
+
+def test_a_long_run_is_plotted_with_eight_masks(metric):
+    matplotlib = pytest.importorskip("matplotlib", reason="plots need it")
+    matplotlib.use("Agg")
+    trace, _ = traced(metric, milo_scale=0.4)
+    long = GuidanceTrace([dataclasses.replace(trace.steps[0], step=index) for index in range(15)])
+    titles = [axes.get_title() for axes in long.plot().axes[3:11]]
+    assert titles == [f"step {index}" for index in range(0, 15, 2)]
 
 
 def test_an_empty_trace_is_refused(metric):

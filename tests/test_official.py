@@ -65,6 +65,7 @@ def test_official_weights_are_fetched_once_wherever_they_are_named(address, down
     metric = MILO.from_pretrained("official-latent")
     ref, dist = latent_pair()
     assert metric(ref=ref, dist=dist).item() == tiny_metric()(ref=ref, dist=dist).item()
+    assert (metric.config.latent_space, metric.config.scaling_factor) == ("stable-diffusion", 0.18215)
     assert not any(parameter.requires_grad for parameter in metric.parameters())
     assert main(["weights", "pull", "official-latent"]) == 0
     assert main(["weights", "info", "official-latent"]) == 0

@@ -25,7 +25,7 @@ def test_a_guide_that_returns_the_estimate_itself_leaves_the_output_alone(dtype)
 
 @pytest.mark.parametrize("out", [1.0, -0.8, -14.6])
 def test_shifting_the_output_shifts_the_estimate(out):
-    coefficients = StepCoefficients(0.6, 0.8, 1.3, out)
+    coefficients = StepCoefficients(1.3, out)
     output, sample, change = torch.randn(3, 2, 4, 5, 5).unbind()
     shifted = shift_model_output(output, change, coefficients)
     before, after = (predict_original_sample(each, sample, coefficients) for each in (output, shifted))
@@ -33,7 +33,7 @@ def test_shifting_the_output_shifts_the_estimate(out):
 
 
 def test_a_predicted_variance_is_kept():
-    coefficients = StepCoefficients(0.6, 0.8, 1.3, -0.8)
+    coefficients = StepCoefficients(1.3, -0.8)
     output, sample, change = torch.randn(2, 8, 5, 5), torch.randn(2, 4, 5, 5), torch.randn(2, 4, 5, 5)
     shifted = shift_model_output(output, change, coefficients)
     assert torch.equal(shifted[:, 4:], output[:, 4:])
@@ -46,12 +46,12 @@ def test_a_predicted_variance_is_kept():
 
 def test_where_the_sample_is_clean_the_output_is_left_alone():
     output = torch.randn(1, 4, 2, 2)
-    assert shift_model_output(output, torch.ones_like(output), StepCoefficients(1.0, 0.0, 1.0, 0.0)) is output
+    assert shift_model_output(output, torch.ones_like(output), StepCoefficients(1.0, 0.0)) is output
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_outputs_keep_their_dtype_and_are_shifted_in_float32(dtype):
-    coefficients = StepCoefficients(0.6, 0.8, 1 / 0.6, -0.8 / 0.6)
+    coefficients = StepCoefficients(1 / 0.6, -0.8 / 0.6)
     output, sample, change = torch.randn(3, 1, 4, 8, 8).to(dtype).unbind()
     shifted = shift_model_output(output, change.float(), coefficients)
     assert shifted.dtype == dtype

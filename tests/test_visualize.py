@@ -20,6 +20,16 @@ def test_colours_grow_lighter_evenly_and_stay_in_gamut():
     assert steps.max() < 4 * steps.mean()
 
 
+def test_the_colors_are_the_recorded_ones():
+    """Black, blue, purple, orange, yellow: the path in Oklab, and its published conversion to sRGB."""
+    recorded = {
+        0: (0.0058, 0.0105, 0.0486), 40: (0.1114, 0.0456, 0.2831), 64: (0.1959, 0.0658, 0.4427),
+        100: (0.4449, 0.1558, 0.4376), 128: (0.6562, 0.1662, 0.4189), 160: (0.8111, 0.3167, 0.3385),
+        192: (0.9712, 0.4472, 0.1515), 220: (1.0, 0.6319, 0.2147), 255: (1.0, 0.8486, 0.2939),
+    }  # fmt: skip
+    assert torch.allclose(color_ramp()[list(recorded)], torch.tensor(list(recorded.values())), atol=1e-4)
+
+
 def test_a_larger_error_is_lighter_and_the_bar_stands_at_the_right():
     error_map = torch.linspace(0, 1, 16).reshape(1, 1, 1, 16).expand(2, 1, 16, 16)
     picture = color_error_map(error_map)
@@ -70,6 +80,38 @@ def test_the_bar_says_its_errors_where_there_is_room():
         assert torch.equal(bar[..., :alone], bars[1.0][..., :alone])
     assert not torch.equal(bars[0.05][..., alone:], bars[0.06][..., alone:])
     assert color_bar(20, 1.0).shape[3] == alone
+
+
+@pytest.mark.parametrize(("height", "labels"), [(35, 0), (36, 3), (143, 3), (144, 5), (200, 5)])
+def test_the_bar_runs_from_0_below_to_the_largest_above_with_labels_at_their_errors(height, labels):
+    bar = color_bar(height, 1.0)
+    colors = bar[0, :, :, BAR_GAP : BAR_GAP + BAR_WIDTH]
+    assert torch.equal(colors[:, 0, 0], color_ramp()[-1])
+    assert torch.equal(colors[:, -1, -1], color_ramp()[0])
+    assert torch.equal(colors[:, height // 2, 3], color_ramp()[round(255 * (1 - (height // 2) / (height - 1)))])
+    assert (bar[0, :, :, :BAR_GAP] == 1).all()
+    text = bar[0, 0, :, BAR_GAP + BAR_WIDTH :]
+    if labels:
+        assert (text[:, : BAR_GAP // 2] == 1).all()
+        assert (text[:, BAR_GAP // 2 : BAR_GAP] < 1).any()
+        assert (text[:, -BAR_GAP // 2 - 1 :] < 1).sum() < (text < 1).sum() / 4
+    inked = [row for row in range(height) if labels and (text[row] < 0.7).any()]
+    runs = [row for row in inked if row - 1 not in inked]
+    assert len(runs) == labels
+    for index, top in enumerate(runs[1:-1], start=1):
+        bottom = next(row for row in range(top, height) if row + 1 not in inked)
+        assert (top + bottom) / 2 == pytest.approx(index / (labels - 1) * (height - 1), abs=1.1)
+
+
+def test_pictures_take_the_size_of_the_image_or_the_one_that_is_asked_for():
+    error_map, image = torch.rand(2, 1, 8, 10), torch.rand(2, 3, 16, 20)
+    bar = BAR_GAP + BAR_WIDTH
+    assert color_error_map(error_map, image=image).shape == (2, 3, 16, 20 + bar)
+    assert color_error_map(error_map, image=image[..., :12, :14], size=(12, 14)).shape == (2, 3, 12, 14 + bar)
+    assert torch.equal(
+        color_error_map(error_map, bar=False),
+        color_ramp()[(error_map / map_scale(error_map)).clamp(0, 1).mul(255).round().long()[:, 0]].movedim(3, 1),
+    )
 
 
 def test_bad_arguments_are_refused():

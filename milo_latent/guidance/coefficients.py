@@ -44,17 +44,13 @@ Timestep = Tensor | float | int
 
 @dataclass(frozen=True)
 class StepCoefficients:
-    """How sample, model output and clean estimate relate where the model was evaluated.
+    """How the clean estimate follows from sample and model output where the model was evaluated.
 
     Args:
-        alpha: share of the clean latents in the sample.
-        sigma: share of the noise in it.
         skip: share of the sample in the clean estimate.
         out: share of the model output in it; 0 where the sample is clean already.
     """
 
-    alpha: float
-    sigma: float
     skip: float
     out: float
 
@@ -85,7 +81,7 @@ def step_coefficients(scheduler: SchedulerMixin, timestep: Timestep) -> StepCoef
         return _edm(scheduler, timestep)
     alpha, sigma = NOISE_LEVELS[family](scheduler, timestep)
     if family == "flow":
-        return StepCoefficients(alpha, sigma, 1.0, -sigma)
+        return StepCoefficients(1.0, -sigma)
     prediction_type = scheduler.config.prediction_type
     if prediction_type == "epsilon":
         if alpha == 0.0:
@@ -93,14 +89,14 @@ def step_coefficients(scheduler: SchedulerMixin, timestep: Timestep) -> StepCoef
                 f"At timestep {float(timestep):g} the noise schedule has zero signal, where an epsilon model says "
                 "nothing of x0. Use a v-prediction model, or betas without rescale_betas_zero_snr."
             )
-        return StepCoefficients(alpha, sigma, 1.0 / alpha, -sigma / alpha)
+        return StepCoefficients(1.0 / alpha, -sigma / alpha)
     if prediction_type == "v_prediction":
         norm = alpha**2 + sigma**2 if family == "sigma" else 1.0  # these alone keep samples whose variance is not 1
-        return StepCoefficients(alpha, sigma, alpha / norm, -sigma / norm**0.5)
+        return StepCoefficients(alpha / norm, -sigma / norm**0.5)
     if prediction_type in ("sample", "original_sample"):
-        return StepCoefficients(alpha, sigma, 0.0, 1.0)
+        return StepCoefficients(0.0, 1.0)
     if prediction_type == "flow_prediction":
-        return StepCoefficients(alpha, sigma, 1.0, -_sigma(scheduler, timestep))
+        return StepCoefficients(1.0, -_sigma(scheduler, timestep))
     raise ValueError(f"Expected a prediction type of {PREDICTION_TYPES}, got {prediction_type!r}.")
 
 
@@ -177,7 +173,7 @@ def _edm(scheduler: Any, timestep: Timestep) -> StepCoefficients:
     sigma, data = _sigma(scheduler, timestep), float(scheduler.config.sigma_data)
     total = sigma**2 + data**2
     sign = -1.0 if scheduler.config.prediction_type == "v_prediction" else 1.0
-    return StepCoefficients(1.0, sigma, data**2 / total, sign * sigma * data / total**0.5)
+    return StepCoefficients(data**2 / total, sign * sigma * data / total**0.5)
 
 
 def _sigma(scheduler: Any, timestep: Timestep) -> float:
