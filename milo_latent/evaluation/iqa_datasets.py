@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from milo_latent.checks import check_file
+from milo_latent.checks import check_file, shortened
+from milo_latent.structure import refusing_damage
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Rating:
 
 def _rows(path: Path, delimiter: str = ",") -> list[list[str]]:
     check_file(path, "a file of opinion scores", "Is this the right folder?")
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with refusing_damage(f"Expected a table in {path}"), path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
         return [row for row in rows if any(cell.strip() for cell in row)]
 
@@ -32,12 +33,12 @@ def _opinion(text: str, path: Path) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise ValueError(f"Expected an opinion score in {path}, got {text!r}.") from error
+        raise ValueError(f"Expected an opinion score in {path}, got {shortened(text)!r}.") from error
 
 
 def _cells(row: list[str], count: int, path: Path) -> list[str]:
     if len(row) < count:
-        raise ValueError(f"Expected {count} values in each row of {path}, got {row}. Is the file whole?")
+        raise ValueError(f"Expected {count} values in each row of {path}, got {shortened(row)}. Is the file whole?")
     return [cell.strip() for cell in row]
 
 
@@ -45,7 +46,7 @@ def _kind(name: str, path: Path) -> str:
     """Return the part of a file name that tells the kind of distortion, such as 01 in I01_01_05.png."""
     parts = re.split(r"[_.]", name)
     if len(parts) < 4:
-        raise ValueError(f"Expected names such as I01_01_05.png in {path}, got {name!r}. Is the file whole?")
+        raise ValueError(f"Expected names such as I01_01_05.png in {path}, got {shortened(name)!r}. Is the file whole?")
     return parts[1]
 
 
@@ -107,7 +108,9 @@ def load_csiq(folder: Path) -> list[Rating]:
     for row in rows[first + 1 :]:
         image, tag, level, dmos = (_cells(row, max(places) + 1, path)[place] for place in places)
         if tag.lower() not in CSIQ_FOLDERS:
-            raise ValueError(f"Expected one of {', '.join(CSIQ_FOLDERS)} as dst_type in {path}, got {tag!r}.")
+            raise ValueError(
+                f"Expected one of {', '.join(CSIQ_FOLDERS)} as dst_type in {path}, got {shortened(tag)!r}."
+            )
         place, part = CSIQ_FOLDERS[tag.lower()]
         dist = folder / "dst_imgs" / place / f"{image}.{part}.{level}.png"
         ratings.append(Rating(folder / "src_imgs" / f"{image}.png", dist, tag, 1.0 - _opinion(dmos, path)))
