@@ -30,13 +30,14 @@ import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from milo_latent.atomic import write_text
 from milo_latent.evaluation.metrics import by_name
 from milo_latent.evaluation.reports import Row, write_rows
 from milo_latent.files import read_image
-from milo_latent.latents.codec import decode_latents, encode_image, pad_image
+from milo_latent.latents.codec import decode_latents, encode_image
 from milo_latent.metric.network import MILO
 from milo_latent.pictures import center_crop, round_to_8bit
 from milo_latent.restoration.restore import restore_image
@@ -81,7 +82,13 @@ def train_image(arguments: list[str], output: Path) -> Restore:
     defaults += " --steps 300 --validation-images 1"
     options = train_image_restorer.parser().parse_args([*defaults.split(), *arguments])
     network = train_image_restorer.train(options).cpu().eval()
-    return lambda dist: network(pad_image(dist, MULTIPLE))
+
+    def restore(dist: Tensor) -> Tensor:
+        height, width = dist.shape[2:]
+        # reflected, since the noise of a repeated border becomes streaks that networks keep as edges
+        return network(F.pad(dist, (0, -width % MULTIPLE, 0, -height % MULTIPLE), mode="reflect"))
+
+    return restore
 
 
 def train_diffusion(arguments: list[str], output: Path) -> Restore:
