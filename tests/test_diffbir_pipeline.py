@@ -79,7 +79,7 @@ def test_num_images_per_prompt_gives_the_results_of_each_image_one_after_another
     results = run(pipeline, images, num_images_per_prompt=3, generator=[generator(seed) for seed in seeds])
     assert results.shape[0] == 6
     assert all(torch.equal(seen[0][index], seen[0][index // 3 * 3]) for index in seeds)
-    assert not torch.allclose(seen[0][0], seen[0][3], atol=1e-2)
+    assert not torch.allclose(seen[0][0], seen[0][3], atol=1e-3)
     for seed in seeds:
         alone = run(pipeline, images[seed // 3 : seed // 3 + 1], generator=generator(seed))
         assert torch.allclose(results[seed : seed + 1], alone, atol=1e-4)

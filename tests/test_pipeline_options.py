@@ -607,7 +607,7 @@ def test_any_vae_fits(pipeline):
         ({"num_inference_steps": 2.5}, "`num_inference_steps` to be a whole number"),
         ({"num_images_per_prompt": 0}, "`num_images_per_prompt` to be a whole number of at least 1"),
         ({"noise_aug": 10.5}, "`noise_aug` to be a timestep"),
-        ({"upscale": float("inf")}, "`upscale` above 0, got inf"),
+        ({"upscale": float("inf")}, "`upscale` above 0 and at most 64, got inf"),
         ({"generator": [generator(), generator()]}, "one `generator`, or 1"),
         ({"negative_prompt_embeds": torch.zeros(1, 5, 8)}, "Expected no prompt"),
         ({"image": []}, "at least one pixel"),
