@@ -216,7 +216,7 @@ def test_maps_that_a_recipe_needs_must_be_there(dataset, tmp_path):
 
 
 def test_an_unknown_optimizer_is_refused():
-    with pytest.raises(ValueError, match="'adamw', 'adamw-8bit', 'soap'.*got 'sgd'"):
+    with pytest.raises(ValueError, match=r"'adamw', 'adamw-8bit', 'soap'.*got 'sgd'"):
         build_optimizer([torch.nn.Parameter(torch.zeros(1))], Recipe(optimizer="sgd"))
 
 
