@@ -56,6 +56,7 @@ def change(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+@pytest.mark.filterwarnings("default::UserWarning")  # as for users, who are told of rows that are scored anew
 @pytest.mark.parametrize(
     ("kind", "cases"),
     [
@@ -95,6 +96,9 @@ def test_killed_commands_leave_nothing_once_they_are_run_again(repository):
 
 @pytest.mark.parametrize("kind", ["AVIF", "DDS", "GIF", "EPS"])
 def test_only_the_decoders_of_known_suffixes_are_used(tmp_path, kind):
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this release of Pillow cannot write {kind}")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", format=kind)
     with pytest.raises(ValueError, match="PNG, JPEG, WEBP, BMP, TIFF"):
         read_image(tmp_path / "a.png")
