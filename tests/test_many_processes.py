@@ -69,6 +69,15 @@ run.write_text = write_or_die
 """
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Compute on one thread, as `start` does, since sums differ in their last bits with the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def command(model_folder, images, tmp_path):
     """Return the arguments of a run."""
