@@ -193,10 +193,11 @@ def test_flat_regions_weigh_one_and_edges_less():
     [
         ({"loss": "l1"}, "`loss`"),
         ({"space": "pixels"}, "`space`"),
-        ({"scale": 2.0, "loss": "mse"}, "fraction of the way"),
+        ({"scale": 1.1, "loss": "mse"}, "fraction of the way"),
         ({"loss": "w_mse"}, "`vae`"),
         ({"space": "rgb", "loss": "mse"}, "`vae`"),
         ({"repeat": 0, "loss": "mse"}, "number of pushes"),
+        ({"target": torch.zeros(1, 4, 8, 8)}, "`target` with 3 channels"),
         ({"loss": "mse", "compatibility": "old"}, "`compatibility`"),
     ],
 )

@@ -85,6 +85,7 @@ def test_the_bar_says_its_errors_where_there_is_room():
 @pytest.mark.parametrize(("height", "labels"), [(35, 0), (36, 3), (143, 3), (144, 5), (200, 5)])
 def test_the_bar_runs_from_0_below_to_the_largest_above_with_labels_at_their_errors(height, labels):
     bar = color_bar(height, 1.0)
+    assert (BAR_GAP, BAR_WIDTH) == (8, 16)
     colors = bar[0, :, :, BAR_GAP : BAR_GAP + BAR_WIDTH]
     assert torch.equal(colors[:, 0, 0], color_ramp()[-1])
     assert torch.equal(colors[:, -1, -1], color_ramp()[0])
