@@ -474,7 +474,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
         cell, multiple = self.vae_scale_factor, self._size_multiple()
         unpadded = not rules.pads_tiles and {"encoder", "diffusion"} & self._tiles.keys()
         padded = rules.pad(image, cell if unpadded else multiple, smallest=SMALLEST_LATENTS * cell)
-        reference = encode_image(self.vae, padded, tile=self._tile_size("encoder")).float()
+        reference = encode_image(self.vae, padded, tile=self._tile_size("encoder"), warn=False).float()
         cells, tile = tuple(reference.shape[2:]), self._tiles.get("diffusion")
         if tile is None or not tile.fits(cells, cell):  # whole latents must be multiples, which they mostly are
             reference = rules.pad(reference, multiple // cell)

@@ -50,7 +50,7 @@ def encode_reference(
     if size is not None and tuple(image.shape[2:]) != tuple(size):
         image = F.interpolate(image, size=size, mode="bicubic", antialias=True).clamp(0, 1)
     with torch.no_grad():
-        latents = encode_image(vae, image).float()
+        latents = encode_image(vae, image, warn=False).float()  # the look above has warned
     check_finite("reference latents", latents)
     return latents
 

@@ -42,7 +42,7 @@ def unscale_latents(vae: VAE, latents: Tensor) -> Tensor:
     return latents / vae.config.scaling_factor + _shift(vae)
 
 
-def encode_image(vae: VAE, image: Tensor, *, tile: int | None = None) -> Tensor:
+def encode_image(vae: VAE, image: Tensor, *, tile: int | None = None, warn: bool = True) -> Tensor:
     """Encode images into scaled latents, the mode of the posterior, so that equal images have equal latents.
 
     With tiles, peak memory does not grow with the image, apart from the image and its latents. The latents of an
@@ -55,8 +55,8 @@ def encode_image(vae: VAE, image: Tensor, *, tile: int | None = None) -> Tensor:
         vae: any `AutoencoderKL` or `AutoencoderTiny` of diffusers.
         image: (B, 3, H, W), in [0, 1]; H and W are padded to multiples of the VAE's factor by repeating the border.
         tile: side of the tiles in pixels, a multiple of the VAE's factor; None encodes the image as a whole.
-
-    Warns, once in a process, of images on the CPU that are far outside [0, 1].
+        warn: whether to warn, once in a process, of images on the CPU that are far outside [0, 1], as the results of
+            networks may be.
 
     Returns:
         Latents, (B, C, h, w), in the VAE's dtype and on its device.
@@ -66,7 +66,8 @@ def encode_image(vae: VAE, image: Tensor, *, tile: int | None = None) -> Tensor:
         ValueError: if `image` is not (B, 3, H, W), or `tile` does not fit the VAE.
     """
     check_batch("image", image, 3)
-    WATCH.glance("image", image, latents=False)
+    if warn:
+        WATCH.glance("image", image, latents=False)
     factor = vae_scale_factor(vae)
     padded = pad_image(image, factor)
     if tile is None:

@@ -76,7 +76,7 @@ class RestorerLoss(nn.Module):
         latents, condition = clean, degraded
         if not self.cached:
             cleaned = degraded if pipeline.cleaner is None else pipeline.clean(degraded, tuple(degraded.shape[2:]))
-            latents, condition = (encode_image(pipeline.vae, image).float() for image in (clean, cleaned))
+            latents, condition = (encode_image(pipeline.vae, image, warn=False).float() for image in (clean, cleaned))
         prompts = captions if pipeline.takes_prompts else None
         prompt_embeds, _ = pipeline.encode_prompt(prompts, num_images=len(captions), guided=False)
         return latents, condition, prompt_embeds
