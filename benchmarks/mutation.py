@@ -290,7 +290,8 @@ def judge(mutant: Mutant, seconds: int) -> dict[str, object]:
         output = Path(folder) / "output.txt"
         status, time = run_tests(mutant, output, seconds)
         lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
-    failed = [line.split()[1].rpartition("/")[2] for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    reports = [line.split()[1] for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    failed = [report.rpartition("/")[2] for report in reports if "test_" in report]
     killed_by = "time" if status < 0 else next(iter(failed), "" if status == 0 else f"exit status {status}")
     return mutant._asdict() | {
         "folder": mutant.module.split("/")[0], "result": "survived" if status == 0 else "killed",

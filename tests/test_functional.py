@@ -61,6 +61,7 @@ def test_the_metric_is_neither_trained_nor_saved():
     module.loss = MILOLoss(tiny_metric().requires_grad_(True))
     assert list(module.parameters()) == []
     assert module.state_dict() == {}
+    assert not any(parameter.requires_grad for parameter in module.loss.metric.parameters())
 
 
 def test_what_is_no_metric_or_no_tensor_is_refused(metric):

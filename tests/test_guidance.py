@@ -166,6 +166,15 @@ def test_a_step_that_someone_else_replaced_is_put_back(metric):
     assert vars(pipe.scheduler)["step"] is mine
 
 
+def test_a_guide_lets_go_of_its_reference_after_the_block_or_the_run_that_it_was_called_back_in(metric):
+    pipe, guide = pipeline_with(), MILOGuidance(metric, 0.4, reference_latents=REFERENCE)
+    with guide.attach(pipe):
+        sample_with(pipe)
+        assert torch.equal(guide.reference, REFERENCE)
+    with pytest.raises(RuntimeError, match="Expected a run"):
+        _ = guide.reference
+
+
 def test_one_guide_on_two_pipelines_guides_both(metric):
     base, refiner = pipeline_with(), pipeline_with()
     guide = MILOGuidance(metric, 0.4, reference_latents=REFERENCE)

@@ -241,6 +241,8 @@ def test_mos_and_error_map_are_the_scaler_s_by_hand(metric):
 
 def test_the_mask_is_built_from_coarse_to_fine_by_hand(metric):
     """Odd sides: each level halves them and cuts; masks are doubled, and their last row and column repeated."""
+    assert [layer.out_channels for layer in list(metric.mask_finder)[::2]] == [32, 64, 32, 16, 1]
+    assert [layer.out_channels for layer in list(metric.scaler)[:5:2]] == [32, 32, 1]
     ref, dist = (each[..., :37, :22] for each in latent_pair(batch=2, side=40))
     levels = [(dist, ref)]
     for _ in range(3):
