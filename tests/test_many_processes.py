@@ -212,6 +212,22 @@ def test_split_weights_train_resume_and_are_saved_whole(command, repository, tmp
     assert not (tmp_path / "split" / "checkpoint-00000003" / "model.safetensors").exists()  # it was split indeed
 
 
+@pytest.mark.slow
+def test_deepspeed_trains_resumes_and_saves_whole(command, repository, tmp_path):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    arguments = launched(repository, "deepspeed")
+    arguments.deepspeed_fields_from_accelerate_config = ""
+    environment = {
+        key: value for key, value in prepare_deepspeed_cmd_env(arguments)[1].items() if key.startswith("ACCELERATE_")
+    }
+    options = ("--train", "all", "--batch-size", 1, "--accumulation", 2, "--checkpoint-steps", 2)
+    parts = [command("split", *options, "--steps", steps) for steps in (2, 3)]
+    run_in_two(PROGRAM, parts, **environment, DS_ACCELERATOR="cpu")
+    train_restorer.main(command("whole", "--train", "all", "--batch-size", 4, "--steps", 3))
+    assert difference(tmp_path / "whole", tmp_path / "split") < 1e-5
+    assert list((tmp_path / "split" / "checkpoint-00000003").rglob("*zero_pp_rank_1*"))  # moments were split indeed
+
+
 @pytest.mark.parametrize("flag", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
 def test_what_split_weights_cannot_do_is_refused(flag, monkeypatch, tmp_path):
     monkeypatch.setenv(flag, "true")
