@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -114,6 +115,17 @@ def check_region(region: Tensor) -> None:
         raise ValueError(f"Expected `region` >= 0, got {region.min().item():g}. 0 leaves a pixel out.")
 
 
+def stacklevel_of_caller() -> int:
+    """Return the `stacklevel` of a warning that is to name the line outside this package and torch, if there is one."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "milo_latent",
+        "torch",
+    ):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
 class ValueWatch:
     """Warns, once, of finite values that are unlikely to be meant: images outside [0, 1], latents of another scale.
 
@@ -123,19 +135,19 @@ class ValueWatch:
     def __init__(self) -> None:
         self.warned = False
 
-    def glance(self, name: str, tensor: Tensor, *, latents: bool, stacklevel: int = 4) -> None:
+    def glance(self, name: str, tensor: Tensor, *, latents: bool) -> None:
         """Look at what is on the CPU, where reading values makes nothing wait; images may overshoot a little."""
         if torch.compiler.is_compiling() or self.warned or tensor.device.type != "cpu" or tensor.numel() == 0:
             return
         if latents or not -OVERSHOOT <= tensor.amin() <= tensor.amax() <= 1 + OVERSHOOT:
-            self.look(name, tensor, latents=latents, stacklevel=stacklevel + 1)
+            self.look(name, tensor, latents=latents)
 
-    def look(self, name: str, tensor: Tensor, *, latents: bool, stacklevel: int = 3) -> None:
+    def look(self, name: str, tensor: Tensor, *, latents: bool) -> None:
         """Warn of images or scaled latents, (B, C, H, W), called `name`, unless it has warned before."""
         message = None if self.warned else (_odd_latents if latents else _odd_image)(name, tensor)
         if message is not None:
             self.warned = True
-            warnings.warn(message, UserWarning, stacklevel=stacklevel)
+            warnings.warn(message, UserWarning, stacklevel=stacklevel_of_caller())
 
 
 def _odd_image(name: str, image: Tensor) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ModelMixin, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
@@ -24,7 +24,7 @@ from milo_latent.diffbir.bsrnet import BSRNet
 from milo_latent.diffbir.cleaning import clean_image
 from milo_latent.diffbir.color import COLOR_FIXES, ColorFix, fix_color
 from milo_latent.diffbir.fidelity_join import FidelityJoin, join_images
-from milo_latent.diffbir.inputs import OUTPUT_TYPES, explained_memory, images_to_tensor, to_output
+from milo_latent.diffbir.inputs import OUTPUT_TYPES, degraded_images, explained_memory, to_output
 from milo_latent.diffbir.ircontrolnet import IRControlNet
 from milo_latent.diffbir.loading import FolderMixin
 from milo_latent.diffbir.prompts import listed, repeat_prompts
@@ -37,6 +37,7 @@ from milo_latent.diffbir.tiles import TilingMixin
 from milo_latent.diffbir.versions import Release, version_of
 from milo_latent.guidance.base import split_guides
 from milo_latent.guidance.x0 import guide_model_output, guided_run
+from milo_latent.inputs import Images
 from milo_latent.latents.codec import decode_latents, encode_image, vae_scale_factor
 from milo_latent.metric.network import MILO
 
@@ -328,7 +329,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        image: PipelineImageInput | None = None,
+        image: Images | None = None,
         negative_prompt: str | list[str] | None = None,
         upscale: float = 1.0,
         num_inference_steps: int = 20,
@@ -357,7 +358,8 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
 
         Args:
             prompt: what the photo shows, for models with a text encoder.
-            image: degraded image or images of any size: PIL, numpy (B, H, W, 3) or tensors (B, 3, H, W), in [0, 1].
+            image: degraded image or images of any size: PIL, paths, numpy ([B, ]H, W, 3) or tensors ([B, ]3, H, W), in
+                [0, 1] where they are floating point.
             negative_prompt: what the result should not be.
             upscale: factor by which the image is enlarged (bicubic) before it is cleaned.
             num_inference_steps: denoising steps.
@@ -416,7 +418,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
         self._guidance_scale, self._interrupt = guidance_scale, False
 
         # 1. Prepare: clean and encode the image, encode the prompts, draw the noise
-        image = images_to_tensor(image).to(self._execution_device)  # one name, so that the degraded image is let go
+        image = degraded_images(image).to(self._execution_device)  # one name, so that the degraded image is let go
         size, degraded = rules.scaled_size(image, upscale), image if fidelity else None
         image = self.clean(image, size, compatibility=compatibility)  # (B, 3, H, W)
         join = partial(self._join, degraded=degraded, fidelity=fidelity, rules=rules)
@@ -502,6 +504,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
                 if self.interrupt:
                     break
                 latents, guided = tensors["latents"], self.do_classifier_free_guidance
+                assert latents is not None
                 scale = self._guidance_scale
                 if growth is not None:
                     scale = sampling.guidance_scale_at(scale, float(timestep), total=total, rules=growth)

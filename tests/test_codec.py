@@ -172,6 +172,6 @@ def test_tensors_that_are_no_images_or_latents_are_refused():
     with pytest.raises(ValueError, match="3 channels"):
         encode_image(vae, torch.rand(1, 1, 16, 16))
     with pytest.raises(TypeError, match="floating point"):
-        encode_image(vae, torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+        encode_image(vae, torch.zeros(1, 3, 16, 16, dtype=torch.int32))
     with pytest.raises(ValueError, match="4 channels"):
         decode_latents(vae, torch.rand(1, 16, 4, 4))

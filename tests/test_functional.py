@@ -65,8 +65,8 @@ def test_the_metric_is_neither_trained_nor_saved():
 
 
 def test_what_is_no_metric_or_no_tensor_is_refused(metric):
-    with pytest.raises(TypeError, match=r"to be a MILO, got str\. Open one: MILO\.from_pretrained"):
-        MILOLoss("nano")
+    with pytest.raises(TypeError, match="to be a MILO, its name or its folder, got list"):
+        MILOLoss([metric])
     with pytest.raises(TypeError, match=r"`pred` to be a torch\.Tensor, got list"):
         MILOLoss(metric)([1.0], latent_pair()[0])
 

@@ -245,8 +245,6 @@ def test_strengths_of_numpy_are_numbers(metric, tmp_path):
     assert guide.milo_scale == 0.5
     guide.save_config(tmp_path)
     assert MILOGuidance.from_config(tmp_path, metric=metric).milo_scale == 0.5
-    with pytest.raises(TypeError, match=r"to be a MILO, got str\. Open one"):
-        MILOGuidance("nano", reference_latents=REFERENCE)
 
 
 def test_an_unknown_scheduler_is_refused_when_attaching(metric):
@@ -340,8 +338,8 @@ def test_reference_latents_come_from_an_image_once(tmp_path):
         assert torch.equal(MILOGuidance.reference_from_image(vae, path), MILOGuidance.reference_from_image(vae, image))
     with pytest.raises(FileNotFoundError, match=r"absent\.png"):
         MILOGuidance.reference_from_image(vae, "absent.png")
-    with pytest.raises(TypeError, match="a PIL image, a path or a tensor"):
-        MILOGuidance.reference_from_image(vae, [image])
+    with pytest.raises(TypeError, match="a PIL image, a path, an array"):
+        MILOGuidance.reference_from_image(vae, 0.5)
     with pytest.warns(UserWarning, match=r"in \[0, 1\], got \[-"):
         MILOGuidance.reference_from_image(vae, pixels * 2 - 1)
 

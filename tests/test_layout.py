@@ -15,6 +15,7 @@ LEVELS = (
     "checks pictures provenance",
     "atomic structure",
     "checkpoints extras files programs resources weights",
+    "inputs",
     "distortions latents metric",
     "guidance",
     "diffbir",

@@ -82,7 +82,7 @@ def test_masks_are_computed_in_float32_under_autocast_too(pair, metric, name):
 
 
 def test_objectives_that_need_a_metric_ask_for_it():
-    with pytest.raises(TypeError, match="`metric` to be a MILO, got NoneType"):
+    with pytest.raises(TypeError, match="`metric` to be a MILO, its name or its folder, got NoneType"):
         Objective("milo")
     with pytest.raises(ValueError, match="'lpips'"):
         Objective("lpips")

@@ -285,3 +285,12 @@ def test_foreign_weights_are_refused(weights, refused):
     tiny_pipeline().vae.save_pretrained(weights / "vae")
     assert "Expected every weight in" in refused(latents, latents, "--weights", weights / "vae")
     assert "neither a shipped set" in refused(latents, latents, "--weights", "absent")
+
+
+def test_warnings_of_values_name_the_line_of_the_user(metric):
+    ref, dist = (latents / 0.18215 for latents in latent_pair())
+    for read in (lambda: metric.mask(ref=ref, dist=dist), lambda: metric(ref=ref, dist=dist)):
+        metric.watch = ValueWatch()
+        with pytest.warns(UserWarning, match="scaled latents") as caught:
+            read()
+        assert Path(caught[0].filename).name == "test_refusals.py"

@@ -100,7 +100,7 @@ def test_what_cannot_be_restored_is_refused(restorer, pipeline):
     with pytest.raises(ValueError, match="`task`"):
         restore_image(torch.rand(1, 3, 9, 9), model=restorer, task="colorize")
     with pytest.raises(ValueError, match="batch axis"):
-        restore_image(torch.rand(3, 9, 9), model=restorer)
+        restore_image(torch.rand(9, 9), model=restorer)
     with pytest.raises(ValueError, match="NaN or infini"):
         restore_image(torch.tensor([0.5, 0.5, torch.nan]).reshape(1, 3, 1, 1), model=restorer)
     pipeline.register_modules(metric=None)
@@ -232,7 +232,7 @@ def test_what_is_not_said_is_the_pipeline_s_default(prompted):
 
 
 def test_unknown_settings_are_refused_by_name(restorer):
-    for name in ("output_type", "num_steps"):
+    for name in ("num_inference_steps", "num_steps"):
         with pytest.raises(TypeError, match=name):
             restore_image(torch.rand(1, 3, 20, 20), model=restorer, **{name: 3})
 

@@ -8,38 +8,24 @@ from contextlib import contextmanager
 import numpy as np
 import PIL.Image
 import torch
-from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from torch import Tensor
 
-from milo_latent.pictures import picture_to_tensor, to_8bit
+from milo_latent.inputs import Images, images_to_tensor
+from milo_latent.pictures import to_8bit
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 ROUNDING = 0.01  # by which resampled images may leave [0, 1]
 
 
-def images_to_tensor(image: PipelineImageInput | None) -> Tensor:
-    """Return whatever diffusers accepts as images as one batch, (B, 3, H, W) float32, in [0, 1].
-
-    Args:
-        image: PIL image or images of one size, arrays (B, H, W, 3) or tensors (B, 3, H, W) in [0, 1].
+def degraded_images(image: Images | None) -> Tensor:
+    """Return what is to be restored as `images_to_tensor` does, in float32 and with its values checked.
 
     Raises:
-        ValueError: for None, sizes that differ, images that are not RGB, and values not finite or not in [0, 1].
+        ValueError: for None, and for values that are not finite or not in [0, 1].
     """
     if image is None:
         raise ValueError("Expected `image`, got None. DiffBIR restores an image; it does not make one from a prompt.")
-    if isinstance(image, PIL.Image.Image):
-        image = [image]
-    if isinstance(image, list) and image and isinstance(image[0], PIL.Image.Image):
-        sizes = {entry.size for entry in image}
-        if len(sizes) > 1:
-            raise ValueError(f"Expected images of one size in a batch, got {sorted(sizes)}. Restore them one by one.")
-        image = torch.stack([picture_to_tensor(entry) for entry in image])
-    if len(image) == 0 or (isinstance(image, np.ndarray | Tensor) and 0 in image.shape):
-        raise ValueError("Expected images of at least one pixel, got none.")
-    tensor = VaeImageProcessor(do_resize=False, do_normalize=False).preprocess(image).float()
-    if tensor.shape[1] != 3:
-        raise ValueError(f"Expected RGB images, (B, 3, H, W), got {tuple(tensor.shape)}.")
+    tensor = images_to_tensor(image).float()
     if not torch.isfinite(tensor).all():
         raise ValueError("Expected finite image values in [0, 1], got NaN or infinity.")
     low, high = tensor.min().item(), tensor.max().item()

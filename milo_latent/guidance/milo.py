@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from numbers import Real
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,7 +18,7 @@ from milo_latent.guidance.curriculum import AnySchedule, check_schedule, curricu
 from milo_latent.guidance.reference import check_latent_space, encode_reference, match_reference, match_region
 from milo_latent.guidance.trace import GuidanceTrace
 from milo_latent.guidance.x0 import OBJECTIVES, Objective, gradient_push, masked_pull
-from milo_latent.metric.network import MILO, check_metric
+from milo_latent.metric.network import MILO, open_metric
 
 Mode = Literal["mask", "metric"]
 
@@ -29,7 +30,8 @@ class MILOGuidance(Guide):
     use `with guide.attach(pipe):`. Nothing is decoded.
 
     Args:
-        metric: MILO_L for the pipeline's latents; it is moved to the latents' device, and computes in float32.
+        metric: MILO_L for the pipeline's latents, or what `MILO.from_pretrained` takes, such as "milo-sd"; it is moved
+            to the latents' device, and computes in float32.
         milo_scale: s, or a function of the timestep: in the mode *mask* the mean fraction of the way to r in each step,
             in [0, 1]; in the mode *metric* the length of the push in lengths of that way, >= 0. 0 changes no bit.
         schedule: "constant", "linear", "cosine", or a function from progress to alpha in [0, 1].
@@ -42,7 +44,7 @@ class MILOGuidance(Guide):
         trace: whether to record each step; `guide.trace` is the record of the latest run.
 
     Raises:
-        TypeError: if `metric` is no MILO.
+        TypeError: if `metric` is none.
         ValueError: for values outside their range.
 
     Source: own; the idea of the curriculum is MILO's (ACM TOG 44(6), 2025), its formula ours (`curriculum_weight`).
@@ -50,7 +52,7 @@ class MILOGuidance(Guide):
 
     def __init__(
         self,
-        metric: MILO,
+        metric: MILO | str | Path,
         milo_scale: float | Callable[[float], float] = 0.5,
         schedule: AnySchedule = "cosine",
         start: float = 0.0,
@@ -63,7 +65,7 @@ class MILOGuidance(Guide):
         trace: bool = False,
     ) -> None:
         super().__init__(reference_latents)
-        check_metric(metric)
+        metric = open_metric(metric)
         check_choice("mode", mode, get_args(Mode))
         check_choice("objective", objective, OBJECTIVES)
         self.mode: Mode = mode

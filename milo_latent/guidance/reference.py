@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from milo_latent.checks import ValueWatch, check_batch, check_finite
-from milo_latent.files import read_image
+from milo_latent.checks import ValueWatch, check_finite
+from milo_latent.inputs import Images, images_to_tensor
 from milo_latent.latents.codec import VAE, encode_image
 from milo_latent.metric.network import MILO
-from milo_latent.pictures import picture_to_tensor
 
 
-def encode_reference(
-    vae: VAE, image: Tensor | PIL.Image.Image | str | Path, *, size: tuple[int, int] | None = None
-) -> Tensor:
+def encode_reference(vae: VAE, image: Images, *, size: tuple[int, int] | None = None) -> Tensor:
     """Encode an image into reference latents for guidance, once for any number of runs.
 
     Warns of a tensor outside [0, 1], such as one in the [-1, 1] that diffusers' image processors return.
 
     Args:
         vae: of the pipeline that is to be guided.
-        image: PIL image, path of an image file, or tensor (B, 3, H, W) in [0, 1].
+        image: what `images_to_tensor` takes: a picture, a path, an array, or a tensor (B, 3, H, W) in [0, 1].
         size: height and width of the pipeline's output, in pixels, if the image has another size; bicubic, antialiased.
 
     Returns:
@@ -35,17 +30,9 @@ def encode_reference(
     Raises:
         FileNotFoundError: for a path where nothing is.
         TypeError: if `image` is none of these.
-        ValueError: for a tensor that is not (B, 3, H, W), or if the latents are not finite.
+        ValueError: for an image of another shape, or if the latents are not finite.
     """
-    if isinstance(image, str | Path):
-        image = read_image(image)
-    if isinstance(image, PIL.Image.Image):
-        image = picture_to_tensor(image)[None]  # (1, 3, H, W)
-    if not isinstance(image, Tensor):
-        raise TypeError(
-            f"Expected `image` as a PIL image, a path or a tensor, (B, 3, H, W) in [0, 1], got {type(image).__name__}."
-        )
-    check_batch("image", image, 3)
+    image = images_to_tensor(image)
     ValueWatch().look("image", image, latents=False)
     if size is not None and tuple(image.shape[2:]) != tuple(size):
         image = F.interpolate(image, size=size, mode="bicubic", antialias=True).clamp(0, 1)

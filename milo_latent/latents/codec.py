@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from milo_latent.checks import ValueWatch, check_batch
+from milo_latent.inputs import Images, images_to_tensor
 from milo_latent.latents.tiling import tiled
 
 VAE: TypeAlias = AutoencoderKL | AutoencoderTiny
@@ -42,7 +43,7 @@ def unscale_latents(vae: VAE, latents: Tensor) -> Tensor:
     return latents / vae.config.scaling_factor + _shift(vae)
 
 
-def encode_image(vae: VAE, image: Tensor, *, tile: int | None = None, warn: bool = True) -> Tensor:
+def encode_image(vae: VAE, image: Images, *, tile: int | None = None, warn: bool = True) -> Tensor:
     """Encode images into scaled latents, the mode of the posterior, so that equal images have equal latents.
 
     With tiles, peak memory does not grow with the image, apart from the image and its latents. The latents of an
@@ -53,7 +54,8 @@ def encode_image(vae: VAE, image: Tensor, *, tile: int | None = None, warn: bool
 
     Args:
         vae: any `AutoencoderKL` or `AutoencoderTiny` of diffusers.
-        image: (B, 3, H, W), in [0, 1]; H and W are padded to multiples of the VAE's factor by repeating the border.
+        image: (B, 3, H, W), in [0, 1], or what else `images_to_tensor` takes, such as pictures and paths; H and W are
+            padded to multiples of the VAE's factor by repeating the border.
         tile: side of the tiles in pixels, a multiple of the VAE's factor; None encodes the image as a whole.
         warn: whether to warn, once in a process, of images on the CPU that are far outside [0, 1], as the results of
             networks may be.
@@ -62,10 +64,11 @@ def encode_image(vae: VAE, image: Tensor, *, tile: int | None = None, warn: bool
         Latents, (B, C, h, w), in the VAE's dtype and on its device.
 
     Raises:
-        TypeError: if `image` is not floating point.
-        ValueError: if `image` is not (B, 3, H, W), or `tile` does not fit the VAE.
+        FileNotFoundError: for a path where nothing is.
+        TypeError: if `image` is no image.
+        ValueError: if `image` has another shape, or `tile` does not fit the VAE.
     """
-    check_batch("image", image, 3)
+    image = images_to_tensor(image)
     if warn:
         WATCH.glance("image", image, latents=False)
     factor = vae_scale_factor(vae)

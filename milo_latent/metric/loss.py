@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from milo_latent.checks import check_batch, check_choice
-from milo_latent.metric.network import MILO, check_metric, pixel_mean, visible_error
+from milo_latent.metric.network import MILO, open_metric, pixel_mean, visible_error
 
 Reduction = Literal["mean", "sum", "none"]
 Reading = Literal["error", "error_map"]
@@ -34,7 +35,8 @@ class MILOLoss(nn.Module):
     """MILO as a loss: 0 for equal inputs, lower is better, a finite gradient everywhere; NaN stays NaN.
 
     Args:
-        metric: for images or latents; its parameters are not trained, and it stays out of `state_dict`.
+        metric: for images or latents, or what `MILO.from_pretrained` takes, such as "official-image"; its parameters
+            are not trained, and it stays out of `state_dict`.
         reduction: "mean", "sum" or "none", over the batch.
         reading: "error", E, never negative and unbounded above; or "error_map", the mean of the error map, which is on
             the scale on which people judged, in [0, 1) for the shipped and the official weights.
@@ -43,7 +45,7 @@ class MILOLoss(nn.Module):
             gradient of the metric itself, for optimizing or studying single images.
 
     Raises:
-        TypeError: if `metric` is no MILO.
+        TypeError: if `metric` is none.
         ValueError: for another reduction or reading.
 
     Example:
@@ -55,17 +57,17 @@ class MILOLoss(nn.Module):
 
     def __init__(
         self,
-        metric: MILO,
+        metric: MILO | str | Path,
         *,
         reduction: Reduction = "mean",
         reading: Reading = "error",
         mask_gradient: bool = False,
     ) -> None:
         super().__init__()
-        check_metric(metric)
         check_choice("reduction", reduction, get_args(Reduction))
         check_choice("reading", reading, get_args(Reading))
-        self._metric = [metric.requires_grad_(False)]  # in a list, so that checkpoints of a model do not hold it
+        # in a list, so that checkpoints of a model do not hold it
+        self._metric = [open_metric(metric).requires_grad_(False)]
         self.reduction, self.reading, self.mask_gradient = reduction, reading, mask_gradient
 
     @property

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from diffusers import ConfigMixin, ModelMixin  # ModelMixin: diffusers looks for it beside the classes that it loads
@@ -12,11 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from milo_latent.checks import ValueWatch, check_batch, check_model_input, check_pair, check_region, shortened
+from milo_latent.inputs import Images, Latents, images_to_tensor, latents_to_tensor
 from milo_latent.metric.loading import PretrainedMixin, check_finite_weights
 from milo_latent.metric.mask_finder import MaskFinder, is_transforming
 
 HIGHEST_MOS = 5.0
 MAX_LEVELS = 16  # inputs have sides of at least 2^levels
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,23 @@ class MILOOutput:
     mos: Tensor
     mask: Tensor
     error_map: Tensor
+
+
+def taking_pairs(method: Callable[..., Result]) -> Callable[..., Result]:
+    """Let a method of `MILO` take `dist` and `ref` as people have them, by keyword only, and make them tensors."""
+
+    @functools.wraps(method)
+    def take(self: MILO, *args: Any, **kwargs: Any) -> Result:
+        if args:
+            raise TypeError(
+                "Expected `dist` and `ref` by keyword, as in metric(dist=..., ref=...), since their order matters, "
+                f"got {len(args)} by position."
+            )
+        for name in kwargs.keys() & {"dist", "ref"}:
+            kwargs[name] = self.to_input(kwargs[name], name)
+        return method(self, **kwargs)
+
+    return take
 
 
 class MILO(PretrainedMixin, ModelMixin, ConfigMixin):
@@ -81,11 +103,22 @@ class MILO(PretrainedMixin, ModelMixin, ConfigMixin):
             nn.Sigmoid(),
         )
 
+    def to_input(self, given: Images | Latents, name: str) -> Tensor:
+        """Return images or latents as `images_to_tensor` or `latents_to_tensor` do, (B, C, H, W).
+
+        What is no tensor gets the dtype and the device of the metric.
+        """
+        tensor = images_to_tensor(given, name) if is_image_metric(self) else latents_to_tensor(given, name)  # type: ignore[arg-type]
+        return tensor if isinstance(given, Tensor) else tensor.to(next(self.parameters()))
+
+    @taking_pairs
     def forward(self, *, dist: Tensor, ref: Tensor, region: Tensor | None = None) -> Tensor:
         """Return the error E, which is differentiable in both inputs.
 
         Args:
-            dist: distorted images in [0, 1] or scaled latents, (B, C, H, W).
+            dist: distorted images in [0, 1] or scaled latents, (B, C, H, W). A metric for images takes whatever
+                `images_to_tensor` does, such as pictures, paths and arrays, a metric for latents tensors, arrays and
+                files of latents; both take single ones without batch axis.
             ref: reference of the same shape, or (1, C, H, W), which then serves all items of `dist`.
             region: weights of the pixels, (B or 1, 1, H, W), >= 0, such as of a face; None weighs all pixels alike.
 
@@ -93,13 +126,14 @@ class MILO(PretrainedMixin, ModelMixin, ConfigMixin):
             Error E, (B,): 0 for equal inputs, unbounded above.
 
         Raises:
-            TypeError: if the dtypes differ or are not floating point.
+            TypeError: if the inputs are given by position, their dtypes differ or are not floating point.
             ValueError: if shapes or devices differ, a side is below 2^levels, or `region` has no mean.
 
         Source: the "Raw Error" of the official commands, which print its mean over the batch.
         """
         return pixel_mean(visible_error(self.mask(dist=dist, ref=ref), dist=dist, ref=ref), region)
 
+    @taking_pairs
     def mask(self, *, dist: Tensor, ref: Tensor) -> Tensor:
         """Return the visibility mask M, (B, 1, H, W), in (0, levels); the arguments are those of `forward`.
 
@@ -122,6 +156,7 @@ class MILO(PretrainedMixin, ModelMixin, ConfigMixin):
             mask = mask + find(dist_level, ref_level, mask)
         return mask  # (B, 1, H, W)
 
+    @taking_pairs
     def error_map(self, *, dist: Tensor, ref: Tensor) -> Tensor:
         """Return the error map V, (B, 1, H, W): 0 = identical, towards 1 = worst; the arguments are those of `forward`.
 
@@ -129,6 +164,7 @@ class MILO(PretrainedMixin, ModelMixin, ConfigMixin):
         """
         return self.scale_error(visible_error(self.mask(dist=dist, ref=ref), dist=dist, ref=ref))
 
+    @taking_pairs
     def compare(self, *, dist: Tensor, ref: Tensor, region: Tensor | None = None) -> MILOOutput:
         """Return error, MOS, mask and error map, with one pass of the mask finder.
 
@@ -212,10 +248,16 @@ def is_image_metric(metric: MILO) -> bool:
     return metric.config.latent_space is None and metric.config.channels == 3
 
 
-def check_metric(metric: Any) -> None:
-    """Raise TypeError unless `metric` is a MILO, not its name for example; ValueError if its weights are not finite."""
+def open_metric(metric: Any) -> MILO:
+    """Return a metric as it is, or open what `MILO.from_pretrained` takes, such as "official-image" or "nano".
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: if the weights are not finite.
+    """
+    if isinstance(metric, str | Path):
+        return MILO.from_pretrained(metric)
     if not isinstance(metric, MILO):
-        raise TypeError(
-            f"Expected `metric` to be a MILO, got {type(metric).__name__}. Open one: MILO.from_pretrained(name)."
-        )
+        raise TypeError(f"Expected `metric` to be a MILO, its name or its folder, got {type(metric).__name__}.")
     check_finite_weights(metric)
+    return metric

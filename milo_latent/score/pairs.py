@@ -196,7 +196,7 @@ def compare_pairs(
         except (ValueError, FileNotFoundError, MemoryError) as error:
             _fail(error, failed)
             return None
-        watch.look(str(path), tensor, latents=not is_image_metric(metric), stacklevel=6)
+        watch.look(str(path), tensor, latents=not is_image_metric(metric))
         return tensor
 
     while batch := list(islice(remaining, BATCH_SIZE)):

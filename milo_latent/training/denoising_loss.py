@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ from milo_latent.checks import check_choice
 from milo_latent.guidance.coefficients import step_coefficients
 from milo_latent.guidance.curriculum import curriculum_weight
 from milo_latent.guidance.x0 import predict_original_sample
-from milo_latent.metric.network import MILO, check_metric
+from milo_latent.metric.network import MILO, open_metric
 
 Objective = Literal["standard", "milo", "linear", "cosine"]
 OBJECTIVES = ("standard", "milo", "linear", "cosine")
@@ -29,7 +30,7 @@ class MaskWeight:
     Args:
         objective: "standard" weighs all alike; "milo" by M; "linear" and "cosine" by the curriculum's weight W(p), at
             p = share of the training that is done: less visible regions first, visible ones last. All have mean 1.
-        metric: MILO_L for the latents; not used by "standard".
+        metric: MILO_L for the latents, or what `MILO.from_pretrained` takes; not used by "standard".
         mask_of: M between the target and the "prediction", the clean latents that the model output stands for, or the
             "condition", which needs no prediction and is the same at every noise level.
         timesteps: lowest and highest timestep at which the weight is used; beyond them all latent pixels weigh alike,
@@ -44,7 +45,7 @@ class MaskWeight:
     """
 
     objective: str = "standard"
-    metric: MILO | None = None
+    metric: MILO | str | Path | None = None
     mask_of: str = "prediction"
     timesteps: tuple[int, int] = (0, 999)
 
@@ -53,7 +54,7 @@ class MaskWeight:
         check_choice("objective", self.objective, OBJECTIVES)
         check_choice("mask_of", self.mask_of, MASKS)
         if self.objective != "standard":
-            check_metric(self.metric)
+            object.__setattr__(self, "metric", open_metric(self.metric))
         if not 0 <= self.timesteps[0] <= self.timesteps[1]:
             raise ValueError(f"Expected timesteps (lowest, highest), got {self.timesteps}.")
 
@@ -72,7 +73,7 @@ class MaskWeight:
         """Return the weight of each latent pixel, (B, 1, h, w), mean 1 per sample; None where all weigh alike."""
         if self.objective == "standard":
             return None
-        assert self.metric is not None
+        assert isinstance(self.metric, MILO)
         dist = condition
         if self.mask_of == "prediction":
             dist = predict_clean_latents(scheduler, model_output, noisy, timestep)

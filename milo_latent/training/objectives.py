@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from milo_latent.checks import check_choice
 from milo_latent.guidance.curriculum import curriculum_weight
-from milo_latent.metric.network import MILO, check_metric
+from milo_latent.metric.network import MILO, open_metric
 
 ObjectiveName = Literal["mae", "log-mse", "milo", "log-milo", "linear", "cosine"]
 OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
@@ -36,7 +37,8 @@ class Objective:
 
     Args:
         name: one of the six.
-        metric: for images or latents; only its mask is used, which "mae" and "log-mse" do without.
+        metric: for images or latents, or what `MILO.from_pretrained` takes; only its mask is used, which "mae" and
+            "log-mse" do without.
 
     Raises:
         TypeError: if `metric` is no MILO, or missing.
@@ -45,11 +47,9 @@ class Objective:
     Source: MILO (ACM TOG 44(6), 2025) for E and the curriculum; the normalisation of W to mean 1 is own.
     """
 
-    def __init__(self, name: str, metric: MILO | None = None) -> None:
+    def __init__(self, name: str, metric: MILO | str | Path | None = None) -> None:
         check_choice("objective", name, OBJECTIVES)
-        if name in WITH_MASK:
-            check_metric(metric)
-        self.name, self.metric = name, metric
+        self.name, self.metric = name, open_metric(metric) if name in WITH_MASK else None
 
     def __call__(self, pred: Tensor, target: Tensor, *, progress: float = 0.0) -> Tensor:
         """Return the loss, a scalar.
@@ -103,7 +103,7 @@ def add_objective_options(parser: argparse.ArgumentParser, *, default: Objective
 def open_objective(options: argparse.Namespace) -> Objective:
     """Return the objective that `add_objective_options` was told."""
     masked = options.objective in WITH_MASK
-    return Objective(options.objective, MILO.from_pretrained(options.metric) if masked else None)
+    return Objective(options.objective, options.metric if masked else None)
 
 
 def objective_settings(options: argparse.Namespace) -> dict[str, str | None]:

@@ -81,7 +81,8 @@ class JoinLoss(nn.Module):
 
     def _generate(self, degraded: Tensor, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return self.pipe(image=degraded, generator=generator, output_type="pt", **self.call_arguments).images
+        arguments = {"output_type": "pt", "return_dict": False, **self.call_arguments}
+        return self.pipe(image=degraded, generator=generator, **arguments)[0]
 
 
 @torch.no_grad()

@@ -75,7 +75,8 @@ class RestorerLoss(nn.Module):
             pipeline.to(clean.device)
         latents, condition = clean, degraded
         if not self.cached:
-            cleaned = degraded if pipeline.cleaner is None else pipeline.clean(degraded, tuple(degraded.shape[2:]))
+            size = (degraded.shape[2], degraded.shape[3])
+            cleaned = degraded if pipeline.cleaner is None else pipeline.clean(degraded, size)
             latents, condition = (encode_image(pipeline.vae, image, warn=False).float() for image in (clean, cleaned))
         prompts = captions if pipeline.takes_prompts else None
         prompt_embeds, _ = pipeline.encode_prompt(prompts, num_images=len(captions), guided=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ class RestorationValidator:
     def __call__(self, module: nn.Module) -> dict[str, float]:
         """Return the mean PSNR in dB and the mean error E of MILO_I over the restored photos."""
         module.eval()
-        settings = {"milo_scale": 0.0, "seed": 0, "stage": "all", "fidelity": 0.0}
+        settings: dict[str, Any] = {"milo_scale": 0.0, "seed": 0, "stage": "all", "fidelity": 0.0}
         restored = [restore_image(image, model=self.pipeline, **settings) for image in self.degraded]
         module.train()
         pairs = list(zip(restored, self.clean, strict=True))
