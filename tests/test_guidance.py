@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, IPNDMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, IPNDMScheduler
 
 from milo_latent import MILO, MILOGuidance
 from milo_latent.guidance.base import Guide
@@ -258,13 +258,13 @@ def test_an_unknown_scheduler_is_refused_when_attaching(metric):
 def test_latents_of_another_vae_are_refused():
     metric = MILO(channels=4, latent_space="stable-diffusion", scaling_factor=0.18215).frozen()
     guide, pipe = MILOGuidance(metric, reference_latents=REFERENCE), pipeline_with()
-    pipe.vae = SimpleNamespace(config={"latent_channels": 4, "scaling_factor": 0.13025})
+    pipe.vae = AutoencoderKL(latent_channels=4, scaling_factor=0.13025)
     with pytest.raises(ValueError, match=r"0\.18215\), got SimpleNamespace with 4 channels.*0\.13025.*Train MILO_L"):
         guide.attach(pipe).__enter__()
-    pipe.vae = SimpleNamespace(config={"latent_channels": 16, "scaling_factor": 0.18215})
+    pipe.vae = AutoencoderKL(latent_channels=16, scaling_factor=0.18215)
     with pytest.raises(ValueError, match="16 channels"):
         guide.attach(pipe).__enter__()
-    pipe.vae = SimpleNamespace(config={"latent_channels": 4, "scaling_factor": 0.18215})
+    pipe.vae = AutoencoderKL(latent_channels=4, scaling_factor=0.18215)
     with guide.attach(pipe):
         pass
 

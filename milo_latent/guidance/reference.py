@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from milo_latent.checks import ValueWatch, check_finite
 from milo_latent.inputs import Images, images_to_tensor
-from milo_latent.latents.codec import VAE, encode_image
+from milo_latent.latents.codec import encode_image
+from milo_latent.latents.spaces import VAE, LatentSpace
 from milo_latent.metric.network import MILO
 
 
@@ -46,13 +47,13 @@ def check_latent_space(metric: MILO, vae: Any, pipeline_name: str) -> None:
     """Raise ValueError if the metric was trained on other latents than those of the pipeline's `vae`, if it has one."""
     if vae is None:
         return
-    channels, factor = vae.config.get("latent_channels"), vae.config.get("scaling_factor")
-    expected = metric.config
+    own, expected = LatentSpace(vae), metric.config
+    channels, factor = own.channels, own.scaling_factor
     space = f"{expected.latent_space or 'unnamed'} latents, {expected.channels} channels"
-    fits = channels in (None, expected.channels)
-    if expected.scaling_factor is not None and factor is not None:
+    fits = channels == expected.channels
+    if expected.scaling_factor is not None:
         space += f", scaling factor {expected.scaling_factor:g}"
-        fits = fits and abs(factor - expected.scaling_factor) <= 1e-4 * expected.scaling_factor
+        fits = fits and factor is not None and abs(factor - expected.scaling_factor) <= 1e-4 * expected.scaling_factor
     if not fits:
         raise ValueError(
             f"Expected a pipeline with the latents that the metric was trained on ({space}), got {pipeline_name} with "

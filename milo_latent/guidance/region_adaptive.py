@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,7 +14,7 @@ from milo_latent.guidance.base import Guide
 from milo_latent.guidance.curriculum import flatness
 from milo_latent.guidance.reference import check_count, match_reference
 from milo_latent.guidance.x0 import decoder_push, official_step, posterior_mean_coefficient
-from milo_latent.latents.codec import unscale_latents
+from milo_latent.latents.spaces import VAE, LatentSpace
 
 Loss = Literal["mse", "w_mse"]
 Space = Literal["latent", "rgb"]
@@ -47,7 +47,7 @@ class RegionAdaptiveGuidance(Guide):
 
     def __init__(
         self,
-        vae: AutoencoderKL | AutoencoderTiny | None = None,
+        vae: VAE | None = None,
         scale: float = 0.5,
         *,
         loss: Loss = "w_mse",
@@ -138,5 +138,6 @@ class RegionAdaptiveGuidance(Guide):
         """Return images about [-1, 1], (B, 3, H, W) float32, with a gradient to the latents."""
         assert self.vae is not None
         device = latents.device if self.vae.device.type == "meta" else self.vae.device
-        raw = unscale_latents(self.vae, latents.to(device=device, dtype=self.vae.dtype))
-        return self.vae.decode(raw).sample.float().to(latents.device)
+        space = LatentSpace(self.vae)
+        raw = space.unscale(latents.to(device=device, dtype=self.vae.dtype))
+        return space.decode(raw).float().to(latents.device)

@@ -4,43 +4,35 @@ from __future__ import annotations
 
 from fractions import Fraction
 from functools import partial
-from typing import TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 from torch.nn import functional as F
 
 from milo_latent.checks import ValueWatch, check_batch
 from milo_latent.inputs import Images, images_to_tensor
+from milo_latent.latents.spaces import VAE, LatentSpace
 from milo_latent.latents.tiling import tiled
-
-VAE: TypeAlias = AutoencoderKL | AutoencoderTiny
 
 # in latent cells; at 8 cells from a tile's border, latents of `nano` change by less than 3e-5 (standard deviation 1)
 TINY_MARGIN, TINY_OVERLAP = 8, 20
+SMALLEST_TILE = 320  # in pixels, of VAEs with cells of 8 pixels and more
 WATCH = ValueWatch()
 
 
 def vae_scale_factor(vae: VAE) -> int:
     """Return how many pixels a latent cell covers along a side: 8 for Stable Diffusion."""
-    config = vae.config
-    channels = config.block_out_channels if "block_out_channels" in config else config.encoder_block_out_channels
-    return 2 ** (len(channels) - 1)
-
-
-def _shift(vae: VAE) -> float:
-    return getattr(vae.config, "shift_factor", None) or 0.0
+    return LatentSpace(vae).factor
 
 
 def scale_latents(vae: VAE, raw: Tensor) -> Tensor:
-    """Scale the encoder's output, (B, C, h, w): subtract `shift_factor`, multiply by `scaling_factor`."""
-    return (raw - _shift(vae)) * vae.config.scaling_factor
+    """Scale the encoder's output, (B, C, h, w), as the pipelines of the VAE do."""
+    return LatentSpace(vae).scale(raw)
 
 
 def unscale_latents(vae: VAE, latents: Tensor) -> Tensor:
     """Turn scaled latents, (B, C, h, w), into the decoder's input."""
-    return latents / vae.config.scaling_factor + _shift(vae)
+    return LatentSpace(vae).unscale(latents)
 
 
 def encode_image(vae: VAE, image: Images, *, tile: int | None = None, warn: bool = True) -> Tensor:
@@ -53,7 +45,7 @@ def encode_image(vae: VAE, image: Images, *, tile: int | None = None, warn: bool
     `enable_tiling` changes them more. Choose the largest tiles that fit into memory.
 
     Args:
-        vae: any `AutoencoderKL` or `AutoencoderTiny` of diffusers.
+        vae: of a class in `latents.spaces.KINDS`, such as `AutoencoderKL`, or of one derived from it.
         image: (B, 3, H, W), in [0, 1], or what else `images_to_tensor` takes, such as pictures and paths; H and W are
             padded to multiples of the VAE's factor by repeating the border.
         tile: side of the tiles in pixels, a multiple of the VAE's factor; None encodes the image as a whole.
@@ -66,7 +58,7 @@ def encode_image(vae: VAE, image: Images, *, tile: int | None = None, warn: bool
     Raises:
         FileNotFoundError: for a path where nothing is.
         TypeError: if `image` is no image.
-        ValueError: if `image` has another shape, or `tile` does not fit the VAE.
+        ValueError: if `image` has another shape, the VAE is of an unknown class, or `tile` does not fit it.
     """
     image = images_to_tensor(image)
     if warn:
@@ -80,17 +72,17 @@ def encode_image(vae: VAE, image: Images, *, tile: int | None = None, warn: bool
 
 
 def _encode(vae: VAE, image: Tensor) -> Tensor:
-    encoded = vae.encode(_to_vae(image, vae) * 2 - 1)
-    return scale_latents(vae, encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode())
+    space = LatentSpace(vae)
+    return space.scale(space.encode(_to_vae(image, vae) * 2 - 1))
 
 
 def _tile_sizes(vae: VAE, tile: int) -> dict[str, int]:
     """Return the arguments of `tiled`, in latent cells, for tiles of `tile` pixels."""
     check_tile(vae, tile)
     cells = tile // vae_scale_factor(vae)
-    if isinstance(vae, AutoencoderTiny):
+    if LatentSpace(vae).name == "AutoencoderTiny":
         return {"tile": cells, "overlap": TINY_OVERLAP, "margin": TINY_MARGIN}
-    # the tiles of an AutoencoderKL differ in their overall tone, which a wide overlap blends
+    # the tiles of other VAEs differ in their overall tone, which a wide overlap blends
     return {"tile": cells, "overlap": cells // 4, "margin": cells // 16}
 
 
@@ -99,8 +91,11 @@ def check_tile(vae: VAE, tile: int, *, given: int | None = None) -> None:
 
     The message names `given`, the value that the user passed, if `tile` was derived from it.
     """
-    factor = vae_scale_factor(vae)
-    smallest = 2 * TINY_OVERLAP * factor
+    space = LatentSpace(vae)
+    factor, cells = space.factor, 2 * TINY_OVERLAP
+    if space.name != "AutoencoderTiny":  # whose tiles must hold two margins
+        cells = min(cells, -(-SMALLEST_TILE // factor))
+    smallest = cells * factor
     if tile % factor or tile < smallest:
         raise ValueError(
             f"Expected `tile` to be a multiple of {factor} of at least {smallest} pixels, got {given or tile}. "
@@ -124,7 +119,7 @@ def decode_latents(vae: VAE, latents: Tensor, *, tile: int | None = None, clip: 
         TypeError: if `latents` are not floating point.
         ValueError: if `latents` are not (B, C, h, w) with the VAE's C, or `tile` does not fit the VAE.
     """
-    check_batch("latents", latents, vae.config.latent_channels)
+    check_batch("latents", latents, LatentSpace(vae).channels)
     decode = partial(_decode, vae, clip=clip)
     if tile is None:
         return decode(latents)
@@ -132,7 +127,8 @@ def decode_latents(vae: VAE, latents: Tensor, *, tile: int | None = None, clip: 
 
 
 def _decode(vae: VAE, latents: Tensor, clip: bool) -> Tensor:
-    image = vae.decode(unscale_latents(vae, _to_vae(latents, vae))).sample.float() / 2 + 0.5
+    space = LatentSpace(vae)
+    image = space.decode(space.unscale(_to_vae(latents, vae))).float() / 2 + 0.5
     return image.clamp(0, 1) if clip else image
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
 
 from milo_latent.checks import ValueWatch, check_apart, shortened
 from milo_latent.files import (
@@ -20,7 +20,8 @@ from milo_latent.files import (
     write_image,
     write_latents,
 )
-from milo_latent.latents.codec import VAE, check_tile, decode_latents, encode_image, vae_scale_factor
+from milo_latent.latents.codec import check_tile, decode_latents, encode_image, vae_scale_factor
+from milo_latent.latents.spaces import KINDS, VAE, LatentSpace
 from milo_latent.provenance import weights_digest
 from milo_latent.resources import find_weights
 from milo_latent.structure import check_model_folder, read_json, refusing_damage
@@ -53,11 +54,10 @@ def load_vae(source: str | Path) -> VAE:
     folder = vae_folder(source)
     check_model_folder(folder)
     name = read_json(folder / "config.json").get("_class_name")
-    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-    if not isinstance(name, str) or name not in classes:
-        raise ValueError(f"Expected a VAE of the classes {sorted(classes)} in {folder}, got {shortened(name)}.")
+    if not isinstance(name, str) or name not in KINDS:
+        raise ValueError(f"Expected a VAE of the classes {sorted(KINDS)} in {folder}, got {shortened(name)}.")
     with refusing_damage(f"Expected the weights of a VAE in {folder}"):
-        vae, info = classes[name].from_pretrained(
+        vae, info = getattr(diffusers, name).from_pretrained(
             folder, output_loading_info=True, torch_dtype=torch.float32, use_safetensors=True
         )
     if info["missing_keys"]:
@@ -86,17 +86,12 @@ def encode_file(vae: VAE, photo: Path, output: Path, *, vae_name: str, tile: int
     height, width = image.shape[2:]
     metadata = {
         "vae": vae_name,
-        **{name: str(value) for name, value in _scale(vae).items()},
+        **LatentSpace(vae).describe(),
         "source_size": f"{width}x{height}",
         "padding": f"{latents.shape[3] * factor - width}x{latents.shape[2] * factor - height}",
     }
     write_latents(output, latents, metadata=metadata)
     return tuple(latents.shape[1:])
-
-
-def _scale(vae: VAE) -> dict[str, float]:
-    """Return the two numbers that define the scale of a VAE's latents."""
-    return {name: getattr(vae.config, name, None) or 0.0 for name in ("scaling_factor", "shift_factor")}
 
 
 @torch.inference_mode()
@@ -121,9 +116,9 @@ def decode_file(
     """
     check_apart(output, latents)
     tensor, metadata = read_latents(latents), read_latents_metadata(latents)
-    for name, own in _scale(vae).items():
-        stored = metadata.get(name, str(own))
-        if stored not in (str(own), str(float(own))):
+    for name, own in LatentSpace(vae).describe().items():
+        stored = metadata.get(name, own)
+        if stored != own and not (name.endswith("factor") and stored == str(float(own))):
             words = name.replace("_", " ")
             raise ValueError(
                 f"Expected latents with the VAE's {words} {own}, {latents} says {shortened(stored)}. Use its VAE."

@@ -21,7 +21,7 @@ from milo_latent.files import (
     read_latents,
     read_latents_metadata,
 )
-from milo_latent.latents.codec import VAE
+from milo_latent.latents.spaces import VAE, LatentSpace
 from milo_latent.metric.network import MILO, is_image_metric
 from milo_latent.score.table import ScoreRow
 
@@ -132,11 +132,11 @@ def _factor(path: Path, metadata: dict[str, str]) -> float | None:
 
 def check_vae(metric: MILO, vae: VAE) -> None:
     """Raise ValueError if `metric` was not trained on latents such as `vae` makes."""
-    own = vae.config.scaling_factor
-    if metric.config.channels != vae.config.latent_channels or metric.config.scaling_factor not in (None, own):
+    space = LatentSpace(vae)
+    if metric.config.channels != space.channels or metric.config.scaling_factor not in (None, space.scaling_factor):
         raise ValueError(
             f"Expected a VAE whose latents the metric knows, {describe_input(metric)}, got one of "
-            f"{vae.config.latent_channels} channels and scaling factor {own:g}. Pass the --weights trained for it."
+            f"{space.channels} channels and scaling factor {space.scaling_factor}. Pass the --weights trained for it."
         )
 
 

@@ -23,6 +23,7 @@ from milo_latent.atomic import write_text
 from milo_latent.checks import shortened
 from milo_latent.evaluation.agreement import import_scipy, pearson, spearman
 from milo_latent.latents.files import load_vae
+from milo_latent.latents.spaces import LatentSpace
 from milo_latent.metric.network import MILO
 from milo_latent.programs import run_program
 from milo_latent.structure import read_json
@@ -127,11 +128,11 @@ def new_metric(dataset: Path, *, space: str, latent_space: str | None) -> MILO:
         vae_name = read_json(dataset / CONFIG_FILE).get("vae")
         if not isinstance(vae_name, str):
             raise ValueError(f"Expected the name of a VAE in {dataset / CONFIG_FILE}, got {shortened(vae_name)}.")
-        vae = load_vae(vae_name)
+        own = LatentSpace(load_vae(vae_name))
         metric = MILO(
-            channels=vae.config.latent_channels,
+            channels=own.channels,
             latent_space=latent_space or Path(vae_name).name,
-            scaling_factor=vae.config.scaling_factor,
+            scaling_factor=own.scaling_factor,
         )
     initialize(metric)
     return metric.to(memory_format=torch.channels_last)

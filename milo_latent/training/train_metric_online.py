@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from milo_latent.evaluation.agreement import import_scipy, spearman
-from milo_latent.latents.codec import VAE, encode_image
+from milo_latent.latents.codec import encode_image
+from milo_latent.latents.files import load_vae
+from milo_latent.latents.spaces import VAE, LatentSpace
 from milo_latent.metric.network import MILO
 from milo_latent.programs import run_program
 from milo_latent.training.data.crops import ImageCrops
@@ -73,11 +74,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     import_scipy("stats")  # before the first step, not at the first validation
     torch.manual_seed(options.seed)
-    vae = AutoencoderTiny.from_pretrained(options.vae, use_safetensors=True).eval()
+    vae = load_vae(options.vae)
+    space = LatentSpace(vae)
     metric = MILO(
-        channels=vae.config.latent_channels,
+        channels=space.channels,
         latent_space=options.latent_space,
-        scaling_factor=vae.config.scaling_factor,
+        scaling_factor=space.scaling_factor,
     )
     initialize(metric)
     teacher = MILO.from_pretrained(options.teacher)
