@@ -135,7 +135,7 @@ class LatentSpace:
     def scaling_factor(self) -> float | None:
         """The factor that tells these latents from others; None where each channel is scaled by numbers of its own."""
         shift, factor, _ = self.kind.numbers(self.vae, torch.zeros(1))
-        return None if isinstance(shift, Tensor) else factor
+        return None if isinstance(shift, Tensor) or isinstance(factor, Tensor) else factor
 
     def scale(self, raw: Tensor) -> Tensor:
         """Scale what `encode` returns, (B, C, h, w)."""
