@@ -18,6 +18,7 @@ from torch import Tensor
 
 from milo_latent.guidance.coefficients import step_index
 from milo_latent.guidance.x0 import check_scheduler, guide_model_output
+from milo_latent.latents.spaces import pack_latents, unpack_latents
 
 
 class Guide(PipelineCallback):
@@ -187,7 +188,7 @@ class SchedulerHook:
                     f"Expected `s_churn` of 0, got {kwargs['s_churn']}: it adds noise inside the step, which changes "
                     "the clean estimate after guidance. Use an ancestral scheduler for noise."
                 )
-            model_output = self._guide(model_output, timestep, sample) if self.guides else model_output
+            model_output = self._guide_packed(model_output, timestep, sample) if self.guides else model_output
             return scheduler_step(model_output, timestep, sample, *args, **kwargs)
 
         @functools.wraps(scheduler_set_timesteps)
@@ -197,6 +198,13 @@ class SchedulerHook:
 
         step._milo_hook = self  # type: ignore[attr-defined]
         return {"step": step, "set_timesteps": set_timesteps}
+
+    def _guide_packed(self, model_output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
+        """Guide a step whose model output and sample are packed as the pipeline keeps its latents."""
+        shape = self.guides[0].reference_latents.shape[1:]
+        output = unpack_latents(model_output, shape)
+        guided = self._guide(output, timestep, unpack_latents(sample, shape))
+        return model_output if guided is output else pack_latents(guided, model_output)
 
     def _guide(self, model_output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
         if self.done >= self.num_steps:
