@@ -117,7 +117,7 @@ def check_region(region: Tensor) -> None:
 
 def stacklevel_of_caller() -> int:
     """Return the `stacklevel` of a warning that is to name the line outside this package and torch, if there is one."""
-    level, frame, inside = 1, sys._getframe(1), ("milo_latent", "torch")
+    level, frame, inside = 1, sys._getframe(1), ("milo_latent", "torch", "weakref")
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
         level, frame = level + 1, frame.f_back
     return level

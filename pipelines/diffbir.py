@@ -137,6 +137,11 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
             metric.to(self.device)
         return self
 
+    def enable_group_offload(self, *args: Any, exclude_modules: str | list[str] | None = None, **kwargs: Any) -> None:
+        """Offload groups of layers as any pipeline does; the metric, which is small and no such network, is moved."""
+        excluded = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
+        super().enable_group_offload(*args, exclude_modules=[*excluded, *self._exclude_from_cpu_offload], **kwargs)
+
     @property
     def guidance_scale(self) -> float:
         """Scale of classifier-free guidance in the current call."""

@@ -1,5 +1,8 @@
 """Guidance through `callback_on_step_end` and `attach`: in every step, exactly, without decoding, gone afterwards."""
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import (
@@ -224,6 +227,55 @@ def test_attached_to_a_stock_pipeline_it_guides_every_step(stock, metric, guidan
         assert torch.allclose(guided, reference, atol=1e-4)
     assert "step" not in vars(stock.scheduler)
     assert torch.equal(run_stock(stock, guidance_scale=guidance_scale), before)
+
+
+def test_without_a_block_it_guides_until_it_is_detached(stock, metric):
+    before = run_stock(stock)
+    guide = MILOGuidance(metric, milo_scale=0.4, reference_latents=latent_pair()[0])
+    with guide.attach(stock) as entered:
+        assert entered is guide
+        guided = run_stock(stock)
+    guide.attach(stock)
+    assert torch.equal(run_stock(stock), guided)
+    assert torch.equal(run_stock(stock), guided)
+    with pytest.raises(ValueError, match=r"would pull twice.*`guide\.detach\(\)` ends"):
+        guide.attach(stock)
+    guide.detach()
+    guide.detach()  # does nothing
+    assert "step" not in vars(stock.scheduler)
+    assert torch.equal(run_stock(stock), before)
+
+
+def test_it_is_detached_from_one_pipeline_or_from_all(stock, pipeline, metric):
+    guide = MILOGuidance(metric, reference_latents=latent_pair()[0])
+    other = copy.copy(stock)
+    other.scheduler = DDIMScheduler.from_config(stock.scheduler.config)
+    guide.attach(stock), guide.attach(other)
+    guide.detach(stock)
+    assert "step" not in vars(stock.scheduler)
+    assert "step" in vars(other.scheduler)
+    guide.attach(stock)
+    guide.detach()
+    assert not {"step"} & (vars(stock.scheduler).keys() | vars(other.scheduler).keys())
+
+
+def test_a_guide_that_is_dropped_or_whose_scheduler_is_replaced_says_so(stock, metric):
+    before = run_stock(stock)
+    with pytest.warns(UserWarning, match="A MILOGuidance was dropped while attached.*no longer guided") as caught:
+        MILOGuidance(metric, reference_latents=latent_pair()[0]).attach(stock)
+    assert Path(caught[0].filename).name == "test_callback.py"
+    assert "step" not in vars(stock.scheduler)
+    assert torch.equal(run_stock(stock), before)
+    guide = MILOGuidance(metric, reference_latents=latent_pair()[0])
+    guide.attach(stock)
+    run_stock(stock)
+    with pytest.warns(UserWarning, match="dropped while attached"):  # also after a run, which it knew of
+        del guide
+    guide = MILOGuidance(metric, reference_latents=latent_pair()[0])
+    guide.attach(stock)
+    stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config)
+    with pytest.warns(UserWarning, match="scheduler was replaced while a guide was attached"):
+        guide.detach()
 
 
 def test_the_hook_is_gone_after_a_failure(stock, metric):

@@ -645,3 +645,34 @@ def test_the_pipeline_around_faces_knows_the_stored_prompts_and_the_tiles(prompt
     assert background._tiles == prompted._tiles
     background.register_modules(cleaner=None)
     assert torch.isfinite(run(background)).all()
+
+
+def offload_model(pipeline):
+    pipeline.enable_model_cpu_offload(device="cpu")
+
+
+def offload_groups(pipeline):
+    pipeline.enable_group_offload(torch.device("cpu"), exclude_modules="vae", num_blocks_per_group=1)
+
+
+def offload_leaves(pipeline):
+    pipeline.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+
+
+@pytest.mark.parametrize("offload", [offload_model, offload_groups, offload_leaves])
+def test_offloading_changes_no_result(pipeline, metric, offload):
+    """Without an accelerator, all is moved from the CPU to the CPU, by the same hooks of diffusers."""
+    pipeline.register_modules(metric=metric)
+    options = {"image": torch.rand(1, 3, 50, 70, generator=generator(5)), "num_inference_steps": 2, "output_type": "pt"}
+
+    def run():
+        guide = MILOGuidance(pipeline.metric)
+        return pipeline(generator=generator(), callback_on_step_end=guide, **options).images
+
+    expected = run()
+    offload(pipeline)
+    for _ in range(2):
+        assert torch.equal(run(), expected)
+    assert not hasattr(pipeline.metric, "_hf_hook")
+    assert not hasattr(pipeline.metric, "_diffusers_hook")
+    assert next(pipeline.metric.parameters()).device.type == "cpu"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from milo_latent.checks import check_batch
 from milo_latent.diffbir.rules import DEFAULT, Rules, resize
 from milo_latent.diffbir.tiles import Tile
+from milo_latent.latents.codec import working_device
 
 
 class Cleaner(ModelMixin, ConfigMixin):
@@ -78,8 +79,7 @@ def _run(cleaner: nn.Module, image: Tensor, scale: int, tiles: Callable[..., Ten
     """Return the cleaner's result without padding, (B, 3, scale * H, scale * W) float32."""
     height, width = image.shape[2:]
     parameter = next(cleaner.parameters(), image)
-    device = parameter.device if image.device.type == "cpu" else image.device  # an offloaded cleaner follows its input
-    padded = image.to(device=device, dtype=parameter.dtype)
+    padded = image.to(device=working_device(parameter.device, image), dtype=parameter.dtype)
     if tiles is None:
         padded = rules.pad(padded, getattr(cleaner, "outer_multiple", 1))
     cleaned = cleaner(padded) if tiles is None else tiles(cleaner, padded, scale=scale)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Self
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
+from milo_latent.checks import stacklevel_of_caller
 from milo_latent.guidance.coefficients import step_index
 from milo_latent.guidance.x0 import check_scheduler, guide_model_output
 from milo_latent.latents.spaces import pack_latents, unpack_latents
@@ -34,6 +36,7 @@ class Guide(PipelineCallback):
     def __init__(self, reference_latents: Tensor | None = None) -> None:
         # detached, or it would keep the encoder's whole graph
         self.reference_latents = None if reference_latents is None else reference_latents.detach()
+        self._attached: list[tuple[DiffusionPipeline, SchedulerHook]] = []
 
     def guide_x0(self, x0: Tensor, *, progress: float, timestep: float) -> Tensor:
         """Return the guided clean estimate of a step as a new tensor; returning `x0` itself leaves the step as it is.
@@ -65,37 +68,44 @@ class Guide(PipelineCallback):
     def reference(self) -> Tensor:
         """Reference latents of the current run, (B or 1, C, h, w) float32; RuntimeError outside a run."""
         if self._reference is None:
-            raise RuntimeError("Expected a run, got none. Call DiffBIRPipeline, or use `with guide.attach(pipe):`.")
+            raise RuntimeError("Expected a run, got none. Call DiffBIRPipeline, or `guide.attach(pipe)`.")
         return self._reference
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the guided x0, or serve as a callback if called with a callback's four arguments."""
         return self.guide_x0(*args, **kwargs) if len(args) == 1 else self.callback_fn(*args, **kwargs)
 
-    @contextmanager
-    def attach(self, pipeline: DiffusionPipeline) -> Iterator[Self]:
-        """Guide every step of the pipeline inside this block, which leaves it as it was, also when a call fails.
+    def attach(self, pipeline: DiffusionPipeline) -> Attachment:
+        """Guide every step of the pipeline until `detach`, or to the end of the block `with guide.attach(pipe):`.
+
+        Either leaves the pipeline as it was, the block also when a call fails. A guide that is dropped while it is
+        attached guides no longer, and a warning says so.
 
         Raises:
             ValueError: without reference latents, for an unknown scheduler, a pipeline that this guide cannot act on,
                 or a scheduler to which this guide is attached already.
         """
-        scheduler, hook = pipeline.scheduler, find_hook(pipeline.scheduler)
+        hook = find_hook(pipeline.scheduler)
         if hook and self in hook.passing:  # a run that failed left it behind
             hook.remove(self)
         elif hook and self in hook.guides:
             raise ValueError(
                 f"Expected a scheduler without this {type(self).__name__}, got one that it is attached to already, "
-                "so it would pull twice. Attach once, and to one at a time of the pipelines that share a scheduler."
+                "so it would pull twice. Attach once, and to one at a time of the pipelines that share a scheduler; "
+                "`guide.detach()` ends an attachment."
             )
-        hook = self._attach(pipeline)
-        try:
-            yield self
-        finally:
+        self._attached.append((pipeline, self._attach(pipeline)))
+        return Attachment(self, pipeline)
+
+    def detach(self, pipeline: DiffusionPipeline | None = None) -> None:
+        """Leave the pipeline, or all pipelines that this guide is attached to, as they were before `attach`."""
+        left = [each for each in self._attached if pipeline in (None, each[0])]
+        self._attached = [each for each in self._attached if each not in left]
+        for one, hook in left:
             hook.remove(self)
-            if pipeline.scheduler is not scheduler:
-                message = "The scheduler was replaced inside `with guide.attach(pipe):`. Attach after setting it."
-                warnings.warn(message, stacklevel=3)
+            if one.scheduler is not hook.scheduler:
+                message = "The scheduler was replaced while a guide was attached to it. Attach after setting it."
+                warnings.warn(message, stacklevel=stacklevel_of_caller())
 
     def callback_fn(
         self, pipeline: DiffusionPipeline, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
@@ -106,7 +116,7 @@ class Guide(PipelineCallback):
             if hook and self in hook.passing:
                 hook.remove(self)
         elif not hook or self not in hook.guides:
-            message = "As a plain callback a guide acts from the second step on. Use `with guide.attach(pipe):`."
+            message = "As a plain callback a guide acts from the second step on. Use `guide.attach(pipe)`."
             warnings.warn(message, stacklevel=2)
             self._attach(pipeline, done=step_index + 1)
         return callback_kwargs
@@ -143,6 +153,36 @@ def split_guides(callback: Any, pipeline: DiffusionPipeline) -> tuple[list[Any],
     return guides, MultiPipelineCallbacks(others) if len(others) > 1 else next(iter(others), None)
 
 
+class Attachment:
+    """What `Guide.attach` returns; as a context manager it detaches the guide at the end of the block."""
+
+    def __init__(self, guide: Guide, pipeline: DiffusionPipeline) -> None:
+        self.guide, self.pipeline = guide, pipeline
+
+    def __enter__(self) -> Guide:
+        """Return the guide, which is attached already."""
+        return self.guide
+
+    def __exit__(self, *exception: object) -> None:
+        """Detach the guide from the pipeline."""
+        self.guide.detach(self.pipeline)
+
+
+@dataclass(eq=False)
+class _Attached:
+    """A guide in a hook, which does not keep it alive."""
+
+    owner: weakref.finalize
+    passing: bool  # whether it leaves with the current run
+    started: bool = False  # whether it knows of the current run
+
+    @property
+    def guide(self) -> Any:
+        """The guide; None once it was dropped."""
+        found = self.owner.peek()
+        return None if found is None else found[0]
+
+
 class SchedulerHook:
     """Guides the steps of a pipeline's scheduler by replacing its `step` and `set_timesteps`, on this object only.
 
@@ -151,9 +191,7 @@ class SchedulerHook:
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         self.pipeline, self.scheduler = pipeline, pipeline.scheduler
-        self.guides: list[Any] = []  # in the order in which they act
-        self.started: list[Any] = []  # those that know of the current run
-        self.passing: list[Any] = []  # those that leave with the current run
+        self.attached: list[_Attached] = []  # in the order in which they act
         self.done = self.num_steps = 0  # of the current run
         own, replacements = vars(self.scheduler), self._replacements()
         self.methods = {name: (own.get(name), method) for name, method in replacements.items()}
@@ -161,21 +199,47 @@ class SchedulerHook:
 
     def add(self, guide: Any, *, done: int = 0) -> None:
         """Let `guide` act on the coming steps: on those of the current run only where `done` of its steps are over."""
-        self.guides.append(guide)
+        owner = weakref.finalize(guide, self._say_dropped, type(guide).__name__, passing=bool(done))
+        owner.atexit = False
+        self.attached.append(_Attached(owner, passing=bool(done)))
         if done:
-            self.passing.append(guide)
             self.done, self.num_steps = done, self.pipeline.num_timesteps
+
+    @property
+    def guides(self) -> list[Any]:
+        """The guides that are attached."""
+        return [each.guide for each in self.attached if each.owner.alive]
+
+    @property
+    def passing(self) -> list[Any]:
+        """The guides that leave with the current run."""
+        return [each.guide for each in self.attached if each.owner.alive and each.passing]
 
     def remove(self, guide: Any) -> None:
         """Take `guide` off if it is there; with the last one, the scheduler is as it was before."""
-        if guide in self.started:
-            guide.end()
-        for guides in (self.guides, self.started, self.passing):
-            guides[:] = [each for each in guides if each is not guide]
+        for each in self.attached:
+            if each.guide is guide:
+                if each.started:
+                    guide.end()
+                each.owner.detach()
+        self._forget_dead()
+
+    def _say_dropped(self, name: str, *, passing: bool) -> None:
+        """Go on without a guide that nobody holds any more."""
+        self._forget_dead()
+        if not passing:
+            message = (
+                f"A {name} was dropped while attached to a pipeline, which is no longer guided by it. Keep the guide, "
+                "and end with `guide.detach()`, or use `with guide.attach(pipe):`."
+            )
+            warnings.warn(message, stacklevel=stacklevel_of_caller())
+
+    def _forget_dead(self) -> None:
+        self.attached = [each for each in self.attached if each.owner.alive]
         own = vars(self.scheduler)
         for name, (previous, method) in self.methods.items():
             # a method that someone else wrapped stays inside, and does nothing
-            if not self.guides and own.get(name) is method:
+            if not self.attached and own.get(name) is method:
                 own.update({name: previous}) if previous else own.pop(name)
 
     def _replacements(self) -> dict[str, Callable[..., Any]]:
@@ -211,19 +275,21 @@ class SchedulerHook:
             self._end_run()
             known = getattr(self.pipeline, "_num_timesteps", None)  # those that do not tell go through all timesteps
             self.num_steps = known or len(self.scheduler.timesteps) - step_index(self.scheduler, timestep)
-        for guide in self.guides:
-            if guide not in self.started:
-                self.started.append(guide)
+        guides = self.guides
+        for each in self.attached:
+            if not each.started:
+                each.started, guide = True, each.guide
                 guide.bind(self.pipeline)
                 guide.start(guide.reference_latents.to(sample.device), self.num_steps)
         progress, self.done = self.done / max(self.num_steps - 1, 1), self.done + 1
-        return guide_model_output(self.guides, self.scheduler, model_output, timestep, sample, progress=progress)
+        return guide_model_output(guides, self.scheduler, model_output, timestep, sample, progress=progress)
 
     def _end_run(self) -> None:
         self.done = self.num_steps = 0
-        for guide in list(self.passing):
+        for guide in self.passing:
             self.remove(guide)
-        self.started.clear()
+        for each in self.attached:
+            each.started = False
 
 
 def find_hook(scheduler: SchedulerMixin) -> SchedulerHook | None:

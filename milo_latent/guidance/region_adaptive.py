@@ -14,6 +14,7 @@ from milo_latent.guidance.base import Guide
 from milo_latent.guidance.curriculum import flatness
 from milo_latent.guidance.reference import check_count, match_reference
 from milo_latent.guidance.x0 import decoder_push, official_step, posterior_mean_coefficient
+from milo_latent.latents.codec import working_device
 from milo_latent.latents.spaces import VAE, LatentSpace
 
 Loss = Literal["mse", "w_mse"]
@@ -137,7 +138,7 @@ class RegionAdaptiveGuidance(Guide):
     def _decode(self, latents: Tensor) -> Tensor:
         """Return images about [-1, 1], (B, 3, H, W) float32, with a gradient to the latents."""
         assert self.vae is not None
-        device = latents.device if self.vae.device.type == "meta" else self.vae.device
+        device = working_device(self.vae.device, latents)
         space = LatentSpace(self.vae)
         raw = space.unscale(latents.to(device=device, dtype=self.vae.dtype))
         return space.decode(raw).float().to(latents.device)

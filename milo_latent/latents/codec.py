@@ -133,9 +133,15 @@ def _decode(vae: VAE, latents: Tensor, clip: bool) -> Tensor:
 
 
 def _to_vae(tensor: Tensor, vae: VAE) -> Tensor:
-    """Move to the VAE's device and dtype; an offloaded VAE waits on the CPU and follows its input to the GPU."""
-    device = vae.device if tensor.device.type == "cpu" else tensor.device
-    return tensor.to(device=device, dtype=vae.dtype)
+    return tensor.to(device=working_device(vae.device, tensor), dtype=vae.dtype)
+
+
+def working_device(own: torch.device, tensor: Tensor) -> torch.device:
+    """Return where a network on the device `own` computes: an offloaded one waits elsewhere, and follows its input.
+
+    It waits on the CPU, or as the device "meta" where diffusers offloads layer by layer.
+    """
+    return own if tensor.device.type == "cpu" and own.type != "meta" else tensor.device
 
 
 def pad_image(image: Tensor, multiple: int, *, smallest: int = 1) -> Tensor:
