@@ -35,7 +35,8 @@ class MILOGuidance(Guide):
         milo_scale: s, or a function of the timestep: in the mode *mask* the mean fraction of the way to r in each step,
             in [0, 1]; in the mode *metric* the length of the push in lengths of that way, >= 0. 0 changes no bit.
         schedule: "constant", "linear", "cosine", or a function from progress to alpha in [0, 1].
-        start, stop: guided interval, as fractions of the denoising steps.
+        start: of the guided interval, as a fraction of the denoising steps.
+        stop: end of the guided interval.
         reference_latents: r, (B, C, h, w) or (1, C, h, w); may be left out for `DiffBIRPipeline`.
         mode: "mask", x0 + min(s * W, 1) * (r - x0), or "metric", x0 - s * n(grad of the objective).
         objective: "weighted", mean(W * |x0 - r|), or "milo", the error E, whose gradient can close the mask rather than

@@ -31,7 +31,8 @@ class RegionAdaptiveGuidance(Guide):
         loss: "w_mse" weights flat regions more than edges, "mse" all alike.
         space: "latent", or "rgb", where each push costs two passes forward and one back through the decoder.
         repeat: pushes in each step.
-        t_start, t_stop: guided interval, t_stop < timestep + 1 < t_start.
+        t_start: steps are guided where t_stop < timestep + 1 < t_start.
+        t_stop: see `t_start`.
         reference_latents: r, (B, C, h, w); may be left out for `DiffBIRPipeline`.
         target: the image that r encodes, (B, 3, H, W), in [0, 1]; None takes that of `DiffBIRPipeline`, or decodes r.
         compatibility: "official" scales as DiffBIR v2.0.0 does, which needs a DDPM scheduler.
