@@ -1,4 +1,4 @@
-"""Make the pictures of this folder: a noisy photo, and its restoration between it and the clean one."""
+"""Make the pictures of this folder: a clean and a noisy photo, and the restored one between them."""
 
 from pathlib import Path
 
@@ -15,9 +15,10 @@ GAP = 6  # white pixels between the pictures
 
 
 def main() -> None:
-    """Write `cat_noisy.png`, and `before_after.png` in the folder of documents."""
+    """Write `cat.png` and `cat_noisy.png`, and `before_after.png` in the folder of documents."""
     clean = read_image(Path(skimage.__file__).parent / "data" / "chelsea.png")
     noisy = add_noise(clean[0], NOISE_SIGMA, np.random.default_rng(0))[None]
+    write_image(FOLDER / "cat.png", clean)
     write_image(FOLDER / "cat_noisy.png", noisy)
     restored = restore_image(read_image(FOLDER / "cat_noisy.png"))
     gap = torch.ones(1, 3, clean.shape[2], GAP)

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from milo_latent.metric.visualize import BAR_GAP, BAR_WIDTH, color_bar, color_error_map, color_ramp, map_scale
+from milo_latent.metric.visualize import (
+    BAR_GAP,
+    BAR_WIDTH,
+    color_bar,
+    color_error_map,
+    color_ramp,
+    map_scale,
+    picture_grid,
+)
+from milo_latent.pictures import to_8bit
 
 
 def luma(colours):
@@ -122,3 +131,24 @@ def test_bad_arguments_are_refused():
         color_error_map(torch.rand(1, 1, 4, 4), opacity=2.0)
     with pytest.raises(ValueError, match="`largest`"):
         color_error_map(torch.rand(1, 1, 4, 4), largest=0.0)
+
+
+def test_a_grid_of_pictures_paints_all_maps_on_one_scale_and_leaves_images_as_they_are():
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason='needs pip install "milo_latent[plots]"')
+    image = torch.rand(1, 3, 8, 8)
+    maps = {"weak": torch.full((1, 1, 4, 4), 0.1), "strong": torch.full((1, 1, 4, 4), 0.4)}
+    figure = picture_grid({"photo": image, **maps}, columns=2)
+    drawn = {axes.get_title(): axes.images[0] for axes in figure.axes if axes.images}
+    assert list(drawn) == ["photo", "weak", "strong"]
+    assert (drawn["photo"].get_array() == to_8bit(image[0])).all()
+    assert drawn["weak"].get_clim() == drawn["strong"].get_clim() == pytest.approx((0, 0.4))
+    limits = picture_grid(maps, largest=2.0).axes[0].images[0].get_clim()
+    assert limits == (0, 2)
+    assert len(picture_grid({"photo": image}).axes) == 1  # no color bar without a map
+    pyplot.close("all")
+
+
+@pytest.mark.parametrize("pictures", [{}, {"two": torch.rand(2, 3, 8, 8)}, {"latents": torch.rand(1, 4, 8, 8)}])
+def test_a_grid_refuses_what_is_no_picture(pictures):
+    with pytest.raises(ValueError, match=next(iter(pictures), "pictures")):
+        picture_grid(pictures)

@@ -1,8 +1,10 @@
-"""Error maps as pictures, by pure functions from tensors to tensors."""
+"""Error maps as pictures, by pure functions from tensors to tensors; several pictures as one figure."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,7 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from milo_latent.checks import check_batch, check_range
-from milo_latent.pictures import from_8bit
+from milo_latent.extras import import_extra
+from milo_latent.pictures import from_8bit, to_8bit
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # The colors follow this path through Oklab (lightness, green-red, blue-yellow). Lightness rises evenly from dark to
 # light, so that equal steps of error look like equal steps of color, also in gray.
@@ -132,3 +138,51 @@ def _look_up(values: Tensor) -> Tensor:
     ramp = color_ramp()
     index = values.clamp(0, 1).mul(len(ramp) - 1).round().long()[:, 0]  # (B, H, W)
     return ramp[index].permute(0, 3, 1, 2)
+
+
+def picture_grid(
+    pictures: Mapping[str, Tensor], *, columns: int | None = None, width: float = 10.0, largest: float | None = None
+) -> Figure:
+    """Draw pictures under their titles: images as they are, maps in the colors of `color_error_map`, with a color bar.
+
+    Args:
+        pictures: by title; images, (1, 3, H, W), in [0, 1], and maps, (1, 1, h, w), such as masks and error maps.
+        columns: pictures in a row; None puts all into one.
+        width: of the figure in inches.
+        largest: value of the maps that is painted in the lightest color, one for all of them; None takes `map_scale`.
+
+    Returns:
+        A figure, which is not shown.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: if there is no picture, or one is neither (1, 3, H, W) nor (1, 1, h, w).
+    """
+    for title, picture in pictures.items():
+        if picture.ndim != 4 or picture.shape[0] != 1 or picture.shape[1] not in (1, 3):
+            raise ValueError(
+                f"Expected an image, (1, 3, H, W), or a map, (1, 1, h, w), as {title!r}, got {tuple(picture.shape)}."
+            )
+    if not pictures:
+        raise ValueError("Expected pictures to draw, got none.")
+    plt = import_extra("matplotlib.pyplot", "plots", "The figure")
+    colors = import_extra("matplotlib.colors", "plots", "The figure").ListedColormap(color_ramp().numpy())
+    maps = [picture.detach().float().cpu().flatten() for picture in pictures.values() if picture.shape[1] == 1]
+    if maps and largest is None:
+        largest = map_scale(torch.cat(maps))
+    columns = min(columns or len(pictures), len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    ratio = max(picture.shape[2] / picture.shape[3] for picture in pictures.values())
+    figure = plt.figure(figsize=(width, rows * (width / columns * ratio + 0.3)), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, (title, picture) in zip(grid.flat, pictures.items(), strict=False):
+        axes.set_title(title, fontsize=10)
+        if picture.shape[1] == 3:
+            axes.imshow(to_8bit(picture[0]))
+        else:
+            painted = axes.imshow(picture[0, 0].detach().float().cpu().numpy(), vmin=0, vmax=largest, cmap=colors)
+    if maps:
+        figure.colorbar(painted, ax=grid, shrink=0.8)
+    return figure
