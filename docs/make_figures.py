@@ -1,4 +1,4 @@
-"""Make the figures of docs/explanation: python docs/make_figures.py"""
+"""Make the figures of docs/explanation: `python docs/make_figures.py`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from milo_latent import MILO, color_error_map, curriculum_weight, encode_image, load_restorer, read_image, restore_image, write_image
+from milo_latent import (
+    MILO,
+    color_error_map,
+    curriculum_weight,
+    encode_image,
+    load_restorer,
+    read_image,
+    restore_image,
+    write_image,
+)
 
 OUTPUT = Path(__file__).parent / "explanation"
 EXAMPLE = Path(__file__).parent.parent / "examples" / "cat_noisy.png"
