@@ -2,14 +2,16 @@
 
 import base64
 import io
+import json
 import re
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_docs import commands, exit_code
 
-NOTEBOOKS = ["01_restore.ipynb", "02_score_latents.ipynb"]
-LARGEST = 700_000  # bytes of a notebook
+NOTEBOOKS = ["01_restore.ipynb", "02_score_latents.ipynb", "05_training_loss.ipynb"]
+LARGEST = 400_000  # bytes of a notebook
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.(\d+))?(?![\w.]*\d)")
 
 
@@ -71,3 +73,11 @@ def test_a_committed_notebook_is_small_and_without_warnings(name, repository):
 
 def test_every_notebook_is_tested(repository):
     assert sorted(path.name for path in (repository / "notebooks").glob("*.ipynb")) == NOTEBOOKS
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_commands_in_the_text_of_a_notebook_are_accepted(name, repository, monkeypatch):
+    cells = json.loads((repository / "notebooks" / name).read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    for module, arguments in commands(text):
+        assert exit_code(module, arguments, monkeypatch) == 0, arguments
