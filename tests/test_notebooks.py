@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from test_docs import commands, exit_code
 
-NOTEBOOKS = ["01_restore.ipynb", "02_score_latents.ipynb", "05_training_loss.ipynb"]
+NOTEBOOKS = ["01_restore.ipynb", "02_score_latents.ipynb", "04_train_metric.ipynb", "05_training_loss.ipynb"]
 LARGEST = 400_000  # bytes of a notebook
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.(\d+))?(?![\w.]*\d)")
 
