@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from milo_latent.atomic import check_output_folder, remove_leftovers, write_atomically, write_bytes
 from milo_latent.checks import check_file, check_finite, shortened
 from milo_latent.pictures import from_8bit, picture_to_tensor, to_8bit
+from milo_latent.processes import gather, process_index, share
 from milo_latent.provenance import FolderRecord
 from milo_latent.structure import DTYPES, open_safetensors, refusing_damage
 
@@ -318,6 +319,8 @@ def process_folder(
     """Call `work(path, result)` for every file of a folder that has no result yet, or one made of something else.
 
     A file beside `output`, `OUTPUT.record`, tells of what each result was made. Warns of results that are made anew.
+    Several processes (`milo_latent.processes`) share the files; all return the same, and the main one
+    tells of failures.
 
     Args:
         folder: the folder of the files.
@@ -342,17 +345,21 @@ def process_folder(
     results = {path: output / f"{name}.{suffix}" for name, path in named.items()}
     record = FolderRecord(output, dict(made))
     left = [path for path in results if not record.is_current(results[path], path)]
-    record.tell_of_others(results[path] for path in left)
-    done = 0
-    with tqdm(left, unit="file", disable=len(left) < 2) as shown:
+    if process_index() == 0:
+        record.tell_of_others(results[path] for path in left)
+    mine, count = share(left)
+    broken = []
+    with tqdm(mine, unit="file", disable=len(mine) < 2 or process_index() > 0) as shown:
         for path in shown:
             try:
                 with record.making(results[path], path):
                     work(path, results[path])
-                done += 1
             except (ValueError, FileNotFoundError, MemoryError) as error:  # a full disk stops the run
-                failed.append(f"{path.name}: {error}")
-    skipped = len(results) - len(left)
-    if failed:
+                broken.append(f"{path.name}: {error}")
+    broken = gather(broken)
+    record.take_parts()
+    failed += broken
+    done, skipped = count - len(broken), len(results) - count
+    if failed and process_index() == 0:
         raise files_failed(f"{done} {unit} of {folder} -> {output} ({skipped} were there already)", failed)
     return done, skipped

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from milo_latent.processes import main_process_first, own_part, process_index, take_parts
+
 Entry = dict[str, Any]  # of values that JSON keeps as they are
 
 
@@ -74,6 +76,8 @@ def format_entry(entry: Entry) -> str:
 class FolderRecord:
     """What each result in a folder was made of: a line for each, in a file beside the folder, `FOLDER.record`.
 
+    Of several processes, each writes a file of its own, which the main one takes into this one.
+
     Args:
         folder: of the results.
         made: what all results depend on, such as settings and the digest of weights.
@@ -83,7 +87,14 @@ class FolderRecord:
         folder = folder.resolve()
         place = folder.parent if os.access(folder.parent, os.W_OK) else folder
         self.path, self.made = place / f"{folder.name}.record", made
-        self.entries = {str(entry.get("result")): entry for entry in read_entries(self.path)[0]}
+        with main_process_first():
+            self.take_parts()
+            self.entries = {str(entry.get("result")): entry for entry in read_entries(self.path)[0]}
+
+    def take_parts(self) -> None:
+        """Take what other processes recorded into the one file."""
+        if process_index() == 0:
+            take_parts(self.path)
 
     def is_current(self, result: Path, source: Path) -> bool:
         """Return whether a result is there and was made of the file `source` as it is now, and as all others are."""
@@ -118,5 +129,5 @@ class FolderRecord:
         return {"result": result.name, "input": file_stamp(source), **self.made}
 
     def _append(self, text: str) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with own_part(self.path).open("a", encoding="utf-8") as file:
             file.write(text)

@@ -129,7 +129,7 @@ def test_an_interrupted_table_ends_as_an_uninterrupted_one(folders, weights, tmp
 def test_rows_of_other_weights_are_dropped(tmp_path):
     row = ScoreRow('with "quotes", and comma', 0.1, 0.2)
     one, other = ({row.name: {"weights": weights}} for weights in ("one", "other"))
-    ScoreTable(tmp_path / "a.csv", made=one).extend([row])
+    list(ScoreTable(tmp_path / "a.csv", made=one).extend([row]))
     assert list(ScoreTable(tmp_path / "a.csv", made=one).rows.values()) == [row]
     for made in (other, {}, {row.name: {}}, {"another": {"weights": "one"}}):
         with pytest.warns(UserWarning, match="1 rows of .* are scored anew"):
@@ -273,7 +273,7 @@ def test_rows_of_other_folders_are_dropped(folders, weights, tmp_path, capsys):
     assert main(["score", "--ref", str(ref), "--dist", str(dist), *common]) == 0
     other = (tmp_path / "t.csv").read_text()
     elsewhere = {"00": {"weights": "", "ref": "elsewhere", "dist": "elsewhere"}}
-    ScoreTable(table, made=elsewhere).extend([ScoreRow("00", 9.0, 9.0)])
+    list(ScoreTable(table, made=elsewhere).extend([ScoreRow("00", 9.0, 9.0)]))
     assert main(["score", "--ref", str(ref), "--dist", str(dist), *common]) == 0
     assert (tmp_path / "t.csv").read_text() == other
 

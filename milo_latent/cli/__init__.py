@@ -9,6 +9,7 @@ import sys
 
 from milo_latent import __version__
 from milo_latent.cli import benchmark, convert, decode, encode, restore, score, weights
+from milo_latent.processes import join_processes, process_index
 from milo_latent.programs import run_program
 
 DESCRIPTION = """\
@@ -49,6 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what a terminal cannot show
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    return run_program(
-        lambda: print(options.run(options)), interrupted="no file is half written; the same command resumes"
-    )
+
+    def program() -> None:
+        join_processes(cpu=getattr(options, "device", None) == "cpu")
+        text = options.run(options)
+        if process_index() == 0:
+            print(text)
+
+    return run_program(program, interrupted="no file is half written; the same command resumes")

@@ -50,7 +50,8 @@ def run(options: argparse.Namespace) -> str:
 
     from milo_latent.files import files_failed
     from milo_latent.metric.network import MILO
-    from milo_latent.score.pairs import compare_pairs, match_pairs, score_pairs, unfinished
+    from milo_latent.processes import gather, process_index, share
+    from milo_latent.score.pairs import BATCH_SIZE, compare_pairs, match_pairs, score_pairs, unfinished
     from milo_latent.score.table import ScoreTable
 
     largest = _map_scale(options)
@@ -61,20 +62,22 @@ def run(options: argparse.Namespace) -> str:
     metric = MILO.from_pretrained(weights)
     encode = None if options.vae is None else _encoder(metric, options.vae)
     table = ScoreTable(options.csv, made=_made(metric, encode, pairs)) if options.csv else None
-    painted = []
-    if options.map is not None:
-        ((row, error_map),) = compare_pairs(metric, pairs, encode=encode)
-        left, scores = pairs, iter([row])
-        painted = [_write_map(metric, pairs[0].ref, encode, error_map, largest, options)]
+    painted: list[str] = []
+    broken: list[str] = []
+    left, _ = share(pairs if table is None else unfinished(pairs, table.rows), BATCH_SIZE)
+    if options.map is not None and left:
+        ((row, error_map),) = compare_pairs(metric, left, encode=encode)
+        scores = iter([row])
+        painted = [_write_map(metric, left[0].ref, encode, error_map, largest, options)]
     else:
-        left = pairs if table is None else unfinished(pairs, table.rows)
-        scores = score_pairs(metric, left, encode=encode, failed=failed if len(pairs) > 1 else None)
-    scored = tqdm(scores, total=len(pairs), initial=len(pairs) - len(left), unit="pair", disable=len(left) < 2)
-    if table is None:
-        rows = list(scored)
-    else:
-        table.extend(scored)
-        rows = table.finish(pair.name for pair in pairs if pair.name in table.rows)
+        scores = score_pairs(metric, left, encode=encode, failed=broken if len(pairs) > 1 else None)
+    scored = tqdm(scores, total=len(left), unit="pair", disable=len(left) < 2 or process_index() > 0)
+    rows = gather(list(scored if table is None else table.extend(scored)))
+    failed += gather(broken)
+    if process_index() > 0:
+        return ""
+    if table is not None:
+        rows = table.finish((pair.name for pair in pairs), rows)
     text = _text(options, rows, painted, weights=weights, metric=metric) if rows else ""
     if failed:
         print(text, end="\n" if rows else "")

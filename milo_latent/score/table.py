@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean
 
 from milo_latent.atomic import write_text
+from milo_latent.processes import own_part, process_index, take_parts
 from milo_latent.provenance import Entry, format_entry, read_entries
 
 
@@ -38,7 +39,9 @@ def _is_score(value: object) -> bool:
 class ScoreTable:
     """Rows that are kept on disk as they come, so that an interrupted table resumes where it stopped.
 
-    Warns of rows on disk that are scored anew, since they are damaged or were made of something else.
+    Warns of rows on disk that are scored anew, since they are damaged or were made of something else. Of several
+    processes, the main one knows the rows on disk and finishes the table; each of the others keeps its rows in a file
+    of its own.
 
     Args:
         path: of the finished CSV; until then the rows are in a file beside it, with `.partial` appended to its name.
@@ -48,7 +51,7 @@ class ScoreTable:
     def __init__(self, path: str | Path, *, made: Mapping[str, Entry]) -> None:
         self.path, self.made = Path(path), made
         self.partial = partial_of(self.path)
-        entries, dropped = read_entries(self.partial)
+        entries, dropped = self._read()
         self.rows: dict[str, ScoreRow] = {}
         for entry in entries:
             values = {name: entry.pop(name, None) for name in SCORES}
@@ -64,14 +67,21 @@ class ScoreTable:
                 stacklevel=2,
             )
 
-    def extend(self, rows: Iterable[ScoreRow]) -> None:
-        """Add rows, each on disk before the next is computed."""
-        write_text(self.partial, "".join(map(self._entry, self.rows.values())))
-        with self.partial.open("a", encoding="utf-8") as file:
+    def _read(self) -> tuple[list[Entry], int]:
+        if process_index() > 0:
+            return [], 0
+        take_parts(self.partial)
+        return read_entries(self.partial)
+
+    def extend(self, rows: Iterable[ScoreRow]) -> Iterator[ScoreRow]:
+        """Yield rows, each on disk before the next is computed."""
+        part = own_part(self.partial)
+        write_text(part, "".join(map(self._entry, self.rows.values())))
+        with part.open("a", encoding="utf-8") as file:
             for row in rows:
                 file.write(self._entry(row))
                 file.flush()
-                self.rows[row.name] = row
+                yield row
 
     def _entry(self, row: ScoreRow) -> str:
         return format_entry({**asdict(row), **self.made[row.name]})
@@ -81,11 +91,13 @@ class ScoreTable:
         name = '"' + row.name.replace('"', '""') + '"'
         return f"{name},{row.error!r},{row.mos!r}"
 
-    def finish(self, order: Iterable[str]) -> list[ScoreRow]:
-        """Write the CSV with its rows in `order`, remove the partial file, and return the rows."""
-        rows = [self.rows[name] for name in order]
+    def finish(self, order: Iterable[str], new: Iterable[ScoreRow]) -> list[ScoreRow]:
+        """Write the CSV of the rows known and `new`, in `order`, remove the partial file, and return the rows."""
+        self.rows |= {row.name: row for row in new}
+        rows = [self.rows[name] for name in order if name in self.rows]
         header = ",".join(field.name for field in fields(ScoreRow))
         write_text(self.path, "\n".join([header, *map(self._line, rows), ""]))
+        take_parts(self.partial)
         self.partial.unlink(missing_ok=True)
         return rows
 
