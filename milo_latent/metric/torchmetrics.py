@@ -143,4 +143,4 @@ class MILOLatentMetric(MILOMetric):
             return latents_to_tensor(given, name)  # type: ignore[arg-type]
         from milo_latent.latents.codec import encode_image
 
-        return encode_image(vae, given).float()  # type: ignore[arg-type]
+        return encode_image(vae, given).float()
