@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -52,13 +53,15 @@ def read_image(path: str | Path) -> Tensor:
     return read_photo(path)[0]
 
 
-def read_photo(path: str | Path) -> tuple[Tensor, Tensor | None]:
+def read_photo(path: str | Path, *, max_pixels: int | None = None) -> tuple[Tensor, Tensor | None]:
     """Read an image as `read_image` does, and its transparency; the file is decoded once.
+
+    Larger images than `max_pixels`, `MAX_PIXELS` for None, are refused before they are decoded.
 
     Returns:
         Image, (1, 3, H, W), and alpha, (1, 1, H, W), both float32, in [0, 1]; alpha is None if the image is opaque.
     """
-    picture = _open(path)
+    picture = _open(path, MAX_PIXELS if max_pixels is None else max_pixels)
     try:
         image = picture_to_tensor(picture)[None]  # (1, 3, H, W)
     except TypeError as error:
@@ -67,7 +70,7 @@ def read_photo(path: str | Path) -> tuple[Tensor, Tensor | None]:
     return image, None if alpha is None or alpha.min() == 1 else alpha[None]
 
 
-def _open(path: str | Path) -> Image.Image:
+def _open(path: str | Path, max_pixels: int) -> Image.Image:
     path = Path(path)
     check_file(path, "an image file")
     expected = f"Expected a complete image ({', '.join(FORMATS)}), got {path}, which is damaged or another file"
@@ -76,9 +79,9 @@ def _open(path: str | Path) -> Image.Image:
         with refusing_damage(expected):
             image = Image.open(path, formats=FORMATS)
         with image:
-            if image.width * image.height > MAX_PIXELS:
+            if image.width * image.height > max_pixels:
                 size = f"{image.width}x{image.height}"
-                raise ValueError(f"Expected at most {MAX_PIXELS} pixels, got {size} in {path}. Crop or shrink it.")
+                raise ValueError(f"Expected at most {max_pixels} pixels, got {size} in {path}. Crop or shrink it.")
             with refusing_damage(expected):
                 image.load()
                 return ImageOps.exif_transpose(image)
@@ -100,16 +103,20 @@ def _check_suffix(path: Path, suffixes: frozenset[str]) -> None:
         raise ValueError(f"Expected a file name that ends in one of {sorted(suffixes)}, got {path.name!r}.")
 
 
-def write_image(path: str | Path, image: Tensor, *, alpha: Tensor | None = None) -> None:
+def write_image(
+    path: str | Path, image: Tensor, *, alpha: Tensor | None = None, text: Mapping[str, str] | None = None
+) -> None:
     """Write an image, rounded to 8 bit.
 
     Args:
         path: the file to write; its suffix chooses the format.
         image: (1, 3, H, W) or (3, H, W), in [0, 1]; values outside are clipped.
         alpha: transparency, (1, 1, H, W), in [0, 1]; only PNG, WebP and TIFF can store it.
+        text: what a PNG file is to say of itself, by keywords, such as "Software".
 
     Raises:
-        ValueError: if the suffix is unknown or cannot store `alpha`, or `image` is not one image of finite values.
+        ValueError: if the suffix is unknown or cannot store `alpha` or `text`, or `image` is not one image of finite
+            values.
         OSError: if the file cannot be written, as `write_atomically`.
     """
     path = Path(path)
@@ -125,7 +132,13 @@ def write_image(path: str | Path, image: Tensor, *, alpha: Tensor | None = None)
         image = torch.cat([image, alpha[0].to(image)])
     picture = Image.fromarray(to_8bit(image))
     file_format = Image.registered_extensions()[path.suffix.lower()]
-    options = {"quality": 95, "subsampling": 0} if file_format == "JPEG" else {}
+    options: dict[str, Any] = {"quality": 95, "subsampling": 0} if file_format == "JPEG" else {}
+    if text is not None:
+        if file_format != "PNG":
+            raise ValueError(f"{path.name} cannot hold text. Choose .png.")
+        options["pnginfo"] = PngInfo()
+        for keyword, value in text.items():
+            options["pnginfo"].add_text(keyword, value)
     write_atomically(path, lambda partial: picture.save(partial, format=file_format, **options))
 
 

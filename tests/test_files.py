@@ -102,6 +102,14 @@ def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
         read_image(tmp_path / "a.png")
 
 
+def test_text_is_kept_in_png_and_refused_elsewhere(tmp_path):
+    write_image(tmp_path / "a.png", torch.zeros(3, 2, 2), text={"Software": "milo", "note": "größer"})
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.text == {"Software": "milo", "note": "größer"}
+    with pytest.raises(ValueError, match=r"a\.jpg cannot hold text\. Choose \.png\."):
+        write_image(tmp_path / "a.jpg", torch.zeros(3, 2, 2), text={"note": ""})
+
+
 @pytest.mark.parametrize(
     ("image", "name", "match"),
     [

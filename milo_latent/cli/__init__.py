@@ -8,7 +8,7 @@ import os
 import sys
 
 from milo_latent import __version__
-from milo_latent.cli import benchmark, convert, decode, encode, restore, score, weights
+from milo_latent.cli import app, benchmark, convert, decode, encode, restore, score, weights
 from milo_latent.processes import join_processes, process_index
 from milo_latent.programs import run_program
 
@@ -16,6 +16,7 @@ DESCRIPTION = """\
 Restore photos, steered by MILO in the latent space of a diffusion model, and measure what a person would see.
 
   milo-latent restore photo.jpg                 a restored photo_restored.png beside it
+  milo-latent app                               a page in the browser, on which photos are restored and compared
   milo-latent score --ref a.npy --dist b.npy    how visible the difference of two latents is
   milo-latent encode photo.jpg -o photo.npy     the latents of a photo, or of a folder of them
   milo-latent decode photo.npy -o photo.png     and back
@@ -32,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"milo-latent {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-    for command in (restore, score, encode, decode, benchmark, weights, convert):
+    for command in (restore, app, score, encode, decode, benchmark, weights, convert):
         command.add(commands)
     return parser
 

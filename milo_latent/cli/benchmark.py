@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milo_latent.cli.common import DTYPES, TASKS, hide_loading_bar, to_dtype
+from milo_latent.cli.common import TASKS, add_restorer_options, open_restorer
 from milo_latent.cli.restore import SCHEDULES, add_diffusion_settings, given_settings
 
 if TYPE_CHECKING:
@@ -40,10 +40,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     option("--figures", nargs="+", metavar="NAME", help="default: all whose packages are installed")
     option("--milo-image", metavar="WEIGHTS", help="of MILO_I (default: official-image once fetched, else milo-image)")
     option("--sheets", type=int, default=4, metavar="N", help="photos shown side by side (default: 4)")
-    option("--model", default="nano", help="shipped weights, a folder, or a hub id (default: nano)")
-    option("--metric", help="MILO_L instead of the model's own: a name, a folder, or an official .pth")
-    option("--device", help="cpu, cuda or mps (default: the best there is)")
-    option("--dtype", choices=DTYPES, help="of the networks (default: float32)")
+    add_restorer_options(restore)
     option("--task", choices=[each for each in TASKS if each != "unaligned_face"], help="default: sr for x4")
     option("--steps", type=int, help="denoising steps (default: the model's own; else 1, or 4 with guidance)")
     option("--upscale", type=float, help="how much larger (default: that of the degradation or the task)")
@@ -59,11 +56,9 @@ def run(options: argparse.Namespace) -> str:
     from milo_latent.evaluation.restoration_cases import list_cases
     from milo_latent.metric.loading import default_image_metric
     from milo_latent.metric.network import MILO
-    from milo_latent.restoration.restorer import load_restorer
 
     cases = list_cases(options.clean, options.degraded, options.degradation, options.limit)
-    hide_loading_bar()
-    pipe = load_restorer(options.model, device=options.device, dtype=to_dtype(options.dtype), metric=options.metric)
+    pipe = open_restorer(options)
     pipe.set_progress_bar_config(disable=True)
     judge = options.milo_image or default_image_metric()
     figures, left_out = open_figures(

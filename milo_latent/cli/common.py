@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from milo_latent.pipelines.diffbir import DiffBIRPipeline
+
 TASKS = ["sr", "denoise", "face", "unaligned_face"]
 DTYPES = ["float32", "float16", "bfloat16"]
 
@@ -17,6 +19,22 @@ def to_dtype(name: str | None) -> torch.dtype | None:
     import torch
 
     return None if name is None else getattr(torch, name)
+
+
+def add_restorer_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of `load_restorer`."""
+    command.add_argument("--model", default="nano", help="shipped weights, a folder, or a hub id (default: nano)")
+    command.add_argument("--metric", help="MILO_L instead of the model's own: a name, a folder, or an official .pth")
+    command.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    command.add_argument("--dtype", choices=DTYPES, help="of the networks (default: float32)")
+
+
+def open_restorer(options: argparse.Namespace) -> DiffBIRPipeline:
+    """Open the pipeline of the options that `add_restorer_options` adds."""
+    from milo_latent.restoration.restorer import load_restorer
+
+    hide_loading_bar()
+    return load_restorer(options.model, device=options.device, dtype=to_dtype(options.dtype), metric=options.metric)
 
 
 def add_vae_options(command: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milo_latent.cli.common import DTYPES, TASKS, hide_loading_bar, to_dtype
+from milo_latent.cli.common import TASKS, add_restorer_options, open_restorer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,10 +32,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "-o", "--output", type=Path, metavar="OUT", help="the result (default: IN_restored.png, or folder IN_restored)"
     )
-    command.add_argument("--model", default="nano", help="shipped weights, a folder, or a hub id (default: nano)")
-    command.add_argument("--metric", help="MILO_L instead of the model's own: a name, a folder, or an official .pth")
-    command.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
-    command.add_argument("--dtype", choices=DTYPES, help="of the networks (default: float32)")
+    add_restorer_options(command)
     _add_settings(command)
     add_diffusion_settings(command)
 
@@ -75,7 +72,7 @@ def run(options: argparse.Namespace) -> str:
     from milo_latent.restoration.files import restore_file, restore_folder
     from milo_latent.restoration.hints import task_hint
     from milo_latent.restoration.restore import restore
-    from milo_latent.restoration.restorer import load_restorer, pipeline_digest
+    from milo_latent.restoration.restorer import pipeline_digest
 
     folder = options.input.is_dir()
     output = options.output or _beside(options.input, folder=folder)
@@ -84,8 +81,7 @@ def run(options: argparse.Namespace) -> str:
             raise FileNotFoundError(f"Expected a photo or a folder, got {options.input}, which does not exist.")
         check_output(output, IMAGE_SUFFIXES)
         check_apart(output, options.input)
-    hide_loading_bar()
-    pipe = load_restorer(options.model, device=options.device, dtype=to_dtype(options.dtype), metric=options.metric)
+    pipe = open_restorer(options)
     settings = given_settings(options).resolve(pipe)
     hints: Counter[str] = Counter()
 

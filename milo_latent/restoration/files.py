@@ -16,8 +16,17 @@ from milo_latent.pictures import LUMA
 from milo_latent.restoration.faces import Restore
 
 
-def restore_file(photo: Path, output: Path, restore: Restore) -> tuple[str, str]:
+def restore_file(
+    photo: Path,
+    output: Path,
+    restore: Restore,
+    *,
+    text: Mapping[str, str] | None = None,
+    max_pixels: int | None = None,
+) -> tuple[str, str]:
     """Restore a photo; a gray one stays gray, and transparency is kept where the format of `output` holds it.
+
+    `text` is that of `write_image`, `max_pixels` that of `read_photo`.
 
     Returns:
         Sizes before and after, WIDTHxHEIGHT.
@@ -28,7 +37,7 @@ def restore_file(photo: Path, output: Path, restore: Restore) -> tuple[str, str]
     """
     check_output(output, IMAGE_SUFFIXES)
     check_apart(output, photo)
-    image, alpha = read_photo(photo)
+    image, alpha = read_photo(photo, max_pixels=max_pixels)
     restored = restore(image)
     if torch.equal(image, image[:, :1].expand_as(image)):  # a gray photo
         restored = to_gray(restored)
@@ -36,7 +45,7 @@ def restore_file(photo: Path, output: Path, restore: Restore) -> tuple[str, str]
         alpha = interpolate(alpha, size=restored.shape[2:], mode="bilinear", align_corners=False)
     else:
         alpha = None
-    write_image(output, restored, alpha=alpha)
+    write_image(output, restored, alpha=alpha, text=text)
     before, after = ("{1}x{0}".format(*each.shape[2:]) for each in (image, restored))
     return before, after
 

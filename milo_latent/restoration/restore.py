@@ -63,12 +63,17 @@ def _output_type(image: Images) -> str:
     return "pt" if isinstance(first, Tensor) else "np" if isinstance(first, np.ndarray) else "pil"
 
 
-def restore(image: Tensor, pipe: DiffBIRPipeline, settings: RestorationSettings) -> Tensor:
-    """Restore images as `restore_image` does, with settings that are resolved for `pipe`, and so checked."""
+def restore(
+    image: Tensor, pipe: DiffBIRPipeline, settings: RestorationSettings, *, callbacks: Sequence[Any] | None = None
+) -> Tensor:
+    """Restore images as `restore_image` does, with settings that are resolved for `pipe`, and so checked.
+
+    `callbacks` are given to the pipeline as its `callback_on_step_end`, in place of the settings' guide.
+    """
     check_batch("image", image, 3)
     seeds, upscale = settings.seeds(image.shape[0]), settings.upscale
     assert upscale is not None
-    run = partial(_run, settings=settings)
+    run = partial(_run, settings=settings, callbacks=callbacks)
     if settings.task != "unaligned_face":
         return run(image, pipe, seeds=seeds, upscale=upscale)
     assert settings.detector is not None
@@ -87,7 +92,13 @@ def restore(image: Tensor, pipe: DiffBIRPipeline, settings: RestorationSettings)
 
 
 def _run(
-    image: Tensor, pipe: DiffBIRPipeline, *, settings: RestorationSettings, seeds: Sequence[int], upscale: float
+    image: Tensor,
+    pipe: DiffBIRPipeline,
+    *,
+    settings: RestorationSettings,
+    callbacks: Sequence[Any] | None,
+    seeds: Sequence[int],
+    upscale: float,
 ) -> Tensor:
     try:
         with pipe.tiling(settings.tile):
@@ -96,7 +107,7 @@ def _run(
                 upscale=upscale,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 output_type="pt",
-                callback_on_step_end=settings.guide(pipe),
+                callback_on_step_end=settings.guide(pipe) if callbacks is None else list(callbacks),
                 **settings.call_arguments,
             )
     except MemoryError as error:

@@ -1,0 +1,1 @@
+"""The page of `milo-latent app`; needs the extra `app`."""
