@@ -20,7 +20,6 @@ from torch import Tensor
 from milo_latent.checks import stacklevel_of_caller
 from milo_latent.guidance.coefficients import step_index
 from milo_latent.guidance.x0 import check_scheduler, guide_model_output
-from milo_latent.latents.spaces import pack_latents, unpack_latents
 
 
 class Guide(PipelineCallback):
@@ -252,7 +251,7 @@ class SchedulerHook:
                     f"Expected `s_churn` of 0, got {kwargs['s_churn']}: it adds noise inside the step, which changes "
                     "the clean estimate after guidance. Use an ancestral scheduler for noise."
                 )
-            model_output = self._guide_packed(model_output, timestep, sample) if self.guides else model_output
+            model_output = self._guide(model_output, timestep, sample) if self.guides else model_output
             return scheduler_step(model_output, timestep, sample, *args, **kwargs)
 
         @functools.wraps(scheduler_set_timesteps)
@@ -262,13 +261,6 @@ class SchedulerHook:
 
         step._milo_hook = self  # type: ignore[attr-defined]
         return {"step": step, "set_timesteps": set_timesteps}
-
-    def _guide_packed(self, model_output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
-        """Guide a step whose model output and sample are packed as the pipeline keeps its latents."""
-        shape = self.guides[0].reference_latents.shape[1:]
-        output = unpack_latents(model_output, shape)
-        guided = self._guide(output, timestep, unpack_latents(sample, shape))
-        return model_output if guided is output else pack_latents(guided, model_output)
 
     def _guide(self, model_output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
         if self.done >= self.num_steps:
@@ -282,7 +274,10 @@ class SchedulerHook:
                 guide.bind(self.pipeline)
                 guide.start(guide.reference_latents.to(sample.device), self.num_steps)
         progress, self.done = self.done / max(self.num_steps - 1, 1), self.done + 1
-        return guide_model_output(guides, self.scheduler, model_output, timestep, sample, progress=progress)
+        shape = guides[0].reference_latents.shape[1:]
+        return guide_model_output(
+            guides, self.scheduler, model_output, timestep, sample, progress=progress, shape=shape
+        )
 
     def _end_run(self) -> None:
         self.done = self.num_steps = 0

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from milo_latent.checks import check_choice, check_range
 from milo_latent.guidance.coefficients import StepCoefficients, Timestep, scheduler_family, step_coefficients
+from milo_latent.latents.spaces import pack_latents, unpack_latents
 
 Objective = Literal["weighted", "milo"]
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
@@ -34,6 +35,7 @@ def guide_model_output(
     sample: Tensor,
     *,
     progress: float,
+    shape: Sequence[int] | None = None,
 ) -> Tensor:
     """Return the model output that predicts the guided x0; every guided step, of any pipeline, passes here.
 
@@ -41,16 +43,17 @@ def guide_model_output(
         guides: functions `(x0, *, progress, timestep) -> x0`, which act in turn; `active`, if a guide has it, tells
             whether it acts in this step.
         scheduler: about to step.
-        model_output: after classifier-free guidance, (B, C, h, w) or (B, 2C, h, w).
+        model_output: after classifier-free guidance, (B, C, h, w) or (B, 2C, h, w), or packed.
         timestep: as passed to `scheduler.step`.
-        sample: noisy latents, as passed to `scheduler.step`, (B, C, h, w).
+        sample: noisy latents, as passed to `scheduler.step`, (B, C, h, w), or packed.
         progress: share of the run's steps already done, in [0, 1].
+        shape: C, h and w of the guides' x0, where the pipeline may keep its latents packed (`unpack_latents`).
 
     Returns:
         Model output, in the shape and dtype of `model_output`; itself where no guide changes x0.
 
     Raises:
-        ValueError: for an unknown scheduler, or an epsilon model at zero terminal SNR.
+        ValueError: for an unknown scheduler, an epsilon model at zero terminal SNR, or packed latents of another shape.
     """
     if not guides:  # reading the timestep would make an accelerator wait
         return model_output
@@ -58,11 +61,15 @@ def guide_model_output(
     acting = [guide for guide in guides if not hasattr(guide, "active") or guide.active(progress, time)]
     if not acting:
         return model_output
-    coefficients = step_coefficients(scheduler, timestep)
-    x0 = guided = predict_original_sample(model_output, sample, coefficients)
+    coefficients, output = step_coefficients(scheduler, timestep), model_output
+    if shape is not None:
+        output, sample = unpack_latents(output, shape), unpack_latents(sample, shape)
+    x0 = guided = predict_original_sample(output, sample, coefficients)
     for guide in acting:
         guided = guide(guided, progress=progress, timestep=time)
-    return model_output if guided is x0 else shift_model_output(model_output, guided - x0, coefficients)
+    if guided is x0:
+        return model_output
+    return pack_latents(shift_model_output(output, guided - x0, coefficients), model_output)
 
 
 @contextmanager
