@@ -29,7 +29,7 @@ from milo_latent.diffbir.ircontrolnet import IRControlNet
 from milo_latent.diffbir.loading import FolderMixin
 from milo_latent.diffbir.prompts import listed, repeat_prompts
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner
-from milo_latent.diffbir.rules import COMPATIBILITIES, RULES, Compatibility, Rules, resize
+from milo_latent.diffbir.rules import COMPATIBILITIES, RULES, SMALLEST_LATENTS, Compatibility, Rules, resize
 from milo_latent.diffbir.scunet import SCUNet
 from milo_latent.diffbir.stages import LAST_STAGES, LastStage, choose_stage
 from milo_latent.diffbir.swinir import SwinIR
@@ -41,7 +41,6 @@ from milo_latent.inputs import Images
 from milo_latent.latents.codec import decode_latents, encode_image, vae_scale_factor
 from milo_latent.metric.network import MILO
 
-SMALLEST_LATENTS = 16  # cells a side: the metric's four levels need them
 MAX_UPSCALE = 64  # a photo of one megapixel becomes one of four thousand
 
 

@@ -7,7 +7,7 @@ import sys
 import diffusers
 import pytest
 import torch
-from diffusers.modular_pipelines import SequentialPipelineBlocks
+from diffusers.modular_pipelines import ModularPipelineBlocks, SequentialPipelineBlocks
 from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import StableDiffusionXLInputStep
 from diffusers.modular_pipelines.stable_diffusion_xl.denoise import StableDiffusionXLDenoiseStep
 from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffusion_xl import (
@@ -15,8 +15,9 @@ from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffu
 )
 
 from milo_latent import MILO, DiffBIRPipeline, MILOGuidance
+from milo_latent.diffbir.modular import DiffBIRBlocks
 from milo_latent.guidance.modular import MILOGuidanceStep, save_blocks
-from milo_latent.testing import generator, latent_pair
+from milo_latent.testing import generator, latent_pair, tiny_metric
 
 REFERENCE, _ = latent_pair()
 WIDTH = 8
@@ -110,3 +111,44 @@ def test_the_custom_pipeline_for_the_hub_loads(model_folder, repository):
     folder = str(repository / "hub" / "diffbir_pipeline")
     pipe = diffusers.DiffusionPipeline.from_pretrained(model_folder, custom_pipeline=folder, trust_remote_code=True)
     assert type(pipe) is DiffBIRPipeline
+
+
+def restored(blocks, pipeline, **options):
+    pipe = blocks.init_pipeline()
+    parts = pipeline.components | {"metric": tiny_metric()}
+    pipe.update_components(**{name: parts[name] for name in pipe.component_names})
+    image = torch.rand(1, 3, 50, 70, generator=generator(5))
+    return pipe(image=image, num_inference_steps=2, generator=generator(), output_type="pt", output="images", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"upscale": 2.0, "color_fix": "adain"}])
+def test_blocks_of_diffbir_restore_as_the_pipeline(pipeline, options):
+    expected = pipeline(
+        image=torch.rand(1, 3, 50, 70, generator=generator(5)), num_inference_steps=2, generator=generator(),
+        output_type="pt", **options,
+    ).images  # fmt: skip
+    assert torch.equal(restored(DiffBIRBlocks(), pipeline, **options), expected)
+
+
+def test_blocks_of_diffbir_take_prompts_and_guidance(prompted):
+    embeds = torch.randn(1, 3, 8, generator=generator(3))
+    prompts = {"prompt_embeds": embeds, "negative_prompt_embeds": -embeds, "guidance_scale": 2.0}
+    blocks = DiffBIRBlocks()
+    blocks.sub_blocks["denoise"].sub_blocks.insert("milo_guidance", MILOGuidanceStep(), 1)
+    guide = MILOGuidance(tiny_metric(), 0.4)
+    expected = prompted(
+        image=torch.rand(1, 3, 50, 70, generator=generator(5)), num_inference_steps=2, generator=generator(),
+        output_type="pt", callback_on_step_end=guide, **prompts,
+    ).images  # fmt: skip
+    assert torch.equal(restored(blocks, prompted, milo_scale=0.4, **prompts), expected)
+
+
+def test_blocks_of_diffbir_are_saved_as_custom_code(tmp_path):
+    save_blocks(DiffBIRBlocks(), tmp_path)
+    loaded = ModularPipelineBlocks.from_pretrained(tmp_path, trust_remote_code=True)
+    assert list(loaded.sub_blocks) == ["clean", "encode", "prepare", "denoise", "decode", "color"]
+
+
+def test_a_color_fix_that_is_not_known_is_refused(pipeline):
+    with pytest.raises(ValueError, match="`color_fix` to be one of"):
+        restored(DiffBIRBlocks(), pipeline, color_fix="sepia")

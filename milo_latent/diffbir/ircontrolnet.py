@@ -23,6 +23,10 @@ class IRControlNet(ControlNetModel):
     Source: `ControlledUnetModel` and `ControlNet` in DiffBIR's diffbir/model/controlnet.py.
     """
 
+    # of which `compile_repeated_blocks` compiles one kind, and which a `device_map` keeps whole
+    _repeated_blocks = ["BasicTransformerBlock"]  # noqa: RUF012 (diffusers reads plain lists)
+    _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D"]  # noqa: RUF012
+
     # the signature must stay, since diffusers reads configurations by it
     @functools.wraps(ControlNetModel.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -19,6 +19,7 @@ from milo_latent.pictures import from_8bit, to_8bit
 
 Compatibility = Literal["official"]
 COMPATIBILITIES: tuple[str, ...] = get_args(Compatibility)
+SMALLEST_LATENTS = 16  # cells a side: the metric's four levels need them
 
 
 @dataclass(frozen=True)

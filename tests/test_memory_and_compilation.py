@@ -1,0 +1,61 @@
+"""Diffusers' own ways to save memory and to compile, on a pipeline of tiny networks that attend to prompts."""
+
+import copy
+
+import pytest
+import torch
+
+from milo_latent import IRControlNet
+from milo_latent.testing import generator
+
+
+@pytest.fixture
+def call():
+    image, embeds = torch.rand(1, 3, 128, 128, generator=generator(5)), torch.randn(1, 3, 8, generator=generator(3))
+    options = {"prompt_embeds": embeds, "negative_prompt_embeds": -embeds, "guidance_scale": 2.0}
+
+    def run(pipeline):
+        return pipeline(
+            image=image, **options, num_inference_steps=2, generator=generator(), output_type="latent"
+        ).images
+
+    return run
+
+
+def test_repeated_blocks_are_compiled_and_give_the_same(prompted, call):
+    before = call(prompted)
+    for network in (prompted.unet, prompted.controlnet):
+        network.compile_repeated_blocks(backend="eager", fullgraph=True)
+        compiled = [each for each in network.modules() if each._compiled_call_impl is not None]
+        assert {type(each).__name__ for each in compiled} == {"BasicTransformerBlock"}
+    assert torch.allclose(call(prompted), before, atol=1e-6)
+
+
+def test_a_device_map_loads_the_controlnet(prompted, tmp_path):
+    prompted.controlnet.save_pretrained(tmp_path)
+    loaded = IRControlNet.from_pretrained(tmp_path, device_map="auto")
+    assert set(loaded.hf_device_map.values()) <= {"cpu", "disk"}
+    for name, value in prompted.controlnet.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name])
+
+
+def test_layerwise_casting_stores_in_half_and_computes_in_full(prompted, call):
+    whole = copy.deepcopy(prompted)
+    before = call(prompted)
+    for network in (prompted.unet, prompted.controlnet):
+        network.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    kept = prompted.controlnet.down_blocks[0].resnets[0].conv1.weight
+    assert kept.dtype == torch.bfloat16
+    after = call(prompted)
+    assert after.dtype == torch.float32
+    assert 0 < (after - before).abs().max() < 0.2 * before.abs().max()
+    assert torch.equal(call(whole), before)
+
+
+def test_group_offload_gives_the_same(prompted, call):
+    before, cpu = call(prompted), torch.device("cpu")
+    for network in (prompted.unet, prompted.controlnet, prompted.vae):
+        network.enable_group_offload(
+            onload_device=cpu, offload_device=cpu, offload_type="block_level", num_blocks_per_group=1
+        )
+    assert torch.equal(call(prompted), before)
