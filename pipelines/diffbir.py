@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ModelMixin, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.loaders import IPAdapterMixin, StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
@@ -27,7 +27,7 @@ from milo_latent.diffbir.fidelity_join import FidelityJoin, join_images
 from milo_latent.diffbir.inputs import OUTPUT_TYPES, degraded_images, explained_memory, to_output
 from milo_latent.diffbir.ircontrolnet import IRControlNet
 from milo_latent.diffbir.loading import FolderMixin
-from milo_latent.diffbir.prompts import listed, repeat_prompts
+from milo_latent.diffbir.prompts import listed, repeat_image_prompts, repeat_prompts
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner
 from milo_latent.diffbir.rules import COMPATIBILITIES, RULES, SMALLEST_LATENTS, Compatibility, Rules, resize
 from milo_latent.diffbir.scunet import SCUNet
@@ -44,7 +44,7 @@ from milo_latent.metric.network import MILO
 MAX_UPSCALE = 64  # a photo of one megapixel becomes one of four thousand
 
 
-class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin, TilingMixin):
+class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin, IPAdapterMixin, TilingMixin):
     """Restore images: a cleaner removes the degradation, latent diffusion then restores what was lost with it.
 
     Args:
@@ -182,6 +182,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
         num_images_per_prompt: int = 1,
         noise_aug: int = 0,
         guidance_rescale: float = 0.0,
+        ip_adapter_image_embeds: Sequence[Tensor] | None = None,
     ) -> None:
         """Refuse arguments of `__call__` that cannot work; images and prompts are checked where they are read.
 
@@ -212,6 +213,13 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
             raise ValueError(f"Expected `noise_aug` to be a timestep, 0 to {total - 1}, got {noise_aug}.")
         check_range("guidance_rescale", guidance_rescale, 0.0, 1.0, "It is a share.")
         sampling.check_scheduler(self.scheduler, num_inference_steps)
+        projections = getattr(self.unet, "encoder_hid_proj", None)
+        adapters, given = len(getattr(projections, "image_projection_layers", ())), len(ip_adapter_image_embeds or ())
+        if adapters != given:
+            raise ValueError(
+                f"Expected `ip_adapter_image_embeds` for each of {adapters} IP-adapters, got {given}. "
+                "`load_ip_adapter` adds one, `unload_ip_adapter` removes all."
+            )
 
     def choose_stage(
         self, stage: LastStage | None = None, fidelity: float | None = None, *, sampling: Sequence[str] = ()
@@ -357,6 +365,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
         compatibility: Compatibility | None = None,
         stage: LastStage | None = None,
         fidelity: float | None = None,
+        ip_adapter_image_embeds: list[Tensor] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Restore one image or a batch of images of one size.
 
@@ -393,6 +402,8 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
                 prompt or a guide, and the pipeline's `default_stage` otherwise.
             fidelity: share of the way from the decoded image, after the color fix, to the one that the join makes of
                 it, in [0, 1]: 0 leaves the join out, and 1, the default with a join, keeps all that is known.
+            ip_adapter_image_embeds: after `load_ip_adapter`, the embeddings of what each adapter shows the UNet,
+                (images, pictures, width); with classifier-free guidance the negative ones first, in the same tensor.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple of them.
@@ -404,7 +415,8 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
         sampling_arguments = {
             "prompt": prompt, "negative_prompt": negative_prompt, "prompt_embeds": prompt_embeds,
             "negative_prompt_embeds": negative_prompt_embeds, "latents": latents,
-            "callback_on_step_end": callback_on_step_end, "output_type 'latent'": output_type == "latent" or None,
+            "callback_on_step_end": callback_on_step_end, "ip_adapter_image_embeds": ip_adapter_image_embeds,
+            "output_type 'latent'": output_type == "latent" or None,
         }  # fmt: skip
         stage, fidelity = self.choose_stage(
             stage, fidelity, sampling=[name for name, value in sampling_arguments.items() if value is not None]
@@ -416,7 +428,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
             guidance_scale=guidance_scale, callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             output_type=output_type, color_fix=color_fix, start_point=start_point, compatibility=compatibility,
             upscale=upscale, num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt,
-            noise_aug=noise_aug, guidance_rescale=guidance_rescale,
+            noise_aug=noise_aug, guidance_rescale=guidance_rescale, ip_adapter_image_embeds=ip_adapter_image_embeds,
         )  # fmt: skip
         rules = RULES[compatibility]
         self._guidance_scale, self._interrupt = guidance_scale, False
@@ -449,6 +461,9 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
         networks = partial(
             sampling.controlled_output, self.unet, self.controlnet, condition=condition, tiles=tiles,
             conditioning_scale=controlnet_conditioning_scale, rescale=guidance_rescale,
+            image_embeds=None if ip_adapter_image_embeds is None else repeat_image_prompts(
+                ip_adapter_image_embeds, image.shape[0], num_images_per_prompt, guided=self.do_classifier_free_guidance
+            ),
         )  # fmt: skip
         with guided_run(guides, reference, self._num_timesteps):
             latents = self._denoise(

@@ -153,6 +153,38 @@ def repeat_prompts(embeds: Tensor, num_images: int, num_images_per_prompt: int) 
     return each.repeat_interleave(num_images_per_prompt, dim=0)
 
 
+def repeat_image_prompts(
+    embeds: Sequence[Tensor], num_images: int, num_images_per_prompt: int, *, guided: bool
+) -> list[tuple[Tensor | None, Tensor]]:
+    """Repeat the image embeddings of IP-adapters for each result.
+
+    Args:
+        embeds: one for each adapter, (1 or images, pictures, width); with classifier-free guidance twice as many, those
+            of the negative prompt first, as diffusers' pipelines take them.
+        num_images: the number of images.
+        num_images_per_prompt: the number of results for each of them.
+        guided: whether classifier-free guidance is on.
+
+    Returns:
+        For each adapter, the negative ones, or None, and the others, (results, pictures, width) each.
+
+    Raises:
+        ValueError: for another shape or number.
+    """
+    pairs: list[tuple[Tensor | None, Tensor]] = []
+    for each in embeds:
+        if each.ndim != 3 or (guided and each.shape[0] % 2):
+            raise ValueError(
+                "Expected `ip_adapter_image_embeds` of shape (images, pictures, width), with classifier-free guidance "
+                f"(2 * images, pictures, width), the negative ones first, got {tuple(each.shape)}."
+            )
+        *negative, positive = (
+            repeat_prompts(half, num_images, num_images_per_prompt) for half in each.chunk(1 + guided)
+        )
+        pairs.append((negative[0] if negative else None, positive))
+    return pairs
+
+
 def read_prompt_embeds(folder: str | Path) -> dict[str, Tensor]:
     """Return the stored prompts of a pipeline folder, text to (1, 77, width); none where it has a tokenizer."""
     path = Path(folder) / PROMPT_EMBEDS_FILE

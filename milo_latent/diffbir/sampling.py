@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -146,6 +146,7 @@ def controlled_output(
     conditioning_scale: float,
     scale: float,
     rescale: float,
+    image_embeds: Sequence[tuple[Tensor | None, Tensor]] | None = None,
     tiles: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Run ControlNet and UNet once, on a batch of both prompts where there is a negative one.
@@ -161,6 +162,7 @@ def controlled_output(
         conditioning_scale: factor of the ControlNet's residuals.
         scale: of classifier-free guidance.
         rescale: as in `extrapolate`.
+        image_embeds: of IP-adapters, as `prompts.repeat_image_prompts` returns them; None for a UNet without.
         tiles: applies a function to tiles of the latents, as `Rules.tiles` returns it; None predicts from the whole.
 
     Returns:
@@ -169,7 +171,7 @@ def controlled_output(
     if tiles is not None:
         step: dict[str, Any] = {
             "timestep": timestep, "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds,
-            "conditioning_scale": conditioning_scale, "scale": scale, "rescale": rescale,
+            "conditioning_scale": conditioning_scale, "scale": scale, "rescale": rescale, "image_embeds": image_embeds,
         }  # fmt: skip
         both = torch.cat([sample, condition.to(sample.dtype)], dim=1)
         return tiles(lambda part: controlled_output(unet, controlnet, *part.tensor_split(2, dim=1), **step), both)
@@ -183,9 +185,15 @@ def controlled_output(
     down_residuals, mid_residual = controlnet(
         sample, timestep, controlnet_cond=condition, conditioning_scale=conditioning_scale, **shared
     )
-    residuals = {
+    residuals: dict[str, Any] = {
         "down_block_additional_residuals": down_residuals, "mid_block_additional_residual": mid_residual,
     }  # fmt: skip
+    if image_embeds is not None:
+        guided = negative_prompt_embeds is not None
+        both = [
+            torch.cat([negative, each]) if guided and negative is not None else each for negative, each in image_embeds
+        ]
+        residuals["added_cond_kwargs"] = {"image_embeds": [each.to(sample) for each in both]}
     output = unet(sample, timestep, **residuals, **shared)[0].float()
     if negative_prompt_embeds is None:
         return output
