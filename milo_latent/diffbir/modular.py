@@ -17,7 +17,6 @@ from diffusers.modular_pipelines import (
     OutputParam,
     SequentialPipelineBlocks,
 )
-from torch import Tensor
 
 from milo_latent.checks import check_choice
 from milo_latent.diffbir import sampling
@@ -65,10 +64,11 @@ class Block(ModularPipelineBlocks):
         raise NotImplementedError(f"{type(self).__name__} must implement `run`.")
 
     @torch.no_grad()
-    def __call__(self, components: Any, state: Any, **step: Any) -> tuple[Any, Any]:
-        """Run on the pipeline's state, or in a loop, which passes `i` and `t`, on that of the loop."""
-        if step:
-            self.run(components, state, **step)
+    def __call__(self, components: Any, state: Any, i: int | None = None, t: Any = None) -> tuple[Any, Any]:
+        """Run on the pipeline's state, or in step `i` of a loop, at timestep `t`, on the loop's."""
+        if i is not None:
+            state.timestep = t
+            self.run(components, state)
             return components, state
         values = self.get_block_state(state)
         self.run(components, values)
@@ -137,12 +137,13 @@ class DenoiserStep(Block):
         InputParam("controlnet_conditioning_scale", default=1.0),
     )  # fmt: skip
 
-    def run(self, components: Any, values: Any, *, i: int, t: Tensor) -> None:
+    def run(self, components: Any, values: Any) -> None:
         """Make `noise_pred`, (B, C, h, w)."""
+        sample = components.scheduler.scale_model_input(values.latents, values.timestep)
         guided = values.guidance_scale > 1
         values.noise_pred = sampling.controlled_output(
-            components.unet, components.controlnet, components.scheduler.scale_model_input(values.latents, t),
-            values.reference_latents, timestep=t, prompt_embeds=values.prompt_embeds,
+            components.unet, components.controlnet, sample, values.reference_latents, timestep=values.timestep,
+            prompt_embeds=values.prompt_embeds,
             negative_prompt_embeds=values.negative_prompt_embeds if guided else None, scale=values.guidance_scale,
             conditioning_scale=values.controlnet_conditioning_scale, rescale=0.0,
         )  # fmt: skip
@@ -155,11 +156,11 @@ class SchedulerStep(Block):
     INPUTS = (InputParam("generator"), InputParam("eta", default=0.0))
     OUTPUTS = ("latents",)
 
-    def run(self, components: Any, values: Any, *, i: int, t: Tensor) -> None:
+    def run(self, components: Any, values: Any) -> None:
         """Make the next `latents`."""
         arguments = sampling.step_arguments(components.scheduler, values.generator, values.eta)
         values.latents = components.scheduler.step(
-            values.noise_pred, t, values.latents, **arguments, return_dict=False
+            values.noise_pred, values.timestep, values.latents, **arguments, return_dict=False
         )[0]
 
 
