@@ -190,10 +190,10 @@ def controlled_output(
     }  # fmt: skip
     if image_embeds is not None:
         guided = negative_prompt_embeds is not None
-        both = [
+        shown = [
             torch.cat([negative, each]) if guided and negative is not None else each for negative, each in image_embeds
         ]
-        residuals["added_cond_kwargs"] = {"image_embeds": [each.to(sample) for each in both]}
+        residuals["added_cond_kwargs"] = {"image_embeds": [each.to(sample) for each in shown]}
     output = unet(sample, timestep, **residuals, **shared)[0].float()
     if negative_prompt_embeds is None:
         return output
