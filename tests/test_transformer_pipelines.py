@@ -175,6 +175,6 @@ def test_a_reference_of_another_size_or_another_space_is_refused(stock):
         guide_for(pipe, reference[..., :-2], 0.5).attach(pipe),
     ):
         call()
-    metric = MILO(channels=reference.shape[1], latent_space="test", scaling_factor=0.5).frozen()
+    metric = MILO(channels=reference.shape[1], latent_space="test", scaling_factor=0.9).frozen()
     with pytest.raises(ValueError, match=rf"got {type(pipe).__name__} with {reference.shape[1]} channels"):
         MILOGuidance(metric, reference_latents=reference).attach(pipe).__enter__()
