@@ -10,13 +10,22 @@ import pytest
 from PIL import Image
 from test_docs import commands, exit_code
 
-NOTEBOOKS = ["01_restore.ipynb", "02_score_latents.ipynb", "04_train_metric.ipynb", "05_training_loss.ipynb"]
+NOTEBOOKS = [
+    "01_restore.ipynb",
+    "02_score_latents.ipynb",
+    "03_guidance.ipynb",
+    "04_train_metric.ipynb",
+    "05_training_loss.ipynb",
+    "06_diffbir.ipynb",
+]
 LARGEST = 400_000  # bytes of a notebook
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.(\d+))?(?![\w.]*\d)")
 
 
 def outputs(notebook):
-    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    """What the cells show, without warnings of the libraries that happen to be installed."""
+    shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return [output for output in shown if output.get("name") != "stderr"]
 
 
 def texts(notebook):
