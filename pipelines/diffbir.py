@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ModelMixin, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import IPAdapterMixin, StableDiffusionLoraLoaderMixin
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
@@ -25,6 +25,7 @@ from milo_latent.diffbir.cleaning import clean_image
 from milo_latent.diffbir.color import COLOR_FIXES, ColorFix, fix_color
 from milo_latent.diffbir.fidelity_join import FidelityJoin, join_images
 from milo_latent.diffbir.inputs import OUTPUT_TYPES, degraded_images, explained_memory, to_output
+from milo_latent.diffbir.ip_adapters import IPAdaptersMixin
 from milo_latent.diffbir.ircontrolnet import IRControlNet
 from milo_latent.diffbir.loading import FolderMixin
 from milo_latent.diffbir.prompts import listed, repeat_image_prompts, repeat_prompts
@@ -44,7 +45,7 @@ from milo_latent.metric.network import MILO
 MAX_UPSCALE = 64  # a photo of one megapixel becomes one of four thousand
 
 
-class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin, IPAdapterMixin, TilingMixin):
+class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin, IPAdaptersMixin, TilingMixin):
     """Restore images: a cleaner removes the degradation, latent diffusion then restores what was lost with it.
 
     Args:

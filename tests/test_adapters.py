@@ -1,5 +1,8 @@
 """LoRA and IP-adapters, loaded into DiffBIRPipeline by diffusers' own methods."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -94,3 +97,8 @@ def test_a_lora_can_be_saved_loaded_scaled_and_unloaded(prompted, tmp_path):
     assert not torch.allclose(adapted, before, atol=1e-4)
     prompted.fuse_lora()
     assert torch.allclose(call(prompted), adapted, atol=1e-4)
+
+
+def test_importing_the_pipeline_imports_no_ip_adapters():
+    code = "import sys, milo_latent.pipelines.diffbir; sys.exit('diffusers.loaders.ip_adapter' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
