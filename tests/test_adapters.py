@@ -41,7 +41,14 @@ def test_an_ip_adapter_shows_the_unet_a_picture_and_can_be_unloaded(prompted):
     prompted.load_ip_adapter(ip_adapter(prompted.unet), subfolder="", weight_name="", image_encoder_folder=None)
     picture = torch.randn(1, 1, 4, generator=generator(8))
     both = torch.cat([torch.zeros_like(picture), picture])  # the negative one first
+    seen = []
+    hook = prompted.unet.register_forward_pre_hook(
+        lambda network, arguments, options: seen.append(options["added_cond_kwargs"]["image_embeds"][0]),
+        with_kwargs=True,
+    )
     shown = call(prompted, [both])
+    hook.remove()
+    assert torch.equal(seen[0], both)
     assert not torch.allclose(shown, before, atol=1e-3)
     assert not torch.allclose(call(prompted, [-both]), shown, atol=1e-3)
     several = call(prompted, [both], num_images_per_prompt=2, generator=[generator(), generator()])
