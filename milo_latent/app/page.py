@@ -31,6 +31,7 @@ STAGES = {
     "join": "Join: give details of the photo back",
     "all": "All: let diffusion add what was lost",
 }
+FAILED, CANCELLED = "Not restored", "Cancelled"
 MAX_WAITING = 20  # users in the queue
 KEPT = 3600  # seconds for which files of a page are kept
 LARGEST_SEED = 2**31 - 1
@@ -127,6 +128,7 @@ class Page:
             self.start = gr.Button("Restore", variant="primary", elem_id="restore")
             self.cancel = gr.Button("Cancel", interactive=False, elem_id="cancel")
             self.download = gr.DownloadButton("Download PNG", interactive=False, elem_id="download")
+        self.ending = gr.State(FAILED)  # what the status says if the run ends without a result, cancelled or not
         self.status = gr.HTML(_status("Waiting for a photo"), elem_id="status")
         self.slider = gr.ImageSlider(
             label="Before and after", type="filepath", interactive=False, max_height=620, buttons=["fullscreen"],
@@ -151,8 +153,8 @@ class Page:
         self.stage.change(self._fit_stage, self.stage, [self.diffusion, self.fidelity], **at_once)
         buttons = [self.start, self.cancel, self.status]
         outputs = [
-            *buttons, self.slider, self.download, self.masks, self.compared, self.numbers, self.error_map, self.shell,
-            self.command,
+            *buttons, self.ending, self.slider, self.download, self.masks, self.compared, self.numbers, self.error_map,
+            self.shell, self.command,
         ]  # fmt: skip
         inputs = [
             self.photo, self.reference, self.task, self.stage, self.fidelity, self.strength, self.schedule, self.steps,
@@ -162,8 +164,11 @@ class Page:
             on_gpu(self._restore), inputs, outputs, show_progress_on=self.status, concurrency_limit=1, **hidden
         )
         running.success(self._rest, None, buttons, **at_once)
-        running.failure(lambda: self._rest("Not restored"), None, buttons, **at_once)
-        self.cancel.click(lambda: self._rest("Cancelled"), None, buttons, cancels=running, **at_once)
+        running.failure(self._rest, self.ending, buttons, **at_once)
+        self.cancel.click(
+            lambda: {**self._rest(CANCELLED), self.ending: CANCELLED}, None, [*buttons, self.ending], cancels=running,
+            **at_once,
+        )  # fmt: skip
 
     def _joins(self, stage: str) -> bool:
         return self.restorer.pipe.join is not None and stage != "cleaner"
@@ -202,7 +207,7 @@ class Page:
             self.start: gr.Button(interactive=False), self.cancel: gr.Button(interactive=True), self.slider: None,
             self.download: gr.DownloadButton(interactive=False), self.masks: gr.Gallery([], visible=False),
             self.compared: gr.Group(visible=False), self.shell: gr.Accordion(visible=False),
-            self.status: _status("Starting", None),
+            self.status: _status("Starting", None), self.ending: FAILED,
         }  # fmt: skip
 
     def _ended(self, news: Restored) -> dict:
