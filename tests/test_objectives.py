@@ -73,6 +73,15 @@ def test_no_gradient_passes_through_the_mask(pair, metric, name):
     assert torch.allclose(gradient, expected.detach(), rtol=1e-4, atol=1e-9)
 
 
+def test_the_gradient_through_the_mask_is_that_of_the_metric(pair, metric):
+    pred, target = pair
+    (gradient,) = torch.autograd.grad(Objective("milo-through-mask", metric)(pred, target), pred)
+    (expected,) = torch.autograd.grad(metric(dist=pred, ref=target).mean(), pred)
+    (detached,) = torch.autograd.grad(Objective("milo", metric)(pred, target), pred)
+    assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-9)
+    assert not torch.allclose(gradient, detached, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("name", ["milo", "cosine"])
 def test_masks_are_computed_in_float32_under_autocast_too(pair, metric, name):
     pred, target = pair
