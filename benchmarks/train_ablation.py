@@ -3,8 +3,8 @@
     python benchmarks/train_ablation.py --part image --images FOLDER --metric milo-image --start weights/nano/cleaner \
         --clean FOLDER --degraded NOISY15 NOISY25 NOISY50 --judges MILO.pth milo-image --output RUNS
 
-`--part` says what is trained: an "image" network, the diffusion of a "restorer", judged by one step without guidance
-and color fix, or the "decoder" of an autoencoder, judged by what it makes of the images that the cleaner of `nano`
+`--part` says what is trained: an "image" network, the diffusion of a "restorer", judged by one step without guidance,
+join and color fix, or the "decoder" of an autoencoder, judged by what it makes of the images that the cleaner of `nano`
 restored. Options that are not listed below go to the training command of the part, such as `--images`, `--steps`,
 `--metric` and `--start`. A folder of degraded images holds files of the same names as `--clean`; FOLDER:TEST, such as
 `kodak24:x4`, degrades the clean images of FOLDER instead, by a test of `train_image_restorer`.
@@ -97,7 +97,10 @@ def train_diffusion(arguments: list[str], output: Path) -> Restore:
     train_restorer.main([*defaults.split(), *arguments])
     pipe = load_restorer(output / "pipeline", device="cpu")
     pipe.set_progress_bar_config(disable=True)
-    return partial(restore_image, model=pipe, steps=1, milo_scale=0.0, color_fix="none", seed=0)
+    # without the join, which shows the cleaned photo again and hardly depends on what was decoded
+    return partial(
+        restore_image, model=pipe, stage="all", fidelity=0.0, steps=1, milo_scale=0.0, color_fix="none", seed=0
+    )
 
 
 def train_decoder(arguments: list[str], output: Path) -> Restore:
