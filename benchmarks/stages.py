@@ -1,4 +1,4 @@
-"""What each stage of a model adds: input, first stage, join, and the generator with and without the join.
+"""What each stage of a model adds: first stage, join, the autoencoder alone, the generator with and without the join.
 
     python benchmarks/stages.py --clean FOLDER --milo-image official-image
 
@@ -22,15 +22,18 @@ from milo_latent.evaluation.figures import image_error, measure
 from milo_latent.evaluation.metrics import by_name
 from milo_latent.evaluation.restoration_cases import Case, degrade
 from milo_latent.files import read_image
+from milo_latent.latents.codec import decode_latents, encode_image
 from milo_latent.metric.network import MILO
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
 from milo_latent.restoration.restore import restore_image
 from milo_latent.restoration.restorer import load_restorer
 from milo_latent.training.data.crops import list_images, spread_over
 
+LEFT_OUT = "without the generator"  # the latents of the cleaned image, decoded as they are
 STAGES: dict[str, dict[str, Any]] = {
     "cleaner": {"stage": "cleaner"},
     "join": {"stage": "join"},
+    LEFT_OUT: {"stage": "cleaner"},
     "all": {"stage": "all", "fidelity": 0.0, "milo_scale": 0.0},
     "all, joined": {"stage": "all", "fidelity": 1.0, "milo_scale": 0.0},
 }
@@ -45,6 +48,15 @@ def read_pair(path: Path, degradation: str) -> tuple[Tensor, Tensor, float]:
     return clean, clean if degradation == "clean" else degrade(clean, degradation, image_id=path.stem), float(factor)
 
 
+def restore_to(stage: str, degraded: Tensor, pipe: DiffBIRPipeline, task: dict[str, Any]) -> Tensor:
+    """Return what a stage makes of a degraded image, (1, 3, H, W)."""
+    restored = restore_image(degraded, model=pipe, **STAGES[stage], **task)
+    if stage != LEFT_OUT:
+        return restored
+    decoded = decode_latents(pipe.vae, encode_image(pipe.vae, restored)).clamp(0, 1)
+    return decoded[..., : restored.shape[2], : restored.shape[3]]
+
+
 def evaluate(
     pipe: DiffBIRPipeline, paths: list[Path], degradation: str, stages: list[str], milo_image: MILO
 ) -> dict[str, Tensor]:
@@ -55,7 +67,7 @@ def evaluate(
         clean, degraded, factor = read_pair(path, degradation)
         images = {"input": resize(degraded, (clean.shape[2], clean.shape[3])).clamp(0, 1) if factor > 1 else degraded}
         task = {"task": "sr", "upscale": factor} if factor > 1 else {}
-        images |= {name: restore_image(degraded, model=pipe, **STAGES[name], **task) for name in stages}
+        images |= {name: restore_to(name, degraded, pipe, task) for name in stages}
         for name, image in images.items():
             rows[name].append(torch.tensor(list(measure(figures, image, clean).values())))
     return {name: torch.stack(row) for name, row in rows.items()}
