@@ -18,6 +18,7 @@ from milo_latent.pictures import picture_to_tensor
 OneInput: TypeAlias = Tensor | np.ndarray | Image.Image | str | Path
 Images: TypeAlias = OneInput | Sequence[OneInput]
 Latents: TypeAlias = Tensor | np.ndarray | str | Path
+PATHS = (str, Path)  # a tuple, since torch 2.6 does not compile unions
 HIGHEST = {torch.uint8: 255, torch.uint16: 65535}  # the value that stands for 1
 
 
@@ -74,7 +75,7 @@ def latents_to_tensor(latents: Latents, name: str = "latents") -> Tensor:
         TypeError: for an image or anything else, or if they are not floating point.
         ValueError: for another shape, or a damaged file.
     """
-    if isinstance(latents, str | Path):
+    if isinstance(latents, PATHS):
         return read_latents(latents)
     if isinstance(latents, np.ndarray):
         latents = torch.from_numpy(np.ascontiguousarray(latents))

@@ -8,6 +8,10 @@ import torch
 from milo_latent import IRControlNet
 from milo_latent.testing import generator
 
+NEEDS_NEWER_TORCH = pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="group offloading without an accelerator needs torch 2.7"
+)
+
 
 @pytest.fixture
 def call():
@@ -52,6 +56,7 @@ def test_layerwise_casting_stores_in_half_and_computes_in_full(prompted, call):
     assert torch.equal(call(whole), before)
 
 
+@NEEDS_NEWER_TORCH
 def test_group_offload_gives_the_same(prompted, call):
     before, cpu = call(prompted), torch.device("cpu")
     for network in (prompted.unet, prompted.controlnet, prompted.vae):

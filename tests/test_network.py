@@ -453,3 +453,9 @@ def test_missing_weights_are_refused_naming_what_there_is():
         MILO.from_pretrained("no-such-weights")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         MILO.from_pretrained("absent.pth")
+
+
+@pytest.mark.parametrize("levels", [0, -1, 2.5, 99])
+def test_a_number_of_levels_that_cannot_be_is_refused(levels):
+    with pytest.raises(ValueError, match=r"`levels` to be a whole number from 1 to"):
+        MILO(levels=levels)

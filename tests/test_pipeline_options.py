@@ -37,6 +37,10 @@ from milo_latent.testing import generator, tiny_metric
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+NEEDS_NEWER_TORCH = pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="group offloading without an accelerator needs torch 2.7"
+)
+
 
 def run(pipeline, image=None, **options):
     image = torch.rand(1, 3, 50, 70, generator=generator(5)) if image is None else image
@@ -659,7 +663,14 @@ def offload_leaves(pipeline):
     pipeline.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
 
 
-@pytest.mark.parametrize("offload", [offload_model, offload_groups, offload_leaves])
+@pytest.mark.parametrize(
+    "offload",
+    [
+        offload_model,
+        pytest.param(offload_groups, marks=NEEDS_NEWER_TORCH),
+        pytest.param(offload_leaves, marks=NEEDS_NEWER_TORCH),
+    ],
+)
 def test_offloading_changes_no_result(pipeline, metric, offload):
     """Without an accelerator, all is moved from the CPU to the CPU, by the same hooks of diffusers."""
     pipeline.register_modules(metric=metric)

@@ -212,3 +212,11 @@ def test_the_official_scaling_needs_a_ddpm_scheduler(networks):
     embeds = torch.zeros(1, 77, 32)
     with pytest.raises(ValueError, match="DDPM"):
         run(pipeline, guide, prompt_embeds=embeds)
+
+
+def test_settings_are_a_configuration(tmp_path):
+    assert RegionAdaptiveGuidance(loss="mse").config.scale == 0.5
+    given = {"scale": 7.0, "loss": "mse", "repeat": 2, "t_start": 800, "t_stop": 100, "compatibility": "official"}
+    RegionAdaptiveGuidance(**given).save_config(tmp_path)
+    config = RegionAdaptiveGuidance.from_config(RegionAdaptiveGuidance.load_config(tmp_path)).config
+    assert {name: config[name] for name in given} == given

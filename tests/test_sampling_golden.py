@@ -10,6 +10,7 @@ from milo_latent.diffbir.bsrnet import BSRNet
 from milo_latent.diffbir.color import fix_color
 from milo_latent.diffbir.rules import OFFICIAL
 from milo_latent.diffbir.sampling import add_noise, controlled_output, guidance_scale_at, step_arguments
+from milo_latent.diffbir.schedulers import spaced_timesteps
 from milo_latent.diffbir.scunet import SCUNet
 from milo_latent.diffbir.swinir import SwinIR
 from milo_latent.diffbir.tiles import Tile, gaussian_weights, official_tiled, tile_starts
@@ -243,3 +244,10 @@ def test_official_weights_and_windows():
 def test_official_tiles_refuse_what_would_leave_gaps():
     with pytest.raises(ValueError, match="stride of 1 to 8"):
         official_tiled(minus_mean, torch.zeros(1, 3, 16, 16), tile=8, stride=9)
+
+
+def test_as_many_steps_as_timesteps_are_all_timesteps():
+    assert spaced_timesteps(8, 8) == [7, 6, 5, 4, 3, 2, 1, 0]
+    for steps in (0, 9):
+        with pytest.raises(ValueError, match="Expected 1 to 8 steps"):
+            spaced_timesteps(steps, 8)

@@ -230,7 +230,7 @@ import sys, time
 from milo_latent.score import pairs as scoring
 from milo_latent.cli import main
 real = scoring.read_input
-scoring.read_input = lambda path, encode=None: time.sleep(0.02) or real(path, encode)
+scoring.read_input = lambda path, encode=None: time.sleep(0.05) or real(path, encode)
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -159,7 +159,10 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=CASES)
+NEWER = {"Qwen 2.1"} if not hasattr(diffusers, "QwenImage21Pipeline") else set()  # of releases after 0.40
+
+
+@pytest.fixture(params=[name for name in CASES if name not in NEWER])
 def case(request):
     make, latents = CASES[request.param]
     with torch.random.fork_rng():
@@ -196,7 +199,8 @@ def test_a_vae_of_an_unknown_class_is_refused_by_name_and_a_derived_one_is_known
         encode_image(type("OddVAE", (diffusers.ModelMixin,), {})(), IMAGE)
     derived = type("MyVAE", (diffusers.AutoencoderTiny,), {})
     assert LatentSpace(derived(num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4)).name == "AutoencoderTiny"
-    assert set(KINDS) == {LatentSpace(make()).name for make, _ in CASES.values()}
+    made = {LatentSpace(make()).name for name, (make, _) in CASES.items() if name not in NEWER}
+    assert {name for name in KINDS if hasattr(diffusers, name)} == made
 
 
 @pytest.mark.parametrize("name", ["SDXL, mean", "DC", "Flux2", "Qwen"])
@@ -238,7 +242,7 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", [name for name in PACKED if name not in NEWER])
 def test_packed_latents_are_unpacked_and_packed_as_pipelines_do(name):
     pack, shape = PACKED[name]
     packed = pack(LATENTS)
