@@ -195,6 +195,7 @@ def test_deepspeed_is_told_what_the_run_says():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="FSDP2 on CPUs needs a newer torch")
 def test_split_weights_train_resume_and_are_saved_whole(command, repository, tmp_path):
     more = ("--fsdp_transformer_layer_cls_to_wrap", "ResnetBlock2D")  # the tiny pipeline does not attend
     arguments = launched(repository, "fsdp", *more)
