@@ -226,7 +226,8 @@ def test_the_mean_over_pairs_is_printed(folders, weights, capsys):
 
 
 SCORE_SLOWLY = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started the tests in the background
 from milo_latent.score import pairs as scoring
 from milo_latent.cli import main
 real = scoring.read_input
