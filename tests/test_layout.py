@@ -114,3 +114,13 @@ def test_the_minimum_versions_are_those_that_are_tested(repository):
     assert tested.keys() - least.keys() == set()
     for name, version in tested.items():
         assert re.fullmatch(rf"{re.escape(least[name])}(\.0)*", version), name
+
+
+def test_lines_of_documents_can_be_read_in_a_narrow_window(repository):
+    pages = [
+        path for path in repository.rglob("*.md") if not {"runs", ".venv"} & set(path.relative_to(repository).parts)
+    ]
+    assert len(pages) > 30
+    for page in pages:
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+            assert len(line) <= 140 or line.startswith("|"), f"{page.relative_to(repository)}:{number} has {len(line)}"

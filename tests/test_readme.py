@@ -4,6 +4,8 @@ import re
 import shlex
 
 import pytest
+from PIL import Image
+from test_docs import commands, exit_code
 
 from milo_latent.cli import build_parser
 
@@ -54,3 +56,29 @@ def test_the_commands_take_the_options_that_are_shown(repository, page, capsys):
             build_parser().parse_args(shlex.split(command))
         except SystemExit:
             pytest.fail(f"{command}: {capsys.readouterr().err}")
+
+
+def test_the_animation_shows_the_mask_for_15_seconds(readme, repository):
+    (path,) = re.findall(r"!\[[^]]*\]\(([^)]+\.webp)\)", readme)
+    assert (repository / path).stat().st_size < 2 * 10**6
+    durations, frames = [], set()
+    with Image.open(repository / path) as animation:
+        for frame in range(animation.n_frames):
+            animation.seek(frame)
+            animation.load()
+            durations.append(animation.info["duration"])
+            frames.add(animation.tobytes())
+    assert sum(durations) == 15_000
+    assert len(frames) == len(durations) >= 20
+
+
+def test_each_claim_over_others_has_its_test_or_command(readme, repository, monkeypatch):
+    table = readme.partition("## What it does that others do not")[2].partition("\n## ")[0]
+    claims = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][2:]
+    assert len(claims) >= 6
+    for claim, proof, others in claims:
+        tests, shown = re.findall(r"`(tests/\w+\.py)`", proof), commands("\n".join(re.findall(r"`([^`]+)`", proof)))
+        assert tests or shown, claim
+        assert len(others) > 10
+        assert all((repository / test).is_file() for test in tests), claim
+        assert all(exit_code(module, arguments, monkeypatch) == 0 for module, arguments in shown), claim
