@@ -3,6 +3,8 @@
 import importlib
 import re
 
+import yaml
+
 
 def find(name):
     """The object of a name relative to the package, such as `files.read_image` or `metric.network.MILO.mask`."""
@@ -34,3 +36,16 @@ def test_every_path_in_contributing_exists(repository):
         assert any((repository / folder / path).exists() for folder in ("", "milo_latent", "milo_latent/training")), (
             path
         )
+
+
+def test_issue_forms_can_be_shown(repository):
+    forms = [path for path in (repository / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.stem != "config"]
+    assert len(forms) == 2
+    for path in forms:
+        form = yaml.safe_load(path.read_text())
+        assert form["name"]
+        assert form["description"]
+        fields = [field["id"] for field in form["body"]]
+        assert len(set(fields)) == len(fields)
+        assert {field["type"] for field in form["body"]} <= {"textarea", "input"}
+        assert all(field["attributes"]["label"] for field in form["body"])
