@@ -15,6 +15,7 @@ from milo_latent.atomic import make_readable
 from milo_latent.evaluation.metrics import psnr
 from milo_latent.files import read_image
 from milo_latent.latents.codec import decode_latents, encode_image, latents_spread
+from milo_latent.latents.spaces import LatentSpace
 from milo_latent.pictures import round_to_8bit
 from milo_latent.programs import run_program
 from milo_latent.training.data.crops import ImageCrops, list_images
@@ -29,20 +30,32 @@ from milo_latent.training.objectives import (
 )
 
 NUM_BLOCKS = (0, 0, 2, 4)  # of the encoder, from full size to 1/8; the decoder mirrors it
+DEEPER_BLOCKS = 2  # at each size below 1/8
+DOWNSAMPLING = (8, 16, 32)  # pixels along the side of a latent cell
 LATENT_NOISE = 0.05  # of latents with a spread of about 1: keeps nearby latents decoding to nearby images
 
 
-def nano_autoencoder(latent_channels: int = 4) -> AutoencoderTiny:
-    """Return an untrained autoencoder: 8x downsampling, most of its work at 1/4 and 1/8 of the size.
+def nano_autoencoder(latent_channels: int = 4, downsampling: int = 8) -> AutoencoderTiny:
+    """Return an untrained autoencoder, most of whose work is at 1/4 and 1/8 of the size.
 
     Few layers work at full size: at 4 channels per 8x8 block no fine detail is left for them, and they cost the most.
+
+    Args:
+        latent_channels: numbers in a latent cell.
+        downsampling: pixels along the side of a latent cell, one of `DOWNSAMPLING`.
+
+    Raises:
+        ValueError: for another `downsampling`.
     """
+    if downsampling not in DOWNSAMPLING:
+        raise ValueError(f"Expected `downsampling` to be one of {DOWNSAMPLING}, got {downsampling}.")
+    blocks = NUM_BLOCKS + (DEEPER_BLOCKS,) * DOWNSAMPLING.index(downsampling)
     vae = AutoencoderTiny(
         latent_channels=latent_channels,
-        encoder_block_out_channels=(64, 64, 64, 64),
-        decoder_block_out_channels=(64, 64, 64, 64),
-        num_encoder_blocks=NUM_BLOCKS,
-        num_decoder_blocks=NUM_BLOCKS[::-1],
+        encoder_block_out_channels=(64,) * len(blocks),
+        decoder_block_out_channels=(64,) * len(blocks),
+        num_encoder_blocks=blocks,
+        num_decoder_blocks=blocks[::-1],
     )
     _initialise(vae)
     return vae
@@ -81,7 +94,7 @@ class AutoencoderLoss(nn.Module):
 
         Args:
             image: (B, 3, H, W), in [0, 1].
-            noise: of the latents, (B, C, H / 8, W / 8).
+            noise: of the latents, (B, C, h, w).
             progress: share of the training, a scalar in [0, 1].
         """
         pixels = image.mul(2).sub(1).contiguous(memory_format=torch.channels_last)
@@ -107,15 +120,13 @@ def reconstruction_psnr(vae: AutoencoderTiny, folder: Path, *, every: int = 1) -
     return torch.cat(values).mean().item()
 
 
-def draw_batches(
-    crops: ImageCrops, batch_size: int, latent_channels: int = 4
-) -> Callable[[int, int], tuple[Tensor, ...]]:
+def draw_batches(crops: ImageCrops, batch_size: int, space: LatentSpace) -> Callable[[int, int], tuple[Tensor, ...]]:
     """Return the function from (step, process) to a batch of images and latent noise."""
 
     def draw(step: int, process_index: int) -> tuple[Tensor, ...]:
         rng = crops.generator(step, process_index)
-        side = crops.crop_size // 8
-        noise = torch.from_numpy(rng.standard_normal((batch_size, latent_channels, side, side), dtype="float32"))
+        side = crops.crop_size // space.factor
+        noise = torch.from_numpy(rng.standard_normal((batch_size, space.channels, side, side), dtype="float32"))
         return crops.batch(rng, batch_size), noise
 
     return draw
@@ -126,7 +137,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_run_options(parser)
     add_objective_options(parser, default="log-mse")
-    parser.add_argument("--latent-channels", type=int, default=4, help="numbers for each 8x8 pixels, without --start")
+    parser.add_argument("--latent-channels", type=int, default=4, help="numbers in a latent cell, without --start")
+    parser.add_argument(
+        "--downsampling", type=int, choices=DOWNSAMPLING, default=8, help="side of a cell in pixels, without --start"
+    )
     parser.add_argument("--start", type=Path, help="folder of a trained autoencoder to start from")
     parser.add_argument("--freeze-encoder", action="store_true", help="train the decoder alone; needs --start")
     parser.add_argument("--validation", type=Path, required=True, help="folder of validation images")
@@ -136,10 +150,13 @@ def main(arguments: list[str] | None = None) -> None:
     crops = ImageCrops(options.images, crop_size=options.crop_size, seed=options.seed)
     start = options.start and source_digest(options.start)
     data = objective_settings(options) | {"start": start, "freeze_encoder": options.freeze_encoder}
-    data["latent_channels"] = vae.config.latent_channels
+    space = LatentSpace(vae)
+    data |= {"latent_channels": space.channels, "downsampling": space.factor}
+    if options.crop_size % space.factor:
+        raise ValueError(f"Expected --crop-size to be a multiple of {space.factor}, got {options.crop_size}.")
     fit(
         AutoencoderLoss(vae, open_objective(options)),
-        with_progress(draw_batches(crops, options.batch_size, vae.config.latent_channels), options.steps),
+        with_progress(draw_batches(crops, options.batch_size, space), options.steps),
         run_config(options, data=data, decay=0.7, max_grad_norm=5.0),
         validate=lambda loss: {"psnr": reconstruction_psnr(loss.vae, options.validation, every=4)},
     )
@@ -160,7 +177,7 @@ def _open_autoencoder(options: argparse.Namespace) -> AutoencoderTiny:
     if options.start is not None and not (options.start / "config.json").is_file():
         raise FileNotFoundError(f"Expected the folder of an autoencoder, got {options.start}, without config.json.")
     if options.start is None:
-        vae = nano_autoencoder(options.latent_channels)
+        vae = nano_autoencoder(options.latent_channels, options.downsampling)
     else:
         vae = AutoencoderTiny.from_pretrained(options.start, use_safetensors=True).float()
     vae.encoder.requires_grad_(not options.freeze_encoder)
