@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Integral
 from typing import Any, Self
@@ -28,7 +28,7 @@ from milo_latent.diffbir.inputs import OUTPUT_TYPES, degraded_images, explained_
 from milo_latent.diffbir.ip_adapters import IPAdaptersMixin
 from milo_latent.diffbir.ircontrolnet import IRControlNet
 from milo_latent.diffbir.loading import FolderMixin
-from milo_latent.diffbir.prompts import listed, repeat_image_prompts, repeat_prompts
+from milo_latent.diffbir.prompts import listed, repeat_image_prompts, repeat_prompts, scaled_lora
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner
 from milo_latent.diffbir.rules import COMPATIBILITIES, RULES, SMALLEST_LATENTS, Compatibility, Rules, resize
 from milo_latent.diffbir.scunet import SCUNet
@@ -184,6 +184,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
         noise_aug: int = 0,
         guidance_rescale: float = 0.0,
         ip_adapter_image_embeds: Sequence[Tensor] | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Refuse arguments of `__call__` that cannot work; images and prompts are checked where they are read.
 
@@ -221,6 +222,11 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
                 f"Expected `ip_adapter_image_embeds` for each of {adapters} IP-adapters, got {given}. "
                 "`load_ip_adapter` adds one, `unload_ip_adapter` removes all."
             )
+        if "ip_adapter_masks" in (cross_attention_kwargs or {}) and "diffusion" in self._tiles:
+            raise ValueError(
+                "Expected no `ip_adapter_masks` with tiles, since each tile would see the whole mask. Call "
+                "`disable_tiling()`, or leave the masks out."
+            )
 
     def choose_stage(
         self, stage: LastStage | None = None, fidelity: float | None = None, *, sampling: Sequence[str] = ()
@@ -239,6 +245,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
         guided: bool = True,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
+        lora_scale: float | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Encode prompts, each text once for all calls (`pipe.prompt_cache`).
 
@@ -250,6 +257,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
             guided: whether classifier-free guidance is on; without it the negative prompt is not encoded.
             prompt_embeds: (num_images or 1, tokens, width), instead of `prompt`.
             negative_prompt_embeds: (num_images or 1, tokens, width), instead of `negative_prompt`.
+            lora_scale: factor of the text encoder's LoRA; None leaves it as it is.
 
         Returns:
             Embeddings of prompt and negative prompt, (num_images * num_images_per_prompt, tokens, width) each; None for
@@ -260,21 +268,23 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
         """
         count, repeats = num_images, num_images_per_prompt
         if self.takes_prompts:
+            encode = partial(self._encode_text, lora_scale=lora_scale)
             if guided and prompt_embeds is None and negative_prompt_embeds is None:
-                self._encode_text([*listed(prompt), *listed(negative_prompt)])  # both at once, kept for below
-            prompt_embeds = self._encode_text(prompt) if prompt_embeds is None else prompt_embeds
+                encode([*listed(prompt), *listed(negative_prompt)])  # both at once, kept for below
+            prompt_embeds = encode(prompt) if prompt_embeds is None else prompt_embeds
             count = count or prompt_embeds.shape[0]
             prompt_embeds = repeat_prompts(prompt_embeds, count, repeats)
             if guided:
                 if negative_prompt_embeds is None:
-                    negative_prompt_embeds = self._encode_text(negative_prompt)
+                    negative_prompt_embeds = encode(negative_prompt)
                 negative_prompt_embeds = repeat_prompts(negative_prompt_embeds, count, repeats)
         elif prompt or negative_prompt or prompt_embeds is not None or negative_prompt_embeds is not None:
             raise ValueError("Expected no prompt, since this model takes none, got one. Leave it out.")
         return prompt_embeds, negative_prompt_embeds  # the only return: diffusers' tests read the names off it
 
-    def _encode_text(self, text: str | list[str] | None) -> Tensor:
-        return self.prompt_cache.encode(listed(text), self.text_encoder, self.tokenizer, self._execution_device)
+    def _encode_text(self, text: str | list[str] | None, *, lora_scale: float | None) -> Tensor:
+        with scaled_lora(self.text_encoder, lora_scale):
+            return self.prompt_cache.encode(listed(text), self.text_encoder, self.tokenizer, self._execution_device)
 
     @torch.no_grad()
     def clean(
@@ -367,6 +377,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
         stage: LastStage | None = None,
         fidelity: float | None = None,
         ip_adapter_image_embeds: list[Tensor] | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Restore one image or a batch of images of one size.
 
@@ -404,7 +415,10 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
             fidelity: share of the way from the decoded image, after the color fix, to the one that the join makes of
                 it, in [0, 1]: 0 leaves the join out, and 1, the default with a join, keeps all that is known.
             ip_adapter_image_embeds: after `load_ip_adapter`, the embeddings of what each adapter shows the UNet,
-                (images, pictures, width); with classifier-free guidance the negative ones first, in the same tensor.
+                (images, pictures, ..., width); with classifier-free guidance the negative ones first, in the same
+                tensor.
+            cross_attention_kwargs: for the UNet's attention, as in diffusers' pipelines: `scale` of a LoRA,
+                `ip_adapter_masks`.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple of them.
@@ -417,6 +431,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
             "prompt": prompt, "negative_prompt": negative_prompt, "prompt_embeds": prompt_embeds,
             "negative_prompt_embeds": negative_prompt_embeds, "latents": latents,
             "callback_on_step_end": callback_on_step_end, "ip_adapter_image_embeds": ip_adapter_image_embeds,
+            "cross_attention_kwargs": cross_attention_kwargs,
             "output_type 'latent'": output_type == "latent" or None,
         }  # fmt: skip
         stage, fidelity = self.choose_stage(
@@ -430,6 +445,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
             output_type=output_type, color_fix=color_fix, start_point=start_point, compatibility=compatibility,
             upscale=upscale, num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt,
             noise_aug=noise_aug, guidance_rescale=guidance_rescale, ip_adapter_image_embeds=ip_adapter_image_embeds,
+            cross_attention_kwargs=cross_attention_kwargs,
         )  # fmt: skip
         rules = RULES[compatibility]
         self._guidance_scale, self._interrupt = guidance_scale, False
@@ -448,7 +464,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             prompt, negative_prompt, num_images=image.shape[0], num_images_per_prompt=num_images_per_prompt,
             guided=self.do_classifier_free_guidance, prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds, lora_scale=(cross_attention_kwargs or {}).get("scale"),
         )  # fmt: skip
         self._num_timesteps = len(sampling.set_timesteps(self.scheduler, num_inference_steps, reference.device))
         latents = self.prepare_latents(
@@ -462,6 +478,7 @@ class DiffBIRPipeline(FolderMixin, DiffusionPipeline, StableDiffusionLoraLoaderM
         networks = partial(
             sampling.controlled_output, self.unet, self.controlnet, condition=condition, tiles=tiles,
             conditioning_scale=controlnet_conditioning_scale, rescale=guidance_rescale,
+            attention=cross_attention_kwargs,
             image_embeds=None if ip_adapter_image_embeds is None else repeat_image_prompts(
                 ip_adapter_image_embeds, image.shape[0], num_images_per_prompt, guided=self.do_classifier_free_guidance
             ),

@@ -369,6 +369,23 @@ def test_each_prompt_is_encoded_once():
     assert other.seen == 1
 
 
+@pytest.mark.parametrize("changing", ["training", "a LoRA"])
+def test_prompts_are_encoded_anew_while_the_text_encoder_changes_and_after(changing):
+    cache, encoder = PromptCache(), CountingEncoder().eval()
+    encode = lambda: cache.encode(["a"], encoder, Lengths(), torch.device("cpu"))  # noqa: E731
+    encode()
+    if changing == "training":
+        encoder.train()
+    else:
+        encoder.peft_config = {"default": None}
+    encode(), encode()
+    assert encoder.seen == 3
+    encoder.eval()
+    encoder.peft_config = None
+    encode(), encode()
+    assert encoder.seen == 4
+
+
 def test_a_text_encoder_can_be_removed_and_its_prompts_are_kept():
     cache, encoder = PromptCache(), CountingEncoder().eval()
     encode = lambda text, given: cache.encode([text], given, Lengths(), torch.device("cpu"))  # noqa: E731

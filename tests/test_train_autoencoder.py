@@ -4,10 +4,11 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 
+from milo_latent.latents.codec import decode_latents, encode_image
 from milo_latent.testing import tiny_metric
 from milo_latent.training import train_autoencoder
 from milo_latent.training.objectives import Objective
-from milo_latent.training.train_autoencoder import AutoencoderLoss
+from milo_latent.training.train_autoencoder import AutoencoderLoss, nano_autoencoder
 
 
 @pytest.fixture
@@ -65,3 +66,15 @@ def test_latents_may_have_16_channels(command):
     vae = AutoencoderTiny.from_pretrained(command("--latent-channels", "16", output="wide"))
     assert vae.encode(torch.zeros(1, 3, 32, 32)).latents.shape == (1, 16, 4, 4)
     assert vae.config.scaling_factor != 1.0
+
+
+def test_cells_may_have_32_pixels_a_side_and_crops_must_hold_whole_ones(command):
+    folder = command("--latent-channels", "32", "--downsampling", "32", "--crop-size", "64", output="deep")
+    vae = AutoencoderTiny.from_pretrained(folder)
+    image = torch.rand(1, 3, 64, 96)
+    assert encode_image(vae, image).shape == (1, 32, 2, 3)
+    assert decode_latents(vae, encode_image(vae, image)).shape == image.shape
+    with pytest.raises(ValueError, match="--crop-size to be a multiple of 32, got 48"):
+        command("--downsampling", "32", "--crop-size", "48", output="odd")
+    with pytest.raises(ValueError, match=r"one of \(8, 16, 32\), got 4"):
+        nano_autoencoder(downsampling=4)

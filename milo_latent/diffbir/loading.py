@@ -92,16 +92,22 @@ class FolderMixin:
     def prompt_cache(self, cache: PromptCache) -> None:
         self._prompt_cache = cache
 
+    def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Load a LoRA as diffusers' pipelines do; prompts are encoded anew."""
+        self.prompt_cache.clear()
+        super().load_lora_weights(*args, **kwargs)  # type: ignore[misc]
+
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save the pipeline and its stored prompts.
 
         Args:
             save_directory: folder, made if need be.
-            **kwargs: as in `DiffusionPipeline.save_pretrained`.
+            **kwargs: as in `DiffusionPipeline.save_pretrained`. Weights are written as safetensors, whatever
+                `safe_serialization` says, since `from_pretrained` reads no others.
 
         Raises:
             OSError: if the disk is full.
-            ValueError: for a cleaner that cannot be saved, such as `ForeignCleaner`.
+            ValueError: for a cleaner that cannot be saved, such as `ForeignCleaner`, or a LoRA in the text encoder.
         """
         for name in ("cleaner", "background_cleaner"):
             cleaner = getattr(self, name)
@@ -110,10 +116,15 @@ class FolderMixin:
                     f"Expected a cleaner that can be saved, got {type(cleaner).__name__}, which is opened from its own "
                     f"file. Save without it: pipe.register_modules({name}=None)."
                 )
+        if getattr(getattr(self, "text_encoder", None), "peft_config", None):  # transformers would save the LoRA alone
+            raise ValueError(
+                "Expected a text encoder without a LoRA, since a saved folder would lack its weights. Keep what the LoRA "
+                "does by `fuse_lora()` and then `unload_lora_weights()`, or save the LoRA by `save_lora_weights`."
+            )
         write_prompt_embeds(save_directory, self.prompt_cache.stored)
         self.register_modules(**self.components)  # type: ignore[attr-defined]  # diffusers misses `pipe.metric = ...`
         with saving_weights(save_directory):
-            super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+            super().save_pretrained(save_directory, **kwargs | {"safe_serialization": True})  # type: ignore[misc]
         make_readable(*(Path(save_directory) / name for name in self.components))  # type: ignore[attr-defined]
 
 

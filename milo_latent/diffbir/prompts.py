@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ class PromptCache:
         if text_encoder is None or tokenizer is None:
             return torch.cat([each.to(device) for each in self._recall(texts)])
         known = None if self._encoder is None else self._encoder()
-        if known is None or known is not text_encoder or text_encoder.training:
+        changing = text_encoder.training or getattr(text_encoder, "peft_config", None)  # a LoRA can be scaled
+        if known is None or known is not text_encoder or changing:
             self.clear()
             self._encoder = weakref.ref(text_encoder)
         dtype = text_encoder.dtype
@@ -90,7 +92,7 @@ class PromptCache:
         if new:
             encoded = text_encoder(tokens_of(new, tokenizer).to(device))[0]  # (len(new), tokens, width)
             embeds |= dict(zip(new, encoded, strict=True))
-        for text in dict.fromkeys(texts):
+        for text in () if changing else dict.fromkeys(texts):
             self._kept[text, dtype] = embeds[text].detach().cpu()
             self._kept.move_to_end((text, dtype))
         while len(self._kept) > self.size:
@@ -106,6 +108,21 @@ class PromptCache:
                 f"`negative_prompt_embeds`{', or a stored prompt' if self.stored else ''}."
             )
         return [kept[text] for text in texts]
+
+
+@contextlib.contextmanager
+def scaled_lora(text_encoder: Any, scale: float | None) -> Iterator[None]:
+    """Scale the LoRA of a text encoder, if it has one, by a factor for a while; None leaves it as it is."""
+    if scale is None or not getattr(text_encoder, "peft_config", None):
+        yield
+        return
+    from diffusers.utils import scale_lora_layers, unscale_lora_layers
+
+    scale_lora_layers(text_encoder, scale)
+    try:
+        yield
+    finally:
+        unscale_lora_layers(text_encoder, scale)
 
 
 def tokens_of(texts: list[str], tokenizer: Any) -> Tensor:
@@ -142,14 +159,14 @@ def listed(text: str | Sequence[str] | None) -> list[str]:
 
 
 def repeat_prompts(embeds: Tensor, num_images: int, num_images_per_prompt: int) -> Tensor:
-    """Repeat embeddings, (1 or images, tokens, width), for each result, (images * results for each, tokens, width).
+    """Repeat embeddings, (1 or images, tokens, ..., width), for each result, (images * results for each, ...).
 
     Raises:
         ValueError: for another number of prompts.
     """
     if embeds.shape[0] not in (1, num_images):
         raise ValueError(f"Expected 1 or {num_images} prompts, one for each image, got {embeds.shape[0]}.")
-    each = embeds if embeds.shape[0] == num_images else embeds.expand(num_images, -1, -1)
+    each = embeds if embeds.shape[0] == num_images else embeds.expand(num_images, *embeds.shape[1:])
     return each.repeat_interleave(num_images_per_prompt, dim=0)
 
 
@@ -159,24 +176,24 @@ def repeat_image_prompts(
     """Repeat the image embeddings of IP-adapters for each result.
 
     Args:
-        embeds: one for each adapter, (1 or images, pictures, width); with classifier-free guidance twice as many, those
+        embeds: one for each adapter, (1 or images, pictures, ..., width); with classifier-free guidance twice as many, those
             of the negative prompt first, as diffusers' pipelines take them.
         num_images: the number of images.
         num_images_per_prompt: the number of results for each of them.
         guided: whether classifier-free guidance is on.
 
     Returns:
-        For each adapter, the negative ones, or None, and the others, (results, pictures, width) each.
+        For each adapter, the negative ones, or None, and the others, (results, pictures, ..., width) each.
 
     Raises:
         ValueError: for another shape or number.
     """
     pairs: list[tuple[Tensor | None, Tensor]] = []
     for each in embeds:
-        if each.ndim != 3 or (guided and each.shape[0] % 2):
+        if each.ndim < 3 or (guided and each.shape[0] % 2):
             raise ValueError(
-                "Expected `ip_adapter_image_embeds` of shape (images, pictures, width), with classifier-free guidance "
-                f"(2 * images, pictures, width), the negative ones first, got {tuple(each.shape)}."
+                "Expected `ip_adapter_image_embeds` of shape (images, pictures, ..., width), with classifier-free "
+                f"guidance (2 * images, pictures, ..., width), the negative ones first, got {tuple(each.shape)}."
             )
         *negative, positive = (
             repeat_prompts(half, num_images, num_images_per_prompt) for half in each.chunk(1 + guided)

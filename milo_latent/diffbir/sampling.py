@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -147,6 +147,7 @@ def controlled_output(
     scale: float,
     rescale: float,
     image_embeds: Sequence[tuple[Tensor | None, Tensor]] | None = None,
+    attention: Mapping[str, Any] | None = None,
     tiles: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Run ControlNet and UNet once, on a batch of both prompts where there is a negative one.
@@ -163,6 +164,7 @@ def controlled_output(
         scale: of classifier-free guidance.
         rescale: as in `extrapolate`.
         image_embeds: of IP-adapters, as `prompts.repeat_image_prompts` returns them; None for a UNet without.
+        attention: what diffusers' pipelines call `cross_attention_kwargs`, for the UNet.
         tiles: applies a function to tiles of the latents, as `Rules.tiles` returns it; None predicts from the whole.
 
     Returns:
@@ -172,6 +174,7 @@ def controlled_output(
         step: dict[str, Any] = {
             "timestep": timestep, "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds,
             "conditioning_scale": conditioning_scale, "scale": scale, "rescale": rescale, "image_embeds": image_embeds,
+            "attention": attention,
         }  # fmt: skip
         both = torch.cat([sample, condition.to(sample.dtype)], dim=1)
         return tiles(lambda part: controlled_output(unet, controlnet, *part.tensor_split(2, dim=1), **step), both)
@@ -187,6 +190,7 @@ def controlled_output(
     )
     residuals: dict[str, Any] = {
         "down_block_additional_residuals": down_residuals, "mid_block_additional_residual": mid_residual,
+        "cross_attention_kwargs": attention,
     }  # fmt: skip
     if image_embeds is not None:
         guided = negative_prompt_embeds is not None
