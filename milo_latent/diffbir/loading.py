@@ -118,8 +118,8 @@ class FolderMixin:
                 )
         if getattr(getattr(self, "text_encoder", None), "peft_config", None):  # transformers would save the LoRA alone
             raise ValueError(
-                "Expected a text encoder without a LoRA, since a saved folder would lack its weights. Keep what the LoRA "
-                "does by `fuse_lora()` and then `unload_lora_weights()`, or save the LoRA by `save_lora_weights`."
+                "Expected a text encoder without a LoRA, since a saved folder would lack its weights. Keep what the "
+                "LoRA does by `fuse_lora()` and then `unload_lora_weights()`, or save the LoRA by `save_lora_weights`."
             )
         write_prompt_embeds(save_directory, self.prompt_cache.stored)
         self.register_modules(**self.components)  # type: ignore[attr-defined]  # diffusers misses `pipe.metric = ...`

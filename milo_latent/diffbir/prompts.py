@@ -176,8 +176,8 @@ def repeat_image_prompts(
     """Repeat the image embeddings of IP-adapters for each result.
 
     Args:
-        embeds: one for each adapter, (1 or images, pictures, ..., width); with classifier-free guidance twice as many, those
-            of the negative prompt first, as diffusers' pipelines take them.
+        embeds: one for each adapter, (1 or images, pictures, ..., width); with classifier-free guidance twice as many,
+            those of the negative prompt first, as diffusers' pipelines take them.
         num_images: the number of images.
         num_images_per_prompt: the number of results for each of them.
         guided: whether classifier-free guidance is on.
