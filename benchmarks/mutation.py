@@ -39,6 +39,7 @@ TESTS = {  # module or folder -> its tests, those that fail soonest first
     "guidance/coefficients": "schedulers step",
     "guidance/curriculum": "curriculum restoration_guidance",
     "guidance/milo": "guidance_steps guidance callback",
+    "guidance/modular": "modular",
     "guidance/reference": "guidance_steps guidance restoration_guidance",
     "guidance/region_adaptive": "restoration_guidance",
     "guidance/trace": "guidance_steps guidance",
@@ -48,9 +49,18 @@ TESTS = {  # module or folder -> its tests, those that fail soonest first
     "metric/loss": "network functional metric_properties",
     "metric/mask_finder": "mask_finder network",
     "metric/network": "network metric_properties mask_finder",
+    "metric/torchmetrics": "torchmetrics",
     "metric/visualize": "visualize",
+    "diffbir/cleaning": "cleaning",
+    "diffbir/color": "color sampling_golden",
+    "diffbir/fidelity_join": "fidelity",
+    "diffbir/prompts": "pipeline_options diffbir_pipeline convert_diffbir adapters",
+    "diffbir/rules": "cleaning sampling_golden pipeline_options",
     "diffbir/sampling": "sampling_golden diffbir_pipeline pipeline_options",
     "diffbir/schedulers": "pipeline_options sampling_golden",
+    "diffbir/stages": "fidelity restore",
+    "diffbir/tiles": "pipeline_options sampling_golden",
+    "pipelines/diffbir": "diffbir_pipeline pipeline_options callback sampling_golden fidelity",
 }
 COLUMNS = ["folder", "module", "index", "line", "fault", "before", "after", "result", "killed_by", "seconds"]
 SWAPS: dict[type, type] = {
@@ -174,7 +184,7 @@ def parse(module: str) -> ast.Module:
 
 
 def source_of(module: str) -> Path:
-    return ROOT / "milo_latent" / f"{module}.py"
+    return ROOT / ("" if module.startswith("pipelines/") else "milo_latent") / f"{module}.py"
 
 
 def faults(module: str) -> Iterator[tuple[ast.Module, Place, str, ast.AST, ast.AST]]:
@@ -301,10 +311,10 @@ def judge(mutant: Mutant, seconds: int) -> dict[str, object]:
 
 def chosen_modules(patterns: list[str]) -> list[str]:
     """Return the modules that have tests here, those whose name begins with one of the patterns."""
-    folders = {module.split("/")[0] for module in TESTS}
-    paths = [path for folder in sorted(folders) for path in sorted((ROOT / "milo_latent" / folder).glob("*.py"))]
-    modules = [path.relative_to(ROOT / "milo_latent").with_suffix("").as_posix() for path in paths]
-    known = [module for module in modules if module in TESTS or module.split("/")[0] in TESTS]
+    known = []
+    for name in TESTS:
+        folder = ROOT / "milo_latent" / name
+        known += [f"{name}/{path.stem}" for path in sorted(folder.glob("*.py"))] if folder.is_dir() else [name]
     return [module for module in known if not patterns or module.startswith(tuple(patterns))]
 
 

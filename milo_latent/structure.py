@@ -9,11 +9,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from milo_latent.checks import check_file, shortened
 
@@ -35,6 +35,9 @@ MAX_JSON = 16 * 2**20  # bytes; the largest of real models, tables of their shar
 MAX_DEPTH, MAX_NUMBER, MAX_LIST, MAX_TEXT = 8, 1e6, 10_000, 1000  # of what a configuration holds
 REPEATED = re.compile("layers|blocks|levels|depth")  # in the names of settings that say how often a part is repeated
 ANY_REPEATS = 64  # are allowed whatever the weights hold
+# settings by which diffusers or transformers fetch code, or choose classes of other libraries to unpack weights
+CODE_SETTINGS = frozenset({"auto_map", "attn_implementation", "_attn_implementation", "quantization_config"})
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @contextmanager
@@ -93,16 +96,63 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
+def _check_no_code(folder: Path) -> None:
+    for path in folder.glob("*"):
+        if path.suffix.lower() == ".py":
+            raise ValueError(
+                f"Expected a model without code, got {path}. Nothing of it was run. Remove it if the model needs none."
+            )
+    for path in folder.glob("*config.json"):
+        found = CODE_SETTINGS & _names(path)
+        if found:
+            raise ValueError(f"Expected a model without code, got the settings {sorted(found)} in {path}. Remove them.")
+
+
+def _names(path: Path) -> set[str]:
+    """Return the names in the object in a JSON file, at any depth."""
+    read_json(path)  # refuses anything but an object
+    names: set[str] = set()
+    text = path.read_text(encoding="utf-8")
+    json.loads(text, object_pairs_hook=lambda pairs: names.update(name for name, _ in pairs))
+    return names
+
+
+def open_network(network: type[Network], folder: Path) -> Network:
+    """Open a network of diffusers from its folder, in float32: nothing in it runs, and weights are safetensors.
+
+    Args:
+        network: its class, which the folder must name.
+        folder: with `config.json`.
+
+    Raises:
+        FileNotFoundError: if there is no configuration.
+        ValueError: if the folder is of another class, holds code, is damaged, or lacks weights.
+    """
+    check_model_folder(folder)
+    name = read_json(folder / "config.json").get("_class_name")
+    if name != network.__name__:
+        raise ValueError(f"Expected a network of the class {network.__name__} in {folder}, got {shortened(name)}.")
+    with refusing_damage(f"Expected the weights of {network.__name__} in {folder}"):
+        found, info = network.from_pretrained(  # type: ignore[attr-defined]
+            folder, output_loading_info=True, torch_dtype=torch.float32, use_safetensors=True
+        )
+    if info["missing_keys"]:
+        raise ValueError(f"Expected every weight in {folder}, missing: {', '.join(info['missing_keys'][:4])}.")
+    return found
+
+
 def check_model_folder(folder: Path) -> None:
-    """Check the configuration and the weights of a model before diffusers or transformers open its folder.
+    """Check that the folder of a model is whole and holds no code, before diffusers or transformers open it.
 
     A configuration may ask for no more repetitions of a part than there are tensors in the weights, since each has one
     at least; what it asks for beyond that would only take time and memory.
 
     Raises:
         FileNotFoundError: if a shard of the weights is missing.
-        ValueError: if a file is damaged, or the configuration asks for what the weights cannot fill.
+        ValueError: if a file is damaged, the configuration asks for what the weights cannot fill, or the folder holds
+            Python files or settings that would run code.
     """
+    _check_no_code(folder)
     tensors: dict[str, set[str]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with open_safetensors(path) as file:

@@ -2,16 +2,21 @@
 
 import ast
 import json
-import re
 import sys
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
+from safetensors.torch import load_file, save_file
 
 from milo_latent.cli import main
 from milo_latent.diffbir import loading
+from milo_latent.diffbir.residual_cleaner import ResidualCleaner
+from milo_latent.latents.files import load_vae
+from milo_latent.metric.network import MILO
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
 from milo_latent.restoration.restorer import load_restorer
+from milo_latent.structure import open_network
 from milo_latent.testing import tiny_metric, tiny_pipeline
 
 CODE = """
@@ -124,17 +129,65 @@ def test_pickled_weights_are_never_opened(folder):
         DiffBIRPipeline.from_pretrained(folder, use_safetensors=False)
 
 
-def test_every_network_is_read_from_safetensors_only(repository):
-    """Each call of `from_pretrained` says so, but those of classes that always do, or that have no weights."""
-    own = {"MILO", "DiffBIRPipeline", "CLIPTokenizer", "DDIMScheduler"}
-    calls = 0
+def test_every_network_is_opened_by_what_checks_its_folder(repository):
+    """`open_network` does, as do `from_pretrained` of MILO and of the pipeline; the other classes have no weights."""
+    own = {"MILO", "DiffBIRPipeline", "CLIPTokenizer", "DDIMScheduler", "super()"}
+    calls = []
     for path in (*repository.glob("milo_latent/**/*.py"), *repository.glob("pipelines/*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                of = ast.unparse(node.func.value)
-                if node.func.attr == "from_pretrained" and of not in own:
-                    calls += 1
-                    assert {"use_safetensors", "**safe", "**kwargs"} & set(re.findall(r"[*\w]+", ast.unparse(node))), (
-                        path
-                    )
-    assert calls >= 8
+            named = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            if named and node.func.attr == "from_pretrained" and ast.unparse(node.func.value) not in own:
+                calls.append((path.name, ast.unparse(node)))
+    ((name, call),) = calls
+    assert name == "structure.py"
+    assert "use_safetensors=True" in call
+
+
+NETWORKS = {"vae": AutoencoderTiny, "cleaner": ResidualCleaner, "metric": MILO}
+OPENINGS = {
+    "vae": [load_vae, lambda folder: open_network(AutoencoderTiny, folder)],
+    "cleaner": [lambda folder: open_network(ResidualCleaner, folder)],
+    "metric": [MILO.from_pretrained],
+}
+
+
+@pytest.mark.parametrize("part", NETWORKS)
+def test_a_network_alone_is_opened_as_in_a_pipeline(folder, tmp_path, part):
+    def refused(match):
+        for opening in OPENINGS[part]:
+            with pytest.raises(ValueError, match=match):
+                opening(folder / part)
+
+    def open_it():
+        return [opening(folder / part) for opening in OPENINGS[part]]
+
+    assert all(isinstance(each, NETWORKS[part]) for each in open_it())
+    marker, code = tmp_path / "it ran", folder / part / "evil.py"
+    code.write_text(CODE.format(marker=str(marker)))
+    refused("without code, got .*evil")
+    code.unlink()
+    configuration = folder / part / "config.json"
+    content = configuration.read_text()
+    change(configuration, auto_map={"AutoModel": "evil--Evil"})
+    refused(r"got the settings \['auto_map'\]")
+    configuration.write_text(content)
+    weights = folder / part / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    first = next(iter(state))
+    save_file({name: value for name, value in state.items() if name != first}, weights)
+    refused(f"missing: {first}")
+    torch.save(state, weights.with_suffix(".bin"))
+    weights.unlink()
+    refused("safetensors")
+    assert not marker.exists()
+
+
+def test_a_network_is_of_the_class_that_was_asked_for(folder):
+    with pytest.raises(ValueError, match=r"class ResidualCleaner in .*, got AutoencoderTiny"):
+        open_network(ResidualCleaner, folder / "vae")
+    change(folder / "vae" / "config.json", _class_name=["evil", "Evil"])
+    with pytest.raises(ValueError, match=r"class AutoencoderTiny in .*, got \['evil', 'Evil'\]"):
+        open_network(AutoencoderTiny, folder / "vae")
+    (folder / "vae" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="Expected a JSON file"):
+        open_network(AutoencoderTiny, folder / "vae")

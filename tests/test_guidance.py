@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, IPNDMScheduler
 
 from milo_latent import MILO, MILOGuidance
-from milo_latent.guidance.base import Guide
+from milo_latent.guidance.base import Guide, split_guides
 from milo_latent.guidance.reference import match_reference, match_region
 from milo_latent.guidance.trace import GuidanceTrace
 from milo_latent.latents.codec import encode_image
@@ -216,6 +216,21 @@ def test_a_scheduler_that_clips_after_guidance_gives_a_warning_with_the_way_out(
         pass
 
 
+def test_warnings_name_the_line_of_the_caller(metric):
+    guide, pipe = MILOGuidance(metric, reference_latents=REFERENCE), pipeline_with()
+    clipping = pipeline_with(DDIMScheduler(**OPTIONS | {"clip_sample": True}))
+    pipe.num_timesteps = 4
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        guide.attach(clipping)
+        clipping.scheduler = DDIMScheduler(**OPTIONS)
+        guide.detach()
+        guide(pipe, 0, 1, {})
+        split_guides(guide, pipeline_with(DDIMScheduler(**OPTIONS | {"thresholding": True})))
+    named = ["clip_sample on", "scheduler was replaced", "from the second step on", "thresholding on"]
+    assert all(words in str(each.message) for words, each in zip(named, caught, strict=True))
+    assert [each.filename for each in caught] == [__file__] * 4
+
+
 def test_noise_added_inside_the_step_is_refused(metric):
     pipe = pipeline_with(EulerDiscreteScheduler())
     pipe.scheduler.set_timesteps(4)
@@ -404,6 +419,8 @@ def test_the_trace_is_plotted_and_its_masks_are_animated(metric, tmp_path):
     figure = trace.plot()
     figure.draw_without_rendering()  # warns where the layout does not fit
     assert [axes.get_title() for axes in figure.axes[3:7]] == ["step 0", "step 1", "step 2", "step 3"]
+    curves, masks = (part.bbox.height for part in figure.subfigs)
+    assert curves == pytest.approx(1.5 * masks)
     for axes, name in zip(figure.axes, ("error", "weight", "change"), strict=False):
         values = [getattr(step, name)[0].item() for step in trace]
         assert axes.lines[0].get_ydata().tolist() == pytest.approx(values)

@@ -58,7 +58,7 @@ def test_the_loss_is_the_objective_of_the_reconstruction():
 def test_a_frozen_encoder_needs_weights(command, tmp_path):
     with pytest.raises(ValueError, match="--start with --freeze-encoder"):
         command("--freeze-encoder", output="run")
-    with pytest.raises(FileNotFoundError, match="without config"):
+    with pytest.raises(FileNotFoundError, match="which does not exist"):
         command("--start", str(tmp_path / "none"), output="run")
 
 

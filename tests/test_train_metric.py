@@ -343,9 +343,15 @@ def test_seeds_give_other_weights_and_other_pairs_and_every_part_learns(dataset,
     first = "mask_finder.0.weight"
     assert not torch.allclose(starts[0][0][first], starts[2][0][first], atol=1e-2)
     pairs = PairSet(dataset, space="latents")
-    drawn = [pairs.draw(8, seed=seed, step=0, process_index=0, processes=1) for seed in (0, 0, 1)]
-    assert torch.equal(drawn[0], drawn[1])
-    assert not torch.equal(drawn[0], drawn[2])
+    for processes in (1, 2):
+        for seed in (0, 1):
+            draw = draw_from(pairs, Recipe(seed=seed, batch_size=4), processes=processes)
+            for step, process in ((0, 0), (1, processes - 1)):
+                share = {"process_index": process, "processes": processes}
+                expected = pairs.pairs(pairs.draw(4, seed=seed, step=step, **share))
+                assert all(map(torch.equal, draw(step, process), expected))
+    drawn = [pairs.draw(8, seed=seed, step=0) for seed in (0, 1)]
+    assert not torch.equal(*drawn)
 
 
 def test_logs_forget_what_came_after_the_checkpoint(tmp_path):

@@ -1,9 +1,8 @@
-"""What a pipeline folder may name: no code, and only classes that the pipeline takes, of modules imported already."""
+"""What a pipeline folder may name: only classes that the pipeline takes, of modules imported already."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,12 +15,9 @@ from diffusers import SchedulerMixin
 from milo_latent.checks import shortened
 from milo_latent.structure import read_json
 
-# settings by which diffusers or transformers fetch code, or choose classes of other libraries to unpack weights
-CODE_SETTINGS = frozenset({"auto_map", "attn_implementation", "_attn_implementation", "quantization_config"})
-
 
 def check_allowed(folder: Path, pipeline: type, components: Mapping[str, tuple[type, ...]]) -> None:
-    """Check a pipeline folder before anything in it is loaded. Nothing is imported.
+    """Check what a pipeline folder names before anything in it is loaded. Nothing is imported.
 
     Args:
         folder: with `model_index.json`.
@@ -29,13 +25,8 @@ def check_allowed(folder: Path, pipeline: type, components: Mapping[str, tuple[t
         components: the classes that each component may have. An enumeration stands for any scheduler.
 
     Raises:
-        ValueError: if the folder holds Python files, names another class, or has a setting that would run code.
+        ValueError: if it names another class.
     """
-    for path in (*folder.glob("*"), *folder.glob("*/*")):
-        if path.suffix.lower() == ".py":
-            raise ValueError(
-                f"Expected a model without code, got {path}. Nothing of it was run. Remove it if the model needs none."
-            )
     index = read_json(folder / "model_index.json")
     pipeline_name = index.get("_class_name")
     if pipeline_name not in [each.__name__ for each in pipeline.__mro__]:
@@ -47,19 +38,6 @@ def check_allowed(folder: Path, pipeline: type, components: Mapping[str, tuple[t
                 f"Expected the {shortened(name)} in {folder} to be of a class that {pipeline.__name__} takes and "
                 f"that is imported already, got {shortened(value)}. Nothing of it was run."
             )
-    for path in folder.glob("*/*config.json"):
-        found = CODE_SETTINGS & _names(path)
-        if found:
-            raise ValueError(f"Expected a model without code, got the settings {sorted(found)} in {path}. Remove them.")
-
-
-def _names(path: Path) -> set[str]:
-    """Return the names in the object in a JSON file, at any depth."""
-    read_json(path)  # refuses anything but an object
-    names: set[str] = set()
-    text = path.read_text(encoding="utf-8")
-    json.loads(text, object_pairs_hook=lambda pairs: names.update(name for name, _ in pairs))
-    return names
 
 
 def _is_allowed(value: Any, classes: tuple[type, ...]) -> bool:

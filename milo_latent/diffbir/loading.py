@@ -53,13 +53,13 @@ class FolderMixin:
 
         Raises:
             FileNotFoundError: if there is no such folder, nor such a repository on the hub or in its cache.
-            ValueError: if a file in it is damaged, asks for what its weights cannot fill, or would run code, as of
-                `check_allowed`, or if weights are missing.
+            ValueError: if a file in it is damaged, asks for what its weights cannot fill, or would run code, if it
+                names other classes, as of `check_allowed`, or if weights are missing.
         """
         folder = _folder_of(pretrained_model_name_or_path, kwargs)
-        check_allowed(folder, cls, cls._get_signature_types())  # type: ignore[attr-defined]
         for part in (folder, *(path for path in sorted(folder.iterdir()) if path.is_dir())):
             check_model_folder(part)
+        check_allowed(folder, cls, cls._get_signature_types())  # type: ignore[attr-defined]
         stored = read_prompt_embeds(folder)
         kwargs["use_safetensors"] = True
         with refusing_damage(f"Expected a pipeline in {folder}"):

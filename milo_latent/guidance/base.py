@@ -116,7 +116,7 @@ class Guide(PipelineCallback):
                 hook.remove(self)
         elif not hook or self not in hook.guides:
             message = "As a plain callback a guide acts from the second step on. Use `guide.attach(pipe)`."
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message, stacklevel=stacklevel_of_caller())
             self._attach(pipeline, done=step_index + 1)
         return callback_kwargs
 

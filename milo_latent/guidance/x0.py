@@ -16,7 +16,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from milo_latent.checks import check_choice, check_range
+from milo_latent.checks import check_choice, check_range, stacklevel_of_caller
 from milo_latent.guidance.coefficients import StepCoefficients, Timestep, scheduler_family, step_coefficients
 from milo_latent.latents.spaces import pack_latents, unpack_latents
 
@@ -94,7 +94,7 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
         warnings.warn(
             f"{name} has {' and '.join(active)} on, which clips the clean estimate after guidance; latents reach "
             f"beyond that range. Switch it off: pipe.scheduler = {name}.from_config(pipe.scheduler.config, {off}).",
-            stacklevel=4,
+            stacklevel=stacklevel_of_caller(),
         )
 
 

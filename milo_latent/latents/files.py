@@ -24,7 +24,7 @@ from milo_latent.latents.codec import check_tile, decode_latents, encode_image, 
 from milo_latent.latents.spaces import KINDS, VAE, LatentSpace
 from milo_latent.provenance import weights_digest
 from milo_latent.resources import find_weights
-from milo_latent.structure import check_model_folder, read_json, refusing_damage
+from milo_latent.structure import open_network, read_json
 
 
 def vae_folder(source: str | Path) -> Path:
@@ -52,17 +52,10 @@ def load_vae(source: str | Path) -> VAE:
         ValueError: if the VAE is of an unknown class, damaged or incomplete.
     """
     folder = vae_folder(source)
-    check_model_folder(folder)
     name = read_json(folder / "config.json").get("_class_name")
     if not isinstance(name, str) or name not in KINDS:
         raise ValueError(f"Expected a VAE of the classes {sorted(KINDS)} in {folder}, got {shortened(name)}.")
-    with refusing_damage(f"Expected the weights of a VAE in {folder}"):
-        vae, info = getattr(diffusers, name).from_pretrained(
-            folder, output_loading_info=True, torch_dtype=torch.float32, use_safetensors=True
-        )
-    if info["missing_keys"]:
-        raise ValueError(f"Expected every weight of a VAE in {folder}, missing: {', '.join(info['missing_keys'][:4])}.")
-    return vae.eval().requires_grad_(False)
+    return open_network(getattr(diffusers, name), folder).eval().requires_grad_(False)
 
 
 @torch.inference_mode()

@@ -21,6 +21,7 @@ from milo_latent.metric.network import MILO
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
 from milo_latent.programs import run_program
 from milo_latent.resources import find_weights, sha256
+from milo_latent.structure import open_network
 
 PARTS = {"vae": AutoencoderTiny, "cleaner": ResidualCleaner, "join": FidelityJoin}  # by the options of the command
 SHAPE = {  # of UNet and IRControlNet alike, whose features are added; they attend to nothing and take no prompt
@@ -64,16 +65,15 @@ def nano_controlnet(channels: int = 4) -> IRControlNet:
 
 def read_parts(options: argparse.Namespace) -> dict[str, Any]:
     """Return the components of a pipeline that the options of the command name."""
-    safe = {"use_safetensors": True}
     parts: dict[str, Any] = {}
     for name, part_class in PARTS.items():
         if getattr(options, name) is not None:
-            parts[name] = part_class.from_pretrained(getattr(options, name), **safe)
+            parts[name] = open_network(part_class, getattr(options, name))
     if options.metric is not None:
         parts["metric"] = MILO.from_pretrained(options.metric)
     if options.restorer is not None:
-        parts["unet"] = UNet2DConditionModel.from_pretrained(options.restorer / "unet", **safe)
-        parts["controlnet"] = IRControlNet.from_pretrained(options.restorer / "controlnet", **safe)
+        parts["unet"] = open_network(UNet2DConditionModel, options.restorer / "unet")
+        parts["controlnet"] = open_network(IRControlNet, options.restorer / "controlnet")
         parts["scheduler"] = DDIMScheduler.from_pretrained(options.restorer / "scheduler")
     return parts
 

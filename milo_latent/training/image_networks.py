@@ -13,7 +13,7 @@ from milo_latent.checkpoints import read_checkpoint
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner
 from milo_latent.extras import import_extra
 from milo_latent.files import write_safetensors
-from milo_latent.structure import refusing_damage
+from milo_latent.structure import open_network, refusing_damage
 from milo_latent.training.growing import grow_cleaner
 
 OWN = "ResidualCleaner"
@@ -66,7 +66,7 @@ def load_initial(network: nn.Module, source: Path) -> None:
     if not source.exists():
         raise FileNotFoundError(f"Expected weights to start from, got {source}, which does not exist.")
     if isinstance(network, ResidualCleaner):
-        grow_cleaner(ResidualCleaner.from_pretrained(source, use_safetensors=True).float(), network)
+        grow_cleaner(open_network(ResidualCleaner, source), network)
         return
     state = read_checkpoint(source)
     with refusing_damage(f"Expected weights of the same network in {source}"):

@@ -18,6 +18,7 @@ from milo_latent.latents.codec import decode_latents, encode_image, latents_spre
 from milo_latent.latents.spaces import LatentSpace
 from milo_latent.pictures import round_to_8bit
 from milo_latent.programs import run_program
+from milo_latent.structure import open_network
 from milo_latent.training.data.crops import ImageCrops, list_images
 from milo_latent.training.data.fingerprints import source_digest
 from milo_latent.training.engine.loop import add_run_options, fit, run_config, training_state
@@ -174,12 +175,10 @@ def _open_autoencoder(options: argparse.Namespace) -> AutoencoderTiny:
     """Return the autoencoder that is trained, its encoder frozen if that was asked for."""
     if options.freeze_encoder and options.start is None:
         raise ValueError("Expected --start with --freeze-encoder: an encoder with random weights is of no use.")
-    if options.start is not None and not (options.start / "config.json").is_file():
-        raise FileNotFoundError(f"Expected the folder of an autoencoder, got {options.start}, without config.json.")
     if options.start is None:
         vae = nano_autoencoder(options.latent_channels, options.downsampling)
     else:
-        vae = AutoencoderTiny.from_pretrained(options.start, use_safetensors=True).float()
+        vae = open_network(AutoencoderTiny, options.start)
     vae.encoder.requires_grad_(not options.freeze_encoder)
     return vae.train().to(memory_format=torch.channels_last)
 

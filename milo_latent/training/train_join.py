@@ -27,6 +27,7 @@ from milo_latent.programs import run_program
 from milo_latent.resources import find_weights
 from milo_latent.restoration.restorer import load_restorer
 from milo_latent.restoration.settings import RestorationSettings
+from milo_latent.structure import open_network
 from milo_latent.training.data.crops import ImageCrops, list_images, spread_over
 from milo_latent.training.data.degradations import DEGRADATIONS, Degradation, draw_degraded
 from milo_latent.training.data.fingerprints import source_digest
@@ -194,7 +195,7 @@ def open_pipeline(options: argparse.Namespace) -> DiffBIRPipeline:
     """
     pipe = load_restorer(options.model, device=str(training_state().device))
     if options.cleaner is not None:
-        cleaner = ResidualCleaner.from_pretrained(options.cleaner, use_safetensors=True).float().requires_grad_(False)
+        cleaner = open_network(ResidualCleaner, options.cleaner).requires_grad_(False)
         pipe.register_modules(cleaner=cleaner.to(pipe.device))
     pipe.register_modules(join=None)
     pipe.set_progress_bar_config(disable=True)
@@ -212,7 +213,7 @@ def train(options: argparse.Namespace) -> JoinLoss:
     torch.manual_seed(options.seed)
     join = FidelityJoin(**options.network_options)
     if options.start is not None:
-        join = FidelityJoin.from_pretrained(options.start, use_safetensors=True).float()
+        join = open_network(FidelityJoin, options.start)
     join.train().to(memory_format=torch.channels_last)
     crops = ImageCrops(options.images, crop_size=options.crop_size, seed=options.seed)
     draw = draw_degraded(crops, options.batch_size, DEGRADATIONS[options.degradation])
