@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import tempfile
@@ -30,7 +29,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         OSError: if writing fails, such as on a full disk; an older file at `path` is untouched then.
     """
     check_output_folder(path)
-    _remove_leftovers_once(path.parent.absolute())
+    if path.parent.absolute() not in _rid:  # listing a large folder for each of its files takes long
+        remove_leftovers(path.parent)
     handle, name = tempfile.mkstemp(prefix=PREFIX, suffix=path.suffix, dir=path.parent)
     partial = Path(name)
     os.close(handle)
@@ -87,7 +87,11 @@ def _held(path: Path) -> Iterator[None]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files and folders of processes that were killed; those of running processes are locked."""
+    """Remove temporary files and folders of processes that were killed; those of running processes are locked.
+
+    Processes that share a folder do so before any of them writes, since a file is locked only after it was made.
+    """
+    _rid.add(folder.absolute())
     for path in [] if fcntl is None else folder.glob(f"{PREFIX}*"):
         with suppress(OSError):
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -98,7 +102,7 @@ def remove_leftovers(folder: Path) -> None:
                 os.close(handle)
 
 
-_remove_leftovers_once = functools.cache(remove_leftovers)  # listing a large folder for each of its files takes long
+_rid: set[Path] = set()  # folders in which this process has looked for leftovers
 
 
 def check_output_folder(path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,10 @@ import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from milo_latent.atomic import check_output_folder, remove_leftovers, write_atomically, write_bytes
+from milo_latent.atomic import check_output_folder, write_atomically, write_bytes
 from milo_latent.checks import check_file, check_finite, shortened
 from milo_latent.pictures import from_8bit, picture_to_tensor, to_8bit
-from milo_latent.processes import gather, process_index, share
-from milo_latent.provenance import FolderRecord
 from milo_latent.structure import DTYPES, open_safetensors, refusing_damage
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
@@ -283,10 +280,15 @@ def list_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"Expected a folder, got {folder}, which is not a folder.")
-    paths = [path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith(".")]
+    paths = [path for path in folder.iterdir() if path.suffix.lower() in suffixes and not is_hidden(Path(path.name))]
     if not paths:
         raise FileNotFoundError(f"Expected files of {sorted(suffixes)} in {folder}, found none.")
     return sorted(paths)
+
+
+def is_hidden(path: Path) -> bool:
+    """Return whether a file, or one of the folders in its relative path, is hidden, such as macOS's `._photo.jpg`."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def list_named_files(folder: Path, suffixes: frozenset[str]) -> tuple[dict[str, Path], dict[Path, str]]:
@@ -317,62 +319,3 @@ def files_failed(summary: str, lines: list[str]) -> ValueError:
     for line in lines:
         error.add_note(line)
     return error
-
-
-def process_folder(
-    folder: Path,
-    output: Path,
-    work: Callable[[Path, Path], object],
-    *,
-    made: Mapping[str, Any],
-    inputs: frozenset[str],
-    suffix: str,
-    unit: str,
-) -> tuple[int, int]:
-    """Call `work(path, result)` for every file of a folder that has no result yet, or one made of something else.
-
-    A file beside `output`, `OUTPUT.record`, tells of what each result was made. Warns of results that are made anew.
-    Several processes (`milo_latent.processes`) share the files; all return the same, and the main one
-    tells of failures.
-
-    Args:
-        folder: the folder of the files.
-        output: the folder of the results, made if it is missing; a result has the name of its file, with `suffix`.
-        work: may raise ValueError, FileNotFoundError or MemoryError; the other files are processed all the same.
-        made: what all results depend on beside their files, such as settings, as values that JSON can hold.
-        inputs: the suffixes of the files.
-        suffix: the suffix of the results, such as "png".
-        unit: what messages call the files, in the plural.
-
-    Returns:
-        How many files were processed, and how many had a result already.
-
-    Raises:
-        FileNotFoundError: if the folder holds no such file.
-        ValueError: at the end, with a note for each file that failed or that shares its name with another.
-    """
-    named, refused = list_named_files(folder, inputs)
-    failed = list(refused.values())
-    output.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(output)
-    results = {path: output / f"{name}.{suffix}" for name, path in named.items()}
-    record = FolderRecord(output, dict(made))
-    left = [path for path in results if not record.is_current(results[path], path)]
-    if process_index() == 0:
-        record.tell_of_others(results[path] for path in left)
-    mine, count = share(left)
-    broken = []
-    with tqdm(mine, unit="file", disable=len(mine) < 2 or process_index() > 0) as shown:
-        for path in shown:
-            try:
-                with record.making(results[path], path):
-                    work(path, results[path])
-            except (ValueError, FileNotFoundError, MemoryError) as error:  # a full disk stops the run
-                broken.append(f"{path.name}: {error}")
-    broken = gather(broken)
-    record.take_parts()
-    failed += broken
-    done, skipped = count - len(broken), len(results) - count
-    if failed and process_index() == 0:
-        raise files_failed(f"{done} {unit} of {folder} -> {output} ({skipped} were there already)", failed)
-    return done, skipped

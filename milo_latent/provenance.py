@@ -81,9 +81,11 @@ class FolderRecord:
     Args:
         folder: of the results.
         made: what all results depend on, such as settings and the digest of weights.
+        overwrites: whether every result is made anew, even in place of files that the record does not know.
     """
 
-    def __init__(self, folder: Path, made: Entry) -> None:
+    def __init__(self, folder: Path, made: Entry, *, overwrites: bool = False) -> None:
+        self.folder, self.overwrites = folder, overwrites
         folder = folder.resolve()
         place = folder.parent if os.access(folder.parent, os.W_OK) else folder
         self.path, self.made = place / f"{folder.name}.record", made
@@ -98,12 +100,13 @@ class FolderRecord:
 
     def is_current(self, result: Path, source: Path) -> bool:
         """Return whether a result is there and was made of the file `source` as it is now, and as all others are."""
-        return result.exists() and self.entries.get(result.name) == self._entry(result, source)
+        entry = self.entries.get(self._name(result))
+        return not self.overwrites and result.exists() and entry == self._entry(result, source)
 
     def tell_of_others(self, results: Iterable[Path]) -> None:
         """Warn of the results among these that are made anew, since they were made of something else."""
-        others = [result.name for result in results if result.exists() and result.name in self.entries]
-        if others:
+        others = [self._name(each) for each in results if each.exists() and self._name(each) in self.entries]
+        if others and not self.overwrites:
             changed = {key for name in others for key in self.made if self.entries[name].get(key) != self.made[key]}
             reasons = ", ".join(sorted(changed)) or "the files they were made of"
             names = ", ".join(others[:4]) + (", ..." if len(others) > 4 else "")
@@ -116,17 +119,21 @@ class FolderRecord:
         Raises:
             ValueError: if there is a file of this name that the record does not know; it may be someone's own.
         """
-        if result.exists() and result.name not in self.entries:
+        if not self.overwrites and result.exists() and self._name(result) not in self.entries:
             raise ValueError(
-                f"Expected {result} to be a result that {self.path} tells of. Move it, or choose a folder."
+                f"Expected {result} to be a result that {self.path} tells of. --overwrite replaces it, --skip-existing "
+                "leaves it as it is."
             )
         entry = self._entry(result, source)
-        self._append("\n" + format_entry({"result": result.name}))  # a line that a killed process left ends here
+        self._append("\n" + format_entry({"result": self._name(result)}))  # a line that a killed process left ends here
         yield
         self._append(format_entry(entry))
 
     def _entry(self, result: Path, source: Path) -> Entry:
-        return {"result": result.name, "input": file_stamp(source), **self.made}
+        return {"result": self._name(result), "input": file_stamp(source), **self.made}
+
+    def _name(self, result: Path) -> str:
+        return result.relative_to(self.folder).as_posix()
 
     def _append(self, text: str) -> None:
         with own_part(self.path).open("a", encoding="utf-8") as file:

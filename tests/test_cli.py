@@ -1,5 +1,7 @@
 """The command line: right results for odd inputs, one clear line and a non-zero exit for bad ones."""
 
+import io
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +13,9 @@ from official_checkpoints import official_metric_file
 from PIL import Image
 
 from milo_latent.cli import main
+from milo_latent.cli.common import TILE
 from milo_latent.files import read_image, read_latents, read_latents_metadata, write_latents
+from milo_latent.latents.codec import SMALLEST_TILE
 from milo_latent.metric.loading import OFFICIAL
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
 from milo_latent.testing import latent_pair, tiny_metric, tiny_pipeline
@@ -270,12 +274,15 @@ def test_a_model_that_does_not_exist_is_named(photo, capsys):
 def test_a_failed_write_leaves_the_old_file(restore, photo, tmp_path, monkeypatch, capsys):
     output = tmp_path / "out.png"
     output.write_bytes(b"old")
+    assert restore(photo, "-o", output) == 1
+    told = one_error_line(capsys)
+    assert "out.png, which exists. --overwrite replaces it, --skip-existing leaves it" in told
 
     def full(self, *args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    assert restore(photo, "-o", output) == 1
+    assert restore(photo, "-o", output, "--overwrite") == 1
     assert "No space left" in one_error_line(capsys)
     assert output.read_bytes() == b"old"
     assert {path.name for path in tmp_path.iterdir()} == {"photo.png", "out.png"}
@@ -303,7 +310,11 @@ def test_version(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
     assert caught.value.code == 0
-    assert capsys.readouterr().out.strip() == f"milo-latent {__version__}"
+    lines = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["milo-latent"] == __version__
+    assert lines["torch"] == torch.__version__
+    assert lines.keys() == {"milo-latent", "torch", "diffusers", "python", "devices"}
+    assert "cpu (" in lines["devices"]
 
 
 @pytest.mark.parametrize("suffix", ["npy", "safetensors"])
@@ -352,3 +363,200 @@ def test_score_refuses_mixtures(photo, tmp_path, capsys):
     write_latents(tmp_path / "a.npy", torch.rand(1, 4, 16, 16))
     assert main(["score", "--ref", str(photo), "--dist", str(tmp_path / "a.npy")]) == 1
     assert "two images or two latent files" in one_error_line(capsys)
+
+
+def test_results_that_are_there_are_replaced_or_left_as_asked(restore, photo, tmp_path, capsys):
+    output = tmp_path / "out.png"
+    output.write_bytes(b"old")
+    assert restore(photo, "-o", output, "--skip-existing") == 0
+    assert capsys.readouterr().out == f"restore: nothing to do, {output} is there already\n"
+    assert output.read_bytes() == b"old"
+    assert restore(photo, "-o", output, "--overwrite") == 0
+    assert read_image(output).shape == (1, 3, 45, 61)
+    with pytest.raises(SystemExit):
+        main(["restore", str(photo), "--overwrite", "--skip-existing"])
+
+
+def test_several_photos_patterns_and_folders_need_a_folder_for_their_results(
+    restore, photo, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("2023/a.png", "2024/a.png", "2024/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(photo.read_bytes())
+    for inputs in (["photo.png", "2023"], ["20*/*.png"]):
+        assert restore(*inputs) == 1
+        assert "Expected -o FOLDER for the results of several photos" in one_error_line(capsys)
+    assert restore("photo.png", "2024", "-o", "out") == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("denoise: 2 photos of photo.png, 2024 -> out (0 were there already, ")
+    assert told[1] == "skipped 1 (none of .bmp, .jpeg, .jpg, .png, .tif, .tiff, .webp): notes.txt"
+    assert restore("20*/*.png", "-o", "out") == 0
+    assert sorted(map(str, (tmp_path / "out").rglob("*.png"))) == [
+        str(tmp_path / "out" / name) for name in ("2023/a.png", "2024/a.png", "a.png", "photo.png")
+    ]
+    assert restore("2024", "-r", "-o", "out/") == 0
+    assert "1 were there already" in capsys.readouterr().out
+
+
+class Pipe:
+    """A standard stream of bytes."""
+
+    def __init__(self, content=b"", terminal=False):
+        self.buffer, self.terminal = io.BytesIO(content), terminal
+
+    def isatty(self):
+        return self.terminal
+
+
+def test_a_photo_comes_from_standard_input_and_goes_to_standard_output(
+    restore, model, photo, tmp_path, monkeypatch, capsys
+):
+    assert restore(photo, "-o", tmp_path / "whole.png") == 0
+    capsys.readouterr()
+    for inputs, output in (["-"], []), ([photo], ["-o", "-"]):
+        monkeypatch.setattr(sys, "stdin", Pipe(photo.read_bytes()))
+        monkeypatch.setattr(sys, "stdout", out := Pipe())
+        assert restore(*inputs, *output) == 0
+        assert out.buffer.getvalue() == (tmp_path / "whole.png").read_bytes()
+        assert f"denoise: {inputs[0]} -> - (61x45 to 61x45, " in capsys.readouterr().err  # the line
+    for kind in ("npy", "safetensors"):  # which decode tells apart
+        monkeypatch.setattr(sys, "stdout", latents := Pipe())
+        assert main(["encode", str(photo), "-o", "-", "--model", model, "--format", kind]) == 0
+        monkeypatch.setattr(sys, "stdin", Pipe(latents.buffer.getvalue()))
+        monkeypatch.setattr(sys, "stdout", io.StringIO())
+        assert main(["decode", "-", "-o", str(tmp_path / f"{kind}.png"), "--model", model]) == 0
+        assert read_image(tmp_path / f"{kind}.png").shape[2:] == ((48, 64) if kind == "npy" else (45, 61))
+
+
+def test_streams_that_cannot_be_used_are_refused(restore, photo, tmp_path, monkeypatch, capsys):
+    assert restore("-", photo, "-o", tmp_path / "out") == 1
+    assert "Expected one file with -" in one_error_line(capsys)
+    (tmp_path / "photos").mkdir()
+    assert restore(tmp_path / "photos", "-o", "-") == 1
+    assert "Expected one file with -" in one_error_line(capsys)
+    monkeypatch.setattr(sys, "stdout", Pipe(terminal=True))
+    assert restore(photo, "-o", "-") == 1
+    assert "got a terminal" in one_error_line(capsys)
+    monkeypatch.setattr(sys, "stdin", Pipe(b"no image"))
+    monkeypatch.setattr(sys, "stdout", out := Pipe())
+    assert restore("-") == 1
+    assert "standard-input, which is damaged" in one_error_line(capsys)
+    assert out.buffer.getvalue() == b""
+
+
+def test_quiet_prints_nothing_but_errors(restore, photo, tmp_path, capfd):
+    (tmp_path / "photos").mkdir()
+    for name in "ab":
+        (tmp_path / "photos" / f"{name}.png").write_bytes(photo.read_bytes())
+    capfd.readouterr()
+    assert restore(tmp_path / "photos", "--quiet") == 0
+    assert restore(photo, "--quiet") == 0
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "photo/s" not in captured.err
+    assert "it/s" not in captured.err
+    assert restore(photo, "--quiet") == 1
+    assert "--overwrite" in capfd.readouterr().err
+
+
+def told(capsys):
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_tells_what_was_read_written_left_out_and_failed(restore, model, photo, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.png").write_bytes(photo.read_bytes())
+    (photos / "broken.png").write_bytes(b"no image")
+    (photos / "notes.txt").touch()
+    assert restore(photos, "-o", tmp_path / "out", "--json", "--seed", "3") == 1
+    answer = told(capsys)
+    assert answer["command"] == "restore"
+    assert answer["inputs"] == [str(photos / "a.png")]
+    assert answer["outputs"] == [str(tmp_path / "out" / "a.png")]
+    assert (answer["settings"]["seed"], answer["settings"]["task"]) == (3, "denoise")
+    assert answer["seconds"] > 0
+    assert [each["input"] for each in answer["skipped"]] == [str(photos / "notes.txt")]
+    assert [each["input"] for each in answer["failed"]] == [str(photos / "broken.png")]
+    assert "complete image" in answer["failed"][0]["reason"]
+    for command, output in (("encode", "a.npy"), ("decode", "b.png")):
+        source = photo if command == "encode" else tmp_path / "a.npy"
+        assert main([command, str(source), "-o", str(tmp_path / output), "--model", model, "--json"]) == 0
+        answer = told(capsys)
+        assert (answer["inputs"], answer["outputs"]) == ([str(source)], [str(tmp_path / output)])
+        assert answer["settings"]["model"] == model
+    for command in (["weights", "list"], ["weights", "info", "nano"]):
+        assert main([*command, "--json"]) == 0
+        assert told(capsys).keys() >= {"inputs", "outputs", "settings", "seconds", "skipped", "failed"}
+
+
+def test_score_takes_two_files_and_tells_error_and_mos_in_json(model, tmp_path, capsys):
+    for name, latents in zip(("a", "b"), latent_pair(), strict=True):
+        write_latents(tmp_path / f"{name}.npy", latents)
+    files, table = [str(tmp_path / "a.npy"), str(tmp_path / "b.npy")], tmp_path / "t.csv"
+    assert main(["score", *files, "--weights", model, "--json", "--csv", str(table)]) == 0
+    answer = told(capsys)
+    expected = tiny_metric()(ref=latent_pair()[0], dist=latent_pair()[1]).item()
+    assert answer["mean"]["error"] == pytest.approx(expected)
+    assert 0 < answer["mean"]["mos"] < 5
+    assert answer["pairs"][0].keys() == {"name", "error", "mos"}
+    assert (answer["inputs"], answer["outputs"]) == (files, [str(table)])
+    assert main(["score", "--ref", files[0], "--dist", files[1], "--weights", model]) == 0
+    assert f"error {expected:.10f}" in capsys.readouterr().out
+    assert main(["score", *files[::-1], "--weights", model]) == 0
+    assert f"error {expected:.10f}" not in capsys.readouterr().out
+    for wrong in ([files[0]], ["--ref", files[0]], ["--dist", files[0]]):
+        assert main(["score", *wrong, "--weights", model]) == 1
+        assert "milo-latent score REF DIST" in one_error_line(capsys)
+
+
+def test_tables_and_maps_that_are_there_are_refused_left_or_replaced(model, tmp_path, capsys):
+    for name, latents in zip(("a", "b"), latent_pair(), strict=True):
+        write_latents(tmp_path / f"{name}.npy", latents)
+    command = ["score", str(tmp_path / "a.npy"), str(tmp_path / "b.npy"), "--weights", model]
+    for option, name in (("--csv", "t.csv"), ("--map", "m.png")):
+        output = tmp_path / name
+        output.write_bytes(b"mine")
+        assert main([*command, option, str(output)]) == 1
+        assert f"{name}, which exists. --overwrite replaces it" in one_error_line(capsys)
+        assert main([*command, option, str(output), "--skip-existing"]) == 0
+        assert capsys.readouterr().out == f"score: nothing to do, {output} is there already\n"
+        assert output.read_bytes() == b"mine"
+        assert main([*command, option, str(output), "--overwrite"]) == 0
+        assert output.read_bytes() != b"mine"
+
+
+@pytest.mark.parametrize("command", ["encode", "score"])
+def test_devices_and_dtypes_are_those_that_are_asked_for(model, photo, tmp_path, capsys, command):
+    write_latents(tmp_path / "a.npy", torch.randn(1, 4, 16, 16))
+    if command == "encode":
+        arguments, output = ["encode", str(photo), "-o"], "half.npy"
+        assert main([*arguments, str(tmp_path / "a8.npy"), "--model", model]) == 0
+        assert main([*arguments, str(tmp_path / output), "--model", model, "--dtype", "bfloat16"]) == 0
+        half, whole = read_latents(tmp_path / output), read_latents(tmp_path / "a8.npy")
+        assert not torch.equal(half, whole)
+        assert torch.allclose(half, whole, atol=0.1 * whole.abs().max().item())
+        arguments = [*arguments, str(tmp_path / "b.npy"), "--model", model]
+    else:
+        arguments = ["score", str(tmp_path / "a.npy"), str(tmp_path / "a.npy"), "--weights", model]
+        assert main([*arguments, "--dtype", "bfloat16", "--device", "cpu"]) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--device", "abacus"]) == 1
+    assert "got 'abacus'" in one_error_line(capsys)
+
+
+def test_help_names_the_least_tile():
+    assert f"at least {SMALLEST_TILE}" in TILE
+
+
+def test_the_list_of_weights_says_what_each_is_for(capsys):
+    assert main(["weights", "list"]) == 0
+    text = capsys.readouterr().out
+    for words in (
+        "milo-image  A MILO_I (for images)",
+        "Stable Diffusion 1.x and 2.x",
+        "nano  A complete, small restoration",
+    ):
+        assert words in text
+    assert text.count("\n  ") == 5  # the place of each

@@ -265,8 +265,21 @@ def test_what_a_killed_process_left_is_removed_and_what_is_written_now_stays(tmp
         assert not left.exists()
         assert held.exists()
         os.close(handle)
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / f"{PREFIX}left").touch()
+    write_text(folder / "a.txt", "text")
+    assert [path.name for path in folder.iterdir()] == ["a.txt"]
+    (folder / f"{PREFIX}not-yet-locked").touch()  # of another process, which began to write after this one has looked
+    write_text(folder / "b.txt", "text")
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_what_a_run_has_looked_through_is_not_looked_through_again_while_others_write(tmp_path):
+    remove_leftovers(tmp_path)
+    (tmp_path / f"{PREFIX}not-yet-locked").touch()
     write_text(tmp_path / "a.txt", "text")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_files_and_folders_are_held_while_they_are_written(tmp_path):

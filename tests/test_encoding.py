@@ -50,8 +50,11 @@ def test_a_large_photo_goes_there_and_back_in_tiles(model, tmp_path, capsys):
     images = [read_image(tmp_path / f"{name}.png") for name in ("whole", "tiles")]
     assert images[0].shape == (1, 3, 330, 401)
     assert (images[0] - images[1]).abs().max() <= 1.01 / 255
-    assert main(["encode", str(tmp_path / "large.png"), "-o", files[0], "--model", model, "--tile", "100"]) == 1
-    assert "multiple of 8 of at least 320" in capsys.readouterr().err
+    assert (
+        main(["encode", str(tmp_path / "large.png"), "-o", files[0], "--model", model, "--tile", "100", "--overwrite"])
+        == 1
+    )
+    assert "`tile` of at least 320" in capsys.readouterr().err
 
 
 def test_an_interrupted_folder_is_resumed(model, photos, tmp_path, capsys):
@@ -75,7 +78,7 @@ def test_a_damaged_photo_is_named_and_the_others_are_encoded(model, photos, tmp_
     assert sorted(path.name for path in (tmp_path / "latents").iterdir()) == ["0.safetensors", "2.safetensors"]
     assert main([*arguments, "--tile", "100"]) == 1
     assert "failed" not in (error := capsys.readouterr().err)  # refused before the first photo
-    assert "multiple of 8 of at least 320 pixels, got 100" in error
+    assert "`tile` of at least 320 pixels, got 100" in error
 
 
 def test_a_vae_that_lacks_weights_is_refused(model, photos, tmp_path, capsys):

@@ -201,7 +201,7 @@ def test_the_first_stage_takes_no_fidelity_and_default_stages_are_known(joined):
 
 def test_the_shell_names_stage_and_fidelity(joined, photo, tmp_path, capsys):
     joined.save_pretrained(tmp_path / "model")
-    command = ["restore", str(photo), "--model", str(tmp_path / "model"), "--device", "cpu"]
+    command = ["restore", str(photo), "--model", str(tmp_path / "model"), "--device", "cpu", "--overwrite"]
     assert main([*command, "--stage", "join", "--fidelity", "0.5"]) == 0
     assert "stage join, fidelity 0.5)" in capsys.readouterr().out
     assert main([*command, "--stage", "cleaner"]) == 0

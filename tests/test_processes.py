@@ -82,7 +82,7 @@ def test_two_processes_do_what_one_does_and_what_a_killed_one_left_is_done(photo
     capfd.readouterr()
     (out, errors, code), (silent, more_errors, other_code) = run_in_two(commands("two"))
     assert (code, other_code) == (1, 0), errors + more_errors  # for the damaged photo
-    assert "6 photos of" in errors
+    assert "6 photos of" in errors, errors
     assert errors.count("1b.png: Expected a complete image") == 1
     assert "mean: error" in out
     assert silent == ""

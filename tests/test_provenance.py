@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from milo_latent.cli import main
-from milo_latent.files import process_folder, write_image
+from milo_latent.files import write_image
+from milo_latent.jobs import find_jobs, run_jobs
 from milo_latent.provenance import FolderRecord, weights_digest
 from milo_latent.testing import tiny_metric, tiny_pipeline
 
@@ -26,9 +27,10 @@ def folder(tmp_path):
 def process(folder, made=MADE, work=None):
     """Write what each file holds and what it was made with; return how many were made and how many were there."""
     work = work or (lambda path, result: result.write_text(path.read_text() + json.dumps(made)))
-    return process_folder(
-        folder, folder.parent / "out", work, made=made, inputs=frozenset({".txt"}), suffix="txt", unit="texts"
-    )
+    jobs = find_jobs([folder], folder.parent / "out", suffixes=frozenset({".txt"}), suffix=".txt")
+    report = run_jobs(jobs, work, made=made)
+    assert not report.failed, report.failed
+    return len(report.made), len(report.skipped)
 
 
 def results(folder):
@@ -79,10 +81,11 @@ def test_a_result_of_an_interrupted_work_is_made_anew(folder):
 def test_a_file_that_is_no_result_of_ours_is_not_replaced(folder):
     (folder.parent / "out").mkdir()
     (folder.parent / "out" / "b.txt").write_text("mine")
-    with pytest.raises(ValueError, match="2 texts of"):
-        process(folder)
-    assert results(folder)["b.txt"] == "mine"
-    assert len(results(folder)) == 3
+    jobs = find_jobs([folder], folder.parent / "out", suffixes=frozenset({".txt"}), suffix=".txt")
+    report = run_jobs(jobs, lambda path, result: result.write_text(path.read_text()), made=MADE)
+    assert list(report.failed) == [folder / "b.txt"]
+    assert "--overwrite replaces it, --skip-existing leaves it" in report.failed[folder / "b.txt"]
+    assert results(folder) == {"a.txt": "a", "b.txt": "mine", "c.txt": "c"}
 
 
 def test_a_damaged_record_never_lets_a_stale_result_pass(folder):
@@ -134,7 +137,7 @@ def test_restored_photos_of_another_seed_or_model_are_made_anew(photo, tmp_path,
         told = restore(photos, "-o", str(out), *arguments, model=model)
         assert "0 were there already" in told.out
         assert f"1 results are made anew, as {reason} changed" in told.err
-        restore(photo, "-o", str(tmp_path / "alone.png"), *arguments, model=model)
+        restore(photo, "-o", str(tmp_path / "alone.png"), *arguments, "--overwrite", model=model)
         assert (out / "a.png").read_bytes() == (tmp_path / "alone.png").read_bytes()
     entry = json.loads((tmp_path / "out.record").read_bytes().splitlines()[-1][9:])
     assert entry["input"] == f"a.png {(photos / 'a.png').stat().st_size} {(photos / 'a.png').stat().st_mtime_ns}"

@@ -275,7 +275,7 @@ def test_rows_of_other_folders_are_dropped(folders, weights, tmp_path, capsys):
     other = (tmp_path / "t.csv").read_text()
     elsewhere = {"00": {"weights": "", "ref": "elsewhere", "dist": "elsewhere"}}
     list(ScoreTable(table, made=elsewhere).extend([ScoreRow("00", 9.0, 9.0)]))
-    assert main(["score", "--ref", str(ref), "--dist", str(dist), *common]) == 0
+    assert main(["score", "--ref", str(ref), "--dist", str(dist), *common, "--overwrite"]) == 0
     assert (tmp_path / "t.csv").read_text() == other
 
 
@@ -291,7 +291,7 @@ def interrupted(command, table, monkeypatch):
 
     with monkeypatch.context() as context:
         context.setattr(scoring, "read_input", read)
-        assert main([*command, "--csv", str(table)]) == 130
+        assert main([*command, "--csv", str(table), "--overwrite"]) == 130
     return Path(f"{table}.partial")
 
 
@@ -308,10 +308,10 @@ def test_rows_of_files_that_changed_since_are_scored_anew_and_that_is_said(
         else:
             write_latents(changed, torch.randn(1, 4, 16, 16, generator=generator(9)))
         capsys.readouterr()
-        assert main([*command, "--csv", str(tmp_path / "parts.csv")]) == 0
+        assert main([*command, "--csv", str(tmp_path / "parts.csv"), "--overwrite"]) == 0
         assert "rows of" in (told := capsys.readouterr().err)
         assert "are scored anew" in told
-        assert main([*command, "--csv", str(tmp_path / "whole.csv")]) == 0
+        assert main([*command, "--csv", str(tmp_path / "whole.csv"), "--overwrite"]) == 0
         assert (tmp_path / "parts.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 

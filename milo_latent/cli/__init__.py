@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import sys
+import time
 
 from milo_latent import __version__
 from milo_latent.cli import app, benchmark, convert, decode, encode, restore, score, weights
@@ -26,12 +27,31 @@ Restore photos, steered by MILO in the latent space of a diffusion model, and me
 """
 
 
+class ShowVersions(argparse.Action):
+    """Print the versions of what decides over results, and the devices."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        """Import torch, which takes its time, only now."""
+        import platform
+        from importlib.metadata import version
+
+        import torch
+
+        names = [f"cuda ({torch.cuda.get_device_name(index)})" for index in range(torch.cuda.device_count())]
+        names += ["mps"] if torch.backends.mps.is_available() else []
+        print(
+            f"milo-latent {__version__}\ntorch {torch.__version__}\ndiffusers {version('diffusers')}\n"
+            f"python {platform.python_version()}\ndevices {', '.join([*names, f'cpu ({os.cpu_count()} cores)'])}"
+        )
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="milo-latent", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--version", action="version", version=f"milo-latent {__version__}")
+    parser.add_argument("--version", action=ShowVersions, nargs=0, help="show the versions and the devices, and exit")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     for command in (restore, app, score, encode, decode, benchmark, weights, convert):
         command.add(commands)
@@ -53,9 +73,15 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
     def program() -> None:
+        began = time.perf_counter()
         join_processes(cpu=getattr(options, "device", None) == "cpu")
-        text = options.run(options)
-        if process_index() == 0:
-            print(text)
+        answer = options.run(options)
+        if process_index() > 0:
+            return
+        text = answer.as_json(options.command, time.perf_counter() - began) if options.json else answer.text
+        if text and (options.json or not options.quiet):
+            print(text, file=getattr(options, "stream", sys.stdout))
+        if answer.failure is not None:
+            raise answer.failure
 
     return run_program(program, interrupted="no file is half written; the same command resumes")

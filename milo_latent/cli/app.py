@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from milo_latent.cli.common import add_restorer_options, open_restorer
+from milo_latent.cli.common import Answer, add_answer_options, add_restorer_options, given_options, open_restorer
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -28,9 +28,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument("--max-megabytes", type=int, default=50, metavar="N", help="largest upload (default: 50)")
     command.add_argument("--open", action="store_true", help="open the page in a browser")
+    add_answer_options(command)
 
 
-def run(options: argparse.Namespace) -> str:
+def run(options: argparse.Namespace) -> Answer:
     """Serve the page until it is interrupted."""
     from milo_latent.app.page import import_gradio, serve
     from milo_latent.app.restoring import PhotoRestorer
@@ -55,4 +56,4 @@ def run(options: argparse.Namespace) -> str:
         max_megabytes=options.max_megabytes,
         open_browser=options.open,
     )
-    return "The page is closed."
+    return Answer("The page is closed.", settings=given_options(options))

@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milo_latent.cli.common import TASKS, add_restorer_options, open_restorer
+from milo_latent.cli.common import (
+    TASKS,
+    TILE,
+    Answer,
+    add_answer_options,
+    add_restorer_options,
+    given_options,
+    open_restorer,
+)
 from milo_latent.cli.restore import SCHEDULES, add_diffusion_settings, given_settings
 
 if TYPE_CHECKING:
@@ -44,12 +52,13 @@ def add(commands: argparse._SubParsersAction) -> None:
     option("--task", choices=[each for each in TASKS if each != "unaligned_face"], help="default: sr for x4")
     option("--steps", type=int, help="denoising steps (default: the model's own; else 1, or 4 with guidance)")
     option("--upscale", type=float, help="how much larger (default: that of the degradation or the task)")
-    option("--tile", type=int, help="restore in tiles of this side in pixels, which saves memory")
+    option("--tile", type=int, metavar="PIXELS", help=f"restore in tiles of this side, {TILE}")
     add_diffusion_settings(restore)
+    add_answer_options(restore)
 
 
-def run(options: argparse.Namespace) -> str:
-    """Restore and measure; return the table to print."""
+def run(options: argparse.Namespace) -> Answer:
+    """Restore and measure."""
     from milo_latent.evaluation.figures import open_figures
     from milo_latent.evaluation.reports import format_rows, write_rows
     from milo_latent.evaluation.restoration import RestorationBenchmark, RowTable, printed, summarize
@@ -74,16 +83,31 @@ def run(options: argparse.Namespace) -> str:
     write_rows(options.output / "summary.csv", summaries)
     note = [f"MILO_I: the error E of {judge}; MILO_L: that of the model's metric; ±: standard deviation over seeds"]
     written = f"{len(cases)} degraded photos -> {table.path}, summary.csv and sheets beside it"
-    return "\n".join(
-        [format_rows(printed(summaries, figures)), *left_out, *(note if "milo_i" in figures else []), written]
-    )
+    lines = [format_rows(printed(summaries, figures)), *left_out, *(note if "milo_i" in figures else []), written]
+    return Answer(
+        "\n".join(lines), outputs=[table.path, options.output / "summary.csv"], settings=given_options(options),
+        more={"summary": summaries},
+    )  # fmt: skip
 
 
 def _record(options: argparse.Namespace, pipe: DiffBIRPipeline, judge: str, figures: list[str]) -> dict[str, Any]:
     """Return what a row depends on besides its degradation, photo, setting and seed."""
     from milo_latent import __version__
 
-    table = {"output", "limit", "guidance", "curriculum", "seeds", "sheets", "degradation", "command", "action", "run"}
+    table = {
+        "output",
+        "limit",
+        "guidance",
+        "curriculum",
+        "seeds",
+        "sheets",
+        "degradation",
+        "command",
+        "action",
+        "run",
+        "quiet",
+        "json",
+    }
     given = {name: value for name, value in vars(options).items() if name not in table and value is not None}
     folders = {name: str(given[name].resolve()) for name in ("clean", "degraded") if name in given}
     computed = {"figures": figures, "milo_image": judge, "device": pipe.device.type, "version": __version__}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from milo_latent.cli.common import DTYPES, TASKS, to_dtype
+from milo_latent.cli.common import DTYPES, TASKS, Answer, add_answer_options, given_options, to_dtype
 
 VERSIONS = ["v1", "v2", "v2.1"]
 
@@ -40,10 +40,11 @@ def add(commands: argparse._SubParsersAction) -> None:
             metavar="FOLDER|HUB ID|FILE|none",
             help="CLIP's tokenizer, or bpe_simple_vocab_16e6.txt.gz (default: the hub's; none if that fails)",
         )
+        add_answer_options(action)
 
 
-def run_diffbir(options: argparse.Namespace) -> str:
-    """Convert; return the line to print."""
+def run_diffbir(options: argparse.Namespace) -> Answer:
+    """Convert."""
     from milo_latent.convert.diffbir import convert_diffbir
 
     convert_diffbir(
@@ -58,11 +59,12 @@ def run_diffbir(options: argparse.Namespace) -> str:
         tokenizer=options.tokenizer,
         ignore=options.ignore,
     )
-    return _line(options)
+    inputs = [path for path in (options.sd, options.controlnet, options.cleaner, options.background) if path]
+    return Answer(_line(options), inputs, [options.output], given_options(options))
 
 
-def run_pull(options: argparse.Namespace) -> str:
-    """Fetch and convert; return the lines to print."""
+def run_pull(options: argparse.Namespace) -> Answer:
+    """Fetch and convert."""
     from milo_latent.convert.pull import pull_diffbir
 
     files = pull_diffbir(
@@ -76,7 +78,8 @@ def run_pull(options: argparse.Namespace) -> str:
     size = sum(path.stat().st_size for path in files.values()) / 2**30
     names = ", ".join(path.name for path in files.values())
     folder = files["sd"].parent
-    return f"{_line(options)}\nThe fetched files stay in {folder}: {names} ({size:.1f} GiB); no longer needed."
+    text = f"{_line(options)}\nThe fetched files stay in {folder}: {names} ({size:.1f} GiB); no longer needed."
+    return Answer(text, list(files.values()), [options.output], given_options(options))
 
 
 def _line(options: argparse.Namespace) -> str:

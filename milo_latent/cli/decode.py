@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from milo_latent.cli.common import add_vae_options, hide_loading_bar
+from milo_latent.cli.common import Answer, add_file_options, add_vae_options, open_vae, piped, tell_report
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -13,22 +12,29 @@ def add(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "decode",
         help="decode latents into photos",
-        description="Decode latents, or a folder of them. Files that tell the photo's size give that size back.",
+        description="Decode latents into photos. Files that tell the photo's size give that size back.",
     )
     command.set_defaults(run=run)
-    command.add_argument("input", type=Path, metavar="IN", help="latents (.npy, .safetensors), or folder of them")
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="image, or folder")
+    add_file_options(
+        command, inputs="latents (.npy, .safetensors)", output="an image, a folder of PNG, or - for standard output"
+    )
     add_vae_options(command)
 
 
-def run(options: argparse.Namespace) -> str:
-    """Decode; return the line to print."""
-    from milo_latent.latents.files import decode_file, decode_folder, load_vae
+def run(options: argparse.Namespace) -> Answer:
+    """Decode."""
+    return piped(_decode, ".png")(options)
 
-    hide_loading_bar()
-    vae = load_vae(options.model)
-    if options.input.is_dir():
-        count, skipped = decode_folder(vae, options.input, options.output, tile=options.tile)
-        return f"decode: {count} latents of {options.input} -> {options.output} ({skipped} were there already)"
-    width, height = decode_file(vae, options.input, options.output, tile=options.tile)
-    return f"decode: {options.input} -> {options.output} ({width}x{height})"
+
+def _decode(options: argparse.Namespace) -> Answer:
+    from milo_latent.files import LATENT_SUFFIXES
+    from milo_latent.jobs import find_jobs
+    from milo_latent.latents.files import decode_files
+
+    jobs = find_jobs(
+        options.inputs, options.output, suffixes=LATENT_SUFFIXES, suffix=".png", recursive=options.recursive,
+        existing=options.existing,
+    )  # fmt: skip
+    how = {"tile": options.tile, "progress": not options.quiet}
+    report = decode_files(open_vae(options), jobs, **how) if jobs.results else jobs.idle
+    return tell_report(report, jobs, options, head="decode", unit="latents", told="{0[0]}x{0[1]}".format)

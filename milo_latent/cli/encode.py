@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from milo_latent.cli.common import add_vae_options, hide_loading_bar
+from milo_latent.cli.common import Answer, add_file_options, add_vae_options, open_vae, piped, tell_report
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -13,31 +12,35 @@ def add(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "encode",
         help="encode photos into latents",
-        description="Encode a photo, or a folder of them, into latents. What is in OUT already is left alone if it was "
-        "made of the same files and weights.",
+        description="Encode photos into latents. In a folder of results, those are left alone that were made of the "
+        "same files and weights.",
     )
     command.set_defaults(run=run)
-    command.add_argument("input", type=Path, metavar="IN", help="photo, or folder of photos")
-    command.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="OUT", help=".npy, .safetensors, or folder"
-    )
+    output = "a file (.npy, .safetensors), a folder, or - for standard output"
+    add_file_options(command, inputs="photos", output=output)
     add_vae_options(command)
     command.add_argument(
-        "--format",
-        choices=["npy", "safetensors"],
-        default="safetensors",
-        help="of a folder's files (default: safetensors)",
+        "--format", choices=["npy", "safetensors"], default="safetensors",
+        help="of the files in a folder, and of standard output (default: safetensors)",
+    )  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> Answer:
+    """Encode."""
+    return piped(_encode, f".{options.format}")(options)
+
+
+def _encode(options: argparse.Namespace) -> Answer:
+    from milo_latent.files import IMAGE_SUFFIXES
+    from milo_latent.jobs import find_jobs
+    from milo_latent.latents.files import encode_files
+
+    jobs = find_jobs(
+        options.inputs, options.output, suffixes=IMAGE_SUFFIXES, suffix=f".{options.format}",
+        recursive=options.recursive, existing=options.existing,
+    )  # fmt: skip
+    how = {"vae_name": options.model, "tile": options.tile, "progress": not options.quiet}
+    report = encode_files(open_vae(options), jobs, **how) if jobs.results else jobs.idle
+    return tell_report(
+        report, jobs, options, head="encode", unit="photos", told=lambda shape: ", ".join(map(str, shape))
     )
-
-
-def run(options: argparse.Namespace) -> str:
-    """Encode; return the line to print."""
-    from milo_latent.latents.files import encode_file, encode_folder, load_vae
-
-    hide_loading_bar()
-    vae, how = load_vae(options.model), {"vae_name": options.model, "tile": options.tile}
-    if options.input.is_dir():
-        count, skipped = encode_folder(vae, options.input, options.output, suffix=options.format, **how)
-        return f"encode: {count} photos of {options.input} -> {options.output} ({skipped} were there already)"
-    shape = encode_file(vae, options.input, options.output, **how)
-    return f"encode: {options.input} -> {options.output} {shape}"

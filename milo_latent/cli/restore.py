@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import glob
+import os
 import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milo_latent.cli.common import TASKS, add_restorer_options, open_restorer
+from milo_latent.cli.common import (
+    TASKS,
+    TILE,
+    Answer,
+    add_file_options,
+    add_restorer_options,
+    open_restorer,
+    piped,
+    tell_report,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,16 +33,13 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Add the command to the parser."""
     command = commands.add_parser(
         "restore",
-        help="restore a degraded photo, or a folder of them",
-        description="Restore a degraded photo, or a folder of them. Without --model nothing is downloaded: the "
-        "embedded models are used. Photos of a folder are left alone whose results are there already, made of the same "
-        "files, weights and settings.",
+        help="restore degraded photos",
+        description="Restore degraded photos. Without --model nothing is downloaded: the embedded models are used. In "
+        "a folder of results, those are left alone that were made of the same files, weights and settings.",
     )
     command.set_defaults(run=run)
-    command.add_argument("input", type=Path, metavar="IN", help="the photo, or a folder of photos")
-    command.add_argument(
-        "-o", "--output", type=Path, metavar="OUT", help="the result (default: IN_restored.png, or folder IN_restored)"
-    )
+    output = "an image, a folder of PNG, or - for standard output (default: IN_restored.png, or folder IN_restored)"
+    add_file_options(command, inputs="photos", output=output, required=False)
     add_restorer_options(command)
     _add_settings(command)
     add_diffusion_settings(command)
@@ -46,7 +54,7 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
     add("--steps", type=int, help="denoising steps (default: the model's own; else 1, or 4 with guidance)")
     add("--upscale", type=float, help="how much larger (default: 4 for sr, 2 for unaligned_face, else 1)")
     add("--seed", type=int, default=0, help="the same seed gives the same file (default: 0)")
-    add("--tile", type=int, help="restore in tiles of this side in pixels, such as 512, which saves memory")
+    add("--tile", type=int, metavar="PIXELS", help=f"restore in tiles of this side, {TILE}, which saves memory")
     add("--detector", type=Path, metavar="FILE", help="YuNet's .onnx file, for unaligned_face")
 
 
@@ -65,23 +73,28 @@ def add_diffusion_settings(command: argparse.ArgumentParser) -> None:
     add("--color-fix", choices=["wavelet", "adain", "none"], help="how to take the colors of the cleaned photo")
 
 
-def run(options: argparse.Namespace) -> str:
-    """Restore; return the line to print."""
-    from milo_latent.checks import check_apart
-    from milo_latent.files import IMAGE_SUFFIXES, check_output
-    from milo_latent.restoration.files import restore_file, restore_folder
+def run(options: argparse.Namespace) -> Answer:
+    """Restore."""
+    return piped(_restore, ".png")(options)
+
+
+def _restore(options: argparse.Namespace) -> Answer:
+    from milo_latent.files import IMAGE_SUFFIXES
+    from milo_latent.jobs import find_jobs
+    from milo_latent.restoration.files import restore_files
     from milo_latent.restoration.hints import task_hint
     from milo_latent.restoration.restore import restore
     from milo_latent.restoration.restorer import pipeline_digest
 
-    folder = options.input.is_dir()
-    output = options.output or _beside(options.input, folder=folder)
-    if not folder:
-        if not options.input.is_file():
-            raise FileNotFoundError(f"Expected a photo or a folder, got {options.input}, which does not exist.")
-        check_output(output, IMAGE_SUFFIXES)
-        check_apart(output, options.input)
+    options.output = options.output or _beside(options.inputs)
+    jobs = find_jobs(
+        options.inputs, options.output, suffixes=IMAGE_SUFFIXES, suffix=".png", recursive=options.recursive,
+        existing=options.existing,
+    )  # fmt: skip
+    if not jobs.results:
+        return tell_report(jobs.idle, jobs, options, head="restore", unit="photos", told=str)
     pipe = open_restorer(options)
+    pipe.set_progress_bar_config(disable=options.quiet or jobs.folder is not None, leave=False)
     settings = given_settings(options).resolve(pipe)
     hints: Counter[str] = Counter()
 
@@ -89,17 +102,17 @@ def run(options: argparse.Namespace) -> str:
         hints.update(task_hint(image, settings))
         return restore(image, pipe, settings)
 
+    made = {} if jobs.folder is None else {"weights": pipeline_digest(pipe), **settings.as_text()}
     began = time.perf_counter()
-    if folder:
-        made = {"weights": pipeline_digest(pipe), **settings.as_text()}
-        restored, skipped = restore_folder(options.input, output, restore_photo, made=made)
-        line = f"{restored} photos of {options.input} -> {output} ({skipped} were there already"
-    else:
-        before, after = restore_file(options.input, output, restore_photo)
-        line = f"{options.input} -> {output} ({before} to {after}"
-    seconds = time.perf_counter() - began
-    lines = [f"{settings.task}: {line}, {options.model}, {_how(settings)}) in {seconds:.1f} s"]
-    return "\n".join(lines + [f"{count} photos: {hint}" if folder else hint for hint, count in hints.items()])
+    report = restore_files(jobs, restore_photo, made=made, progress=not options.quiet)
+    how, tail = f", {options.model}, {_how(settings)}", f" in {time.perf_counter() - began:.1f} s"
+    answer = tell_report(
+        report, jobs, options, head=str(settings.task), unit="photos", told="{0[0]} to {0[1]}".format, how=how,
+        tail=tail, settings={"model": str(options.model), **settings.as_record()},
+    )  # fmt: skip
+    for hint, count in hints.items():
+        answer.text += f"\n{count} photos: {hint}" if jobs.folder else f"\n{hint}"
+    return answer
 
 
 def _how(settings: RestorationSettings) -> str:
@@ -123,9 +136,12 @@ def given_settings(options: argparse.Namespace) -> RestorationSettings:
     return RestorationSettings(**given)
 
 
-def _beside(path: Path, *, folder: bool) -> Path:
-    """Return where the result of `path` goes if nothing is said: a folder, whose name may hold dots, or a PNG."""
-    if not folder:
-        return path.with_name(f"{path.stem}_restored.png")
+def _beside(inputs: list[str]) -> str:
+    """Return where the result goes if nothing is said: into a folder, whose name may hold dots, or a PNG."""
+    if len(inputs) > 1 or glob.has_magic(inputs[0]) > Path(inputs[0]).exists():
+        raise ValueError(f"Expected -o FOLDER for the results of several photos, got {' '.join(inputs[:4])}.")
+    path = Path(inputs[0])
+    if not path.is_dir():
+        return str(path.with_name(f"{path.stem}_restored.png"))
     named = path.resolve() if path.name in ("", "..") else path  # such as "."
-    return named.with_name(f"{named.name}_restored")
+    return os.path.join(named.with_name(f"{named.name}_restored"), "")

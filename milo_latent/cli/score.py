@@ -7,7 +7,15 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milo_latent.cli.common import hide_loading_bar
+from milo_latent.cli.common import (
+    Answer,
+    add_answer_options,
+    add_device_options,
+    add_existing_options,
+    given_options,
+    hide_loading_bar,
+    place,
+)
 
 if TYPE_CHECKING:
     from milo_latent.score.pairs import Pair
@@ -24,8 +32,10 @@ def add(commands: argparse._SubParsersAction) -> None:
         "of two files, of one file against a folder, or of two folders matched by name.",
     )
     command.set_defaults(run=run)
-    command.add_argument("--ref", type=Path, required=True, help="image, or latents (.npy, .safetensors), or folder")
-    command.add_argument("--dist", type=Path, required=True, help="the same, distorted")
+    for name, what in (("ref", "image, or latents (.npy, .safetensors), or folder"), ("dist", "the same, distorted")):
+        # no type, which would be applied to the default, which leaves the option's value in its place
+        command.add_argument(name, nargs="?", default=argparse.SUPPRESS, metavar=name.upper(), help=what)
+        command.add_argument(f"--{name}", metavar=name.upper(), help=f"the same as {name.upper()}")
     command.add_argument(
         "--weights", metavar="NAME|FOLDER|FILE",
         help="official-image or official-latent (fetched once), a shipped set, a folder, or an official .pth (default: "
@@ -33,7 +43,6 @@ def add(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     command.add_argument("--vae", metavar="NAME|FOLDER", help="score images as latents of this model's VAE")
     command.add_argument("--csv", type=Path, metavar="FILE", help="write a table; an interrupted one is resumed")
-    command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument(
         "--map", type=Path, metavar="OUT", help="write a picture of where the difference is (one pair)"
     )
@@ -42,10 +51,13 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="the error painted lightest; auto: the map's 99.5th percentile; a number makes maps comparable",
     )  # fmt: skip
     command.add_argument("--overlay", type=Path, metavar="IMAGE", help="lay the map over this image")
+    add_existing_options(command, "a table or map is refused, an interrupted table resumed")
+    add_device_options(command, "of metric and VAE")
+    add_answer_options(command)
 
 
-def run(options: argparse.Namespace) -> str:
-    """Score two files, or the files of folders; return what to print."""
+def run(options: argparse.Namespace) -> Answer:
+    """Score two files, or the files of folders."""
     from tqdm.auto import tqdm
 
     from milo_latent.files import files_failed
@@ -54,13 +66,18 @@ def run(options: argparse.Namespace) -> str:
     from milo_latent.score.pairs import BATCH_SIZE, compare_pairs, match_pairs, score_pairs, unfinished
     from milo_latent.score.table import ScoreTable
 
+    if options.ref is None or options.dist is None:
+        raise ValueError("Expected two files or folders, REF and DIST: milo-latent score REF DIST.")
     largest = _map_scale(options)
     failed: list[str] = []
     pairs = match_pairs(options.ref, options.dist, failed=failed)
     weights = _weights(options, pairs)
     _check_outputs(options, pairs, weights)
-    metric = MILO.from_pretrained(weights)
-    encode = None if options.vae is None else _encoder(metric, options.vae)
+    there = _leave_existing(options)
+    if there and options.csv is None and options.map is None:
+        return Answer(f"score: nothing to do, {', '.join(map(str, there))} is there already", skipped=there)
+    metric = place(MILO.from_pretrained(weights), options)
+    encode = None if options.vae is None else _encoder(metric, options)
     table = ScoreTable(options.csv, made=_made(metric, encode, pairs)) if options.csv else None
     painted: list[str] = []
     broken: list[str] = []
@@ -71,31 +88,67 @@ def run(options: argparse.Namespace) -> str:
         painted = [_write_map(metric, left[0].ref, encode, error_map, largest, options)]
     else:
         scores = score_pairs(metric, left, encode=encode, failed=broken if len(pairs) > 1 else None)
-    scored = tqdm(scores, total=len(left), unit="pair", disable=len(left) < 2 or process_index() > 0)
+    hidden = options.quiet or len(left) < 2 or process_index() > 0
+    scored = tqdm(scores, total=len(left), unit="pair", disable=hidden)
     rows = gather(list(scored if table is None else table.extend(scored)))
     failed += gather(broken)
     if process_index() > 0:
-        return ""
+        return Answer("")
     if table is not None:
         rows = table.finish((pair.name for pair in pairs), rows)
-    text = _text(options, rows, painted, weights=weights, metric=metric) if rows else ""
-    if failed:
-        print(text, end="\n" if rows else "")
-        raise files_failed(f"{len(rows)} pairs of {options.ref} and {options.dist} scored", failed)
-    return text
+    return Answer(
+        _text(rows, painted, weights=weights, metric=metric) if rows else "",
+        inputs=[options.ref, options.dist],
+        outputs=[path for path in (options.csv, options.map) if path],
+        settings=given_options(options),
+        skipped=there,
+        more=_scores(rows, weights, metric) | {"failed": [{"reason": reason} for reason in failed]},
+        failure=files_failed(f"{len(rows)} pairs of {options.ref} and {options.dist} scored", failed)
+        if failed
+        else None,
+    )
 
 
-def _text(options: argparse.Namespace, rows: list[Any], painted: list[str], *, weights: str, metric: Any) -> str:
-    """Return the table of scores as it is printed."""
+def _leave_existing(options: argparse.Namespace) -> dict[Path, str]:
+    """Refuse outputs that are there, or take them from the options where they are to be left alone."""
+    from milo_latent.jobs import THERE, refuse_existing
+
+    there = {}
+    for name in ("csv", "map"):
+        path = getattr(options, name)
+        if path is not None and path.exists():
+            refuse_existing(path, options.existing)
+            if options.existing == "skip":
+                there[path] = THERE
+                setattr(options, name, None)
+    return there
+
+
+def _scores(rows: list[Any], weights: str, metric: Any) -> dict[str, Any]:
+    """Return the values that --json prints of a table."""
+    from dataclasses import asdict
+
+    from milo_latent.score.table import mean_row
+
+    mean = {} if not rows else asdict(mean_row(rows))
+    mean.pop("name", None)
+    return {"metric": _name(metric), "weights": weights, "mean": mean, "pairs": [asdict(row) for row in rows]}
+
+
+def _name(metric: Any) -> str:
     from milo_latent.metric.network import is_image_metric
-    from milo_latent.score.table import mean_row, rows_to_json
 
-    name = "MILO_I" if is_image_metric(metric) else "MILO_L"
-    if options.json:
-        return rows_to_json(rows, metric=name, weights=weights)
+    return "MILO_I" if is_image_metric(metric) else "MILO_L"
+
+
+def _text(rows: list[Any], painted: list[str], *, weights: str, metric: Any) -> str:
+    """Return the table of scores as it is printed."""
+    from milo_latent.score.table import mean_row
+
     mean = [mean_row(rows)] if len(rows) > 1 else []
     lines = [f"{row.name}: error {row.error:.10f}, MOS {row.mos:.4f}" for row in [*rows, *mean]]
-    return "\n".join([*lines, *painted, f"{name} ({weights}); error: 0 = identical; MOS: 0 to 5, higher is better"])
+    about = f"{_name(metric)} ({weights}); error: 0 = identical; MOS: 0 to 5, higher is better"
+    return "\n".join([*lines, *painted, about])
 
 
 def _map_scale(options: argparse.Namespace) -> float | None:
@@ -163,8 +216,8 @@ def _weights(options: argparse.Namespace, pairs: list[Pair]) -> str:
     return options.weights or "nano"
 
 
-def _encoder(metric: Any, source: str) -> Any:
-    """Return a function that encodes images with the VAE of `source`, whose latents the metric must know."""
+def _encoder(metric: Any, options: argparse.Namespace) -> Any:
+    """Return a function that encodes images with the VAE of --vae, whose latents the metric must know."""
     from functools import partial
 
     from milo_latent.latents.codec import encode_image
@@ -172,7 +225,7 @@ def _encoder(metric: Any, source: str) -> Any:
     from milo_latent.score.pairs import check_vae
 
     hide_loading_bar()
-    vae = load_vae(source)
+    vae = place(load_vae(options.vae), options)
     check_vae(metric, vae)
     return partial(encode_image, vae)
 
@@ -186,7 +239,7 @@ def _write_map(
     from milo_latent.metric.visualize import color_error_map, map_scale
 
     which = f", of the first of {len(error_map)} latents" if len(error_map) > 1 else ""
-    error_map = error_map[:1]
+    error_map = error_map[:1].float().cpu()
     largest = map_scale(error_map) if largest is None else largest
     image = read_image(options.overlay) if options.overlay else None
     if not is_image_metric(metric):

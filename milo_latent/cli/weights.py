@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
+
+from milo_latent.cli.common import Answer, add_answer_options
+
+OFFICIAL_PURPOSE = {
+    "official-image": "The official MILO_I, which scores images.",
+    "official-latent": "The official MILO_L, which scores latents of Stable Diffusion 1.x and 2.x.",
+}
+FIRST_SENTENCE = re.compile(r"^# .*?\n\n(.*?\.)\s", re.DOTALL | re.MULTILINE)  # of a card
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -12,7 +21,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "weights", help="list, fetch, convert and describe weights", description="Manage weights."
     )
     actions = command.add_subparsers(dest="action", metavar="ACTION", required=True)
-    listing = actions.add_parser("list", help="the shipped sets and the official weights")
+    listing = actions.add_parser("list", help="the shipped sets and the official weights, and what each is for")
     listing.set_defaults(run=run_list)
     pull = actions.add_parser("pull", help="fetch official weights into the cache and check them")
     pull.set_defaults(run=run_pull)
@@ -25,36 +34,47 @@ def add(commands: argparse._SubParsersAction) -> None:
     info = actions.add_parser("info", help="describe weights, and check their files against their card")
     info.set_defaults(run=run_info)
     info.add_argument("source", metavar="NAME|FOLDER|FILE")
+    for action in (listing, pull, convert, info):
+        add_answer_options(action)
 
 
-def run_list(options: argparse.Namespace) -> str:
-    """Return the list to print."""
+def run_list(options: argparse.Namespace) -> Answer:
+    """List."""
     from milo_latent.metric.loading import OFFICIAL
     from milo_latent.resources import available_weights, weights_dir
 
-    lines = [f"{name}  {weights_dir(name)}" for name in available_weights()]
+    sets: list[dict[str, str | None]] = []
+    for name in available_weights():
+        found = FIRST_SENTENCE.search((weights_dir(name) / "README.md").read_text(encoding="utf-8"))
+        purpose = " ".join(found[1].split()) if found else ""
+        sets.append({"name": name, "purpose": purpose, "path": str(weights_dir(name))})
     for name, file in OFFICIAL.items():
-        lines.append(f"{name}  {file.path if file.is_at(file.path) else 'not in the cache; fetched at its first use'}")
-    return "\n".join(lines)
+        path = str(file.path) if file.is_at(file.path) else None
+        sets.append({"name": name, "purpose": OFFICIAL_PURPOSE[name], "path": path})
+    lines = ["{name}  {purpose}\n  {path}".format(**each) for each in sets]
+    text = "\n".join(lines).replace("  None", "  not in the cache; fetched at its first use")
+    return Answer(text, more={"weights": sets})
 
 
-def run_pull(options: argparse.Namespace) -> str:
-    """Fetch; return the line to print."""
+def run_pull(options: argparse.Namespace) -> Answer:
+    """Fetch."""
     from milo_latent.metric.loading import fetch_official
 
-    return f"pull: {options.name} -> {fetch_official(options.name)}"
+    path = fetch_official(options.name)
+    return Answer(f"pull: {options.name} -> {path}", outputs=[path])
 
 
-def run_convert(options: argparse.Namespace) -> str:
-    """Convert; return the line to print."""
+def run_convert(options: argparse.Namespace) -> Answer:
+    """Convert."""
     from milo_latent.convert.official import convert
 
     folder = convert(options.input, options.output, official=not options.unofficial)
-    return f"convert: {options.input} -> {folder}"
+    return Answer(f"convert: {options.input} -> {folder}", inputs=[options.input], outputs=[folder])
 
 
-def run_info(options: argparse.Namespace) -> str:
-    """Return the description to print."""
+def run_info(options: argparse.Namespace) -> Answer:
+    """Describe."""
     from milo_latent.convert.official import describe
 
-    return describe(options.source)
+    text = describe(options.source)
+    return Answer(text, inputs=[options.source], more={"description": text.splitlines()})

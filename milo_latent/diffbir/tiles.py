@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from milo_latent.checks import check_choice
-from milo_latent.latents.codec import check_tile, vae_scale_factor
+from milo_latent.latents.codec import check_tile
 
 Stage = Literal["cleaner", "encoder", "diffusion", "decoder"]
 STAGES: tuple[str, ...] = get_args(Stage)
@@ -78,7 +78,7 @@ class TilingMixin:
             check_choice("stages", stage, STAGES)
         chosen = Tile(tile, tile // 4 if overlap is None else overlap)
         if self.vae is not None and {"encoder", "decoder"} & set(stages):
-            check_tile(self.vae, tile - tile % vae_scale_factor(self.vae), given=tile)
+            check_tile(self.vae, tile)
         self._tiles = self._tiles | dict.fromkeys(stages, chosen)  # a new dictionary: pipelines may share the old one
 
     def disable_tiling(self) -> None:
@@ -104,9 +104,9 @@ class TilingMixin:
         finally:
             self._tiles = kept
 
-    def _tile_size(self, stage: str, multiple: int = 8) -> int | None:
+    def _tile_size(self, stage: str) -> int | None:
         tile = self._tiles.get(stage)
-        return None if tile is None else tile.size // multiple * multiple
+        return None if tile is None else tile.size
 
 
 def official_tiled(

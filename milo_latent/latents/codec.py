@@ -48,7 +48,7 @@ def encode_image(vae: VAE, image: Images, *, tile: int | None = None, warn: bool
         vae: of a class in `latents.spaces.KINDS`, such as `AutoencoderKL`, or of one derived from it.
         image: (B, 3, H, W), in [0, 1], or what else `images_to_tensor` takes, such as pictures and paths; H and W are
             padded to multiples of the VAE's factor by repeating the border.
-        tile: side of the tiles in pixels, a multiple of the VAE's factor; None encodes the image as a whole.
+        tile: side of the tiles in pixels, at least 320; None encodes the image as a whole.
         warn: whether to warn, once in a process, of images on the CPU that are far outside [0, 1], as the results of
             networks may be.
 
@@ -86,21 +86,15 @@ def _tile_sizes(vae: VAE, tile: int) -> dict[str, int]:
     return {"tile": cells, "overlap": cells // 4, "margin": cells // 16}
 
 
-def check_tile(vae: VAE, tile: int, *, given: int | None = None) -> None:
-    """Raise ValueError unless tiles of `tile` pixels fit the VAE.
-
-    The message names `given`, the value that the user passed, if `tile` was derived from it.
-    """
+def check_tile(vae: VAE, tile: int) -> None:
+    """Raise ValueError if tiles of `tile` pixels are too small for the VAE; the rest of a latent cell is left out."""
     space = LatentSpace(vae)
     factor, cells = space.factor, 2 * TINY_OVERLAP
     if space.name != "AutoencoderTiny":  # whose tiles must hold two margins
         cells = min(cells, -(-SMALLEST_TILE // factor))
     smallest = cells * factor
-    if tile % factor or tile < smallest:
-        raise ValueError(
-            f"Expected `tile` to be a multiple of {factor} of at least {smallest} pixels, got {given or tile}. "
-            "512 suits most machines."
-        )
+    if tile < smallest:
+        raise ValueError(f"Expected `tile` of at least {smallest} pixels, got {tile}. 512 suits most machines.")
 
 
 def decode_latents(vae: VAE, latents: Tensor, *, tile: int | None = None, clip: bool = True) -> Tensor:

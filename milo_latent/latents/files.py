@@ -1,4 +1,4 @@
-"""Files and folders of photos to files of latents, and back."""
+"""Files of photos to files of latents, and back."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ import torch
 
 from milo_latent.checks import ValueWatch, check_apart, shortened
 from milo_latent.files import (
-    IMAGE_SUFFIXES,
     LATENT_SUFFIXES,
     check_output,
-    process_folder,
     read_image,
     read_latents,
     read_latents_metadata,
     write_image,
     write_latents,
 )
+from milo_latent.jobs import Jobs, Report, run_jobs
 from milo_latent.latents.codec import check_tile, decode_latents, encode_image, vae_scale_factor
 from milo_latent.latents.spaces import KINDS, VAE, LatentSpace
 from milo_latent.provenance import weights_digest
@@ -137,35 +136,34 @@ def _source_size(metadata: dict[str, str], padded: tuple[int, int], path: Path) 
     return int(sides[2]), int(sides[1])
 
 
-def encode_folder(
-    vae: VAE, photos: Path, output: Path, *, suffix: str, vae_name: str, tile: int | None = None
-) -> tuple[int, int]:
-    """Encode every photo of a folder by `encode_file`, unless `output` holds its latents already.
+def encode_files(vae: VAE, jobs: Jobs, *, vae_name: str, tile: int | None = None, progress: bool = True) -> Report:
+    """Encode photos by `encode_file`; the report holds the shapes of their latents.
 
-    The files keep their names, with the suffix "npy" or "safetensors". Returns and errors are those of
-    `process_folder`; tiles that do not fit the VAE are refused at the start.
+    Raises:
+        ValueError: for tiles that do not fit the VAE, before the first photo.
     """
     if tile is not None:
         check_tile(vae, tile)
 
-    def encode(photo: Path, latents: Path) -> None:
-        encode_file(vae, photo, latents, vae_name=vae_name, tile=tile)
+    def work(photo: Path, latents: Path) -> tuple[int, ...]:
+        return encode_file(vae, photo, latents, vae_name=vae_name, tile=tile)
 
     made = {"weights": weights_digest({"vae": vae}), "vae": vae_name, "tile": tile}
-    return process_folder(photos, output, encode, made=made, inputs=IMAGE_SUFFIXES, suffix=suffix, unit="photos")
+    return run_jobs(jobs, work, made=made, unit="photo", progress=progress)
 
 
-def decode_folder(vae: VAE, latents: Path, output: Path, *, tile: int | None = None) -> tuple[int, int]:
-    """Decode every file of latents of a folder by `decode_file` into a PNG, unless `output` holds that already.
+def decode_files(vae: VAE, jobs: Jobs, *, tile: int | None = None, progress: bool = True) -> Report:
+    """Decode files of latents by `decode_file`; the report holds the sizes of the images.
 
-    Returns and errors are those of `process_folder`; tiles that do not fit the VAE are refused at the start.
+    Raises:
+        ValueError: for tiles that do not fit the VAE, before the first file.
     """
     if tile is not None:
         check_tile(vae, tile)
     watch = ValueWatch()
 
-    def decode(path: Path, image: Path) -> None:
-        decode_file(vae, path, image, tile=tile, watch=watch)
+    def work(latents: Path, image: Path) -> tuple[int, int]:
+        return decode_file(vae, latents, image, tile=tile, watch=watch)
 
     made = {"weights": weights_digest({"vae": vae}), "tile": tile}
-    return process_folder(latents, output, decode, made=made, inputs=LATENT_SUFFIXES, suffix="png", unit="latents")
+    return run_jobs(jobs, work, made=made, unit="file", progress=progress)

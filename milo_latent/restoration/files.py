@@ -1,4 +1,4 @@
-"""Restore files and folders of photos."""
+"""Restore files of photos."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from milo_latent.checks import check_apart
-from milo_latent.files import ALPHA_SUFFIXES, IMAGE_SUFFIXES, check_output, process_folder, read_photo, write_image
+from milo_latent.files import ALPHA_SUFFIXES, IMAGE_SUFFIXES, check_output, read_photo, write_image
+from milo_latent.jobs import Jobs, Report, run_jobs
 from milo_latent.pictures import LUMA
 from milo_latent.restoration.faces import Restore
 
@@ -55,20 +56,13 @@ def to_gray(image: Tensor) -> Tensor:
     return (image * image.new_tensor(LUMA).view(1, 3, 1, 1)).sum(dim=1, keepdim=True).expand_as(image)
 
 
-def restore_folder(photos: Path, output: Path, restore: Restore, *, made: Mapping[str, Any]) -> tuple[int, int]:
-    """Restore every photo of a folder, each as it would be restored alone; photos with a result already are skipped.
+def restore_files(jobs: Jobs, restore: Restore, *, made: Mapping[str, Any], progress: bool = True) -> Report:
+    """Restore photos by `restore_file`, each as it would be restored alone; the report holds their sizes.
 
-    The results are PNG files of the photos' names. `made`, returns and errors are those of `process_folder`; results
-    that would lie among the photos are refused too.
+    `made` and `progress` are those of `run_jobs`.
     """
-    if output.resolve() == photos.resolve():
-        raise ValueError(f"Expected another folder for the results than that of the photos, got {output} for both.")
-    return process_folder(
-        photos,
-        output,
-        lambda photo, result: restore_file(photo, result, restore),
-        made=made,
-        inputs=IMAGE_SUFFIXES,
-        suffix="png",
-        unit="photos",
-    )
+
+    def work(photo: Path, result: Path) -> tuple[str, str]:
+        return restore_file(photo, result, restore)
+
+    return run_jobs(jobs, work, made=made, unit="photo", progress=progress)

@@ -54,7 +54,7 @@ def load_restorer(
         raise FileNotFoundError(
             f"Expected a pipeline, got {str(model)!r}, which has no model_index.json: a metric alone, perhaps."
         )
-    target = _check_device(device or best_device())
+    target = find_device(device)
     chosen = {} if metric is None else {"metric": MILO.from_pretrained(metric)}
     source = folder if folder.is_dir() else str(model)
     pipeline = DiffBIRPipeline.from_pretrained(source, dtype=dtype or torch.float32, **chosen)
@@ -66,7 +66,14 @@ def load_restorer(
     return pipeline.to(target)
 
 
-def _check_device(name: str) -> str:
+def find_device(name: str | None = None) -> str:
+    """Return the device of a name; None takes the best there is.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    if name is None:
+        return best_device()
     try:
         torch.zeros(1, device=name).item()  # the device "meta" has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's, by device and by build

@@ -165,6 +165,12 @@ class RestorationSettings:
             if getattr(self, field.name) is not None
         }
 
+    def as_record(self) -> dict[str, Any]:
+        """Return resolved settings that were at work, as values that JSON can hold and `restore_image` takes."""
+        idle = {"detector"} if self.stage == "all" else {"detector", "milo_scale", *SAMPLING}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in idle}
+        return {name: value for name, value in values.items() if value is not None and not torch.is_tensor(value)}
+
     def guide(self, pipe: DiffBIRPipeline) -> MILOGuidance | None:
         """Return the guidance of resolved settings by the pipeline's metric; None where it is switched off.
 

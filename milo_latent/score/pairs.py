@@ -197,7 +197,7 @@ def compare_pairs(
             _fail(error, failed)
             return None
         watch.look(str(path), tensor, latents=not is_image_metric(metric))
-        return tensor
+        return tensor.to(metric.device, metric.dtype)
 
     while batch := list(islice(remaining, BATCH_SIZE)):
         tensors = {}

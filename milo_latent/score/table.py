@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -100,18 +99,6 @@ class ScoreTable:
         take_parts(self.partial)
         self.partial.unlink(missing_ok=True)
         return rows
-
-
-def rows_to_json(rows: list[ScoreRow], *, metric: str, weights: str) -> str:
-    """Return a JSON object of the metric's name, where its weights are from, the mean over the pairs, and the pairs."""
-    mean = mean_row(rows)
-    table = {
-        "metric": metric,
-        "weights": weights,
-        "mean": {"error": mean.error, "mos": mean.mos},
-        "pairs": [asdict(row) for row in rows],
-    }
-    return json.dumps(table, indent=2, allow_nan=False)
 
 
 def mean_row(rows: list[ScoreRow]) -> ScoreRow:
