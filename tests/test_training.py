@@ -15,12 +15,13 @@ import torch
 from accelerate.utils import LoggerType
 from torch import nn
 
-from milo_latent import load_restorer
+from milo_latent import MILO, load_restorer
 from milo_latent.diffbir.fidelity_join import FidelityJoin
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner
 from milo_latent.files import read_image
 from milo_latent.pictures import jpeg_round_trip
 from milo_latent.restoration.restore import restore_image
+from milo_latent.testing import tiny_metric
 from milo_latent.training import (
     assemble,
     train_autoencoder,
@@ -32,6 +33,7 @@ from milo_latent.training.data.crops import ImageCrops, list_images, spread_over
 from milo_latent.training.data.degradations import add_noise, degrade, downscale_and_back
 from milo_latent.training.engine.loop import RunConfig, add_run_options, fit, learning_rate_factor, run_config
 from milo_latent.training.engine.records import read_log
+from milo_latent.training.train_autoencoder import nano_autoencoder
 
 
 class Quadratic(nn.Module):
@@ -242,8 +244,6 @@ def test_the_commands_train_a_pipeline_that_restores(images, tmp_path):
     train_autoencoder.main([*common, *validation, "--output", str(tmp_path / "a"), "--crop-size", "64"])
     train_image_restorer.main([*common, *validation, "--output", str(tmp_path / "c"), "--crop-size", "64"])
     vae, cleaner = tmp_path / "a" / "vae", tmp_path / "c" / "network"
-    from milo_latent.testing import tiny_metric
-
     tiny_metric(channels=3).save_pretrained(tmp_path / "teacher")
     teacher = ["--teacher", str(tmp_path / "teacher"), "--latent-space", "test"]
     train_metric_online.main([*common, *validation, "--vae", str(vae), *teacher, "--output", str(tmp_path / "m")])
@@ -257,6 +257,19 @@ def test_the_commands_train_a_pipeline_that_restores(images, tmp_path):
     image = read_image(images / "0.png")
     assert restorer.metric.config.scaling_factor == restorer.vae.config.scaling_factor != 1.0
     assert restore_image(image, model=restorer, steps=1).shape == image.shape
+
+
+def test_a_metric_with_fewer_levels_suits_latents_of_few_cells(images, tmp_path):
+    nano_autoencoder(latent_channels=32, downsampling=32).save_pretrained(tmp_path / "vae")
+    tiny_metric(channels=3).save_pretrained(tmp_path / "teacher")
+    train_metric_online.main([
+        "--images", str(images), "--validation", str(images), "--steps", "1", "--batch-size", "1", "--crop-size", "128",
+        "--vae", str(tmp_path / "vae"), "--teacher", str(tmp_path / "teacher"), "--latent-space", "f32c32",
+        "--precision", "no", "--levels", "2", "--output", str(tmp_path / "run"),
+    ])  # fmt: skip
+    metric = MILO.from_pretrained(tmp_path / "run" / "metric")
+    assert (metric.config.channels, metric.config.levels, metric.config.latent_space) == (32, 2, "f32c32")
+    assert metric(dist=torch.rand(1, 32, 4, 4), ref=torch.rand(1, 32, 4, 4)).item() > 0
 
 
 def assembled(tmp_path, pipeline, *options):

@@ -71,6 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vae", type=Path, required=True, help="folder of the autoencoder")
     parser.add_argument("--teacher", required=True, help="MILO_I weights, such as the official MILO.pth")
     parser.add_argument("--latent-space", required=True, help="name of the autoencoder in the configuration")
+    parser.add_argument("--levels", type=int, default=4, help="scales; latents have at least 2^levels cells a side")
     options = parser.parse_args(arguments)
     import_scipy("stats")  # before the first step, not at the first validation
     torch.manual_seed(options.seed)
@@ -78,6 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     space = LatentSpace(vae)
     metric = MILO(
         channels=space.channels,
+        levels=options.levels,
         latent_space=options.latent_space,
         scaling_factor=space.scaling_factor,
     )
@@ -89,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     crops = ImageCrops(options.images, crop_size=options.crop_size, seed=options.seed)
 
     draw = draw_image_pairs(crops, options.batch_size)
-    config = run_config(options, weight_decay=1e-6)
+    config = run_config(options, weight_decay=1e-6, data={"levels": options.levels})
 
     def validate(trained: nn.Module) -> dict[str, float]:
         return {"srcc": teacher_agreement(loss, options.validation, crop_size=options.crop_size)}
