@@ -8,23 +8,25 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from milo_latent.atomic import check_output_folder, write_atomically, write_bytes
 from milo_latent.checks import check_file, check_finite, shortened
+from milo_latent.photo_formats import other_byte_order, picture_dpi, picture_exif, png_of_16bit, saving_options
 from milo_latent.pictures import from_8bit, picture_to_tensor, to_8bit
 from milo_latent.structure import DTYPES, open_safetensors, refusing_damage
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 LATENT_SUFFIXES = frozenset({".npy", ".safetensors"})
 ALPHA_SUFFIXES = frozenset({".png", ".webp", ".tif", ".tiff"})
+EXIF_SUFFIXES = IMAGE_SUFFIXES - {".bmp"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # the decoders that a file may choose, those of `IMAGE_SUFFIXES`
 NPY_HEADER = re.compile(  # of a plain array of floating point, as numpy writes it
     rb"\x93NUMPY[\1-\3]\0(?P<length>..|....)(?P<header>\{'descr': '(?P<kind>[<>]f[248])', "
@@ -58,17 +60,89 @@ def read_photo(path: str | Path, *, max_pixels: int | None = None) -> tuple[Tens
     Returns:
         Image, (1, 3, H, W), and alpha, (1, 1, H, W), both float32, in [0, 1]; alpha is None if the image is opaque.
     """
-    picture = _open(path, MAX_PIXELS if max_pixels is None else max_pixels)
+    photo = open_photo(path, max_pixels=max_pixels)
+    return photo.image, photo.alpha
+
+
+@dataclass(frozen=True)
+class Photo:
+    """An image file as it was read, with what a file made of it keeps.
+
+    Args:
+        image: sRGB, (1, 3, H, W) float32, in [0, 1].
+        alpha: transparency, (1, 1, H, W) float32, in [0, 1]; None if the image is opaque.
+        depth: 8 or 16, the bits of a value.
+        profiled: whether the file named the profile of its colors, which were converted to sRGB.
+        dpi: horizontal and vertical pixels per inch; None if the file names none.
+        exif: what `picture_exif` kept of its EXIF; None if there is none.
+        lost: what of the file was not read.
+    """
+
+    image: Tensor
+    alpha: Tensor | None
+    depth: int
+    profiled: bool
+    dpi: tuple[float, float] | None
+    exif: Image.Exif | None
+    lost: tuple[str, ...]
+
+    def lost_in(self, path: Path) -> list[str]:
+        """Return what of the photo is missing in a file at `path`, as words."""
+        suffix = path.suffix.lower()
+        lost = {
+            f"transparency, which {suffix} cannot hold": self.alpha is not None and suffix not in ALPHA_SUFFIXES,
+            f"16 bit, which only .png holds here, not {suffix}": self.depth == 16 and suffix != ".png",
+            f"EXIF, which {suffix} cannot hold": self.exif is not None and suffix not in EXIF_SUFFIXES,
+        }
+        return [*self.lost, *(what for what, is_lost in lost.items() if is_lost)]
+
+
+def open_photo(path: str | Path, *, max_pixels: int | None = None) -> Photo:
+    """Read an image as `read_photo` does, in its depth, with what a file made of it keeps.
+
+    Of 16-bit RGB, Pillow decodes one of the two bytes of a value; the other is decoded by the unpacker of the other
+    byte order. The profile of a 16-bit picture is applied in 8 bit, which is told, unless it is that of sRGB.
+    """
+    path = Path(path)
+    opened = _open(path, MAX_PIXELS if max_pixels is None else max_pixels)
+    picture, low = opened.picture, opened.low
     try:
-        image = picture_to_tensor(picture)[None]  # (1, 3, H, W)
+        image = picture_to_tensor(picture)  # (3, H, W)
     except TypeError as error:
         raise ValueError(f"{error} It is {path}.") from error
+    lost = [f"{opened.frames - 1} further pages or frames"] if opened.frames > 1 else []
     alpha = from_8bit(np.asarray(picture.convert("RGBA"))[..., 3:]) if picture.has_transparency_data else None
-    return image, None if alpha is None or alpha.min() == 1 else alpha[None]
+    deep = picture.mode.startswith("I")
+    if low is not None:
+        high = np.asarray(picture)
+        deep = np.array_equal(high[..., :3], to_8bit(image))  # no profile has changed it
+        if deep:
+            values = torch.from_numpy(high * np.float32(256) + low).movedim(-1, 0) / 65535  # (3 or 4, H, W)
+            image, alpha = values[:3].contiguous(), None if len(values) == 3 else values[3:].contiguous()
+        else:
+            lost.append("16 bit, since its color profile is applied in 8 bit")
+    return Photo(
+        image[None],
+        None if alpha is None or alpha.min() == 1 else alpha[None],
+        depth=16 if deep else 8,
+        profiled=bool(picture.info.get("icc_profile")),
+        dpi=picture_dpi(picture),
+        exif=opened.exif,
+        lost=tuple(lost),
+    )
 
 
-def _open(path: str | Path, max_pixels: int) -> Image.Image:
-    path = Path(path)
+@dataclass(frozen=True)
+class _Opened:
+    """A picture, turned upright, and what its file says besides."""
+
+    picture: Image.Image
+    frames: int
+    exif: Image.Exif | None
+    low: np.ndarray | None  # the low bytes of 16-bit RGB or RGBA
+
+
+def _open(path: Path, max_pixels: int) -> _Opened:
     check_file(path, "an image file")
     expected = f"Expected a complete image ({', '.join(FORMATS)}), got {path}, which is damaged or another file"
     with warnings.catch_warnings():
@@ -80,8 +154,20 @@ def _open(path: str | Path, max_pixels: int) -> Image.Image:
                 size = f"{image.width}x{image.height}"
                 raise ValueError(f"Expected at most {max_pixels} pixels, got {size} in {path}. Crop or shrink it.")
             with refusing_damage(expected):
+                frames, other = getattr(image, "n_frames", 1), other_byte_order(image.tile)
+                exif = picture_exif(image) if image.format == "TIFF" else None  # whose file is closed when it is loaded
                 image.load()
-                return ImageOps.exif_transpose(image)
+                upright = ImageOps.exif_transpose(image)
+                low = None if other is None else _decode(path, other)
+                return _Opened(upright, frames, exif or picture_exif(image), low)
+
+
+def _decode(path: Path, tiles: list[Any]) -> np.ndarray:
+    """Return the pixels of an image, turned upright, that these tiles decode."""
+    with Image.open(path, formats=FORMATS) as image:
+        image.tile = tiles
+        image.load()
+        return np.asarray(ImageOps.exif_transpose(image))
 
 
 def check_output(path: Path, suffixes: frozenset[str]) -> None:
@@ -101,15 +187,23 @@ def _check_suffix(path: Path, suffixes: frozenset[str]) -> None:
 
 
 def write_image(
-    path: str | Path, image: Tensor, *, alpha: Tensor | None = None, text: Mapping[str, str] | None = None
+    path: str | Path,
+    image: Tensor,
+    *,
+    alpha: Tensor | None = None,
+    text: Mapping[str, str] | None = None,
+    like: Photo | None = None,
 ) -> None:
-    """Write an image, rounded to 8 bit.
+    """Write an image, rounded to 8 bit, or to 16 where `like` has them and the file is a PNG.
 
     Args:
         path: the file to write; its suffix chooses the format.
-        image: (1, 3, H, W) or (3, H, W), in [0, 1]; values outside are clipped.
+        image: sRGB, (1, 3, H, W) or (3, H, W), in [0, 1]; values outside are clipped.
         alpha: transparency, (1, 1, H, W), in [0, 1]; only PNG, WebP and TIFF can store it.
-        text: what a PNG file is to say of itself, by keywords, such as "Software".
+        text: what the file is to say of itself, by keywords, such as "Software"; PNG stores it as text, JPEG, WebP and
+            TIFF store the software as such and all else as EXIF's user comment.
+        like: the photo that the image was made of, whose EXIF, resolution and depth it takes, and whose profile is
+            replaced by that of sRGB.
 
     Raises:
         ValueError: if the suffix is unknown or cannot store `alpha` or `text`, or `image` is not one image of finite
@@ -117,9 +211,12 @@ def write_image(
         OSError: if the file cannot be written, as `write_atomically`.
     """
     path = Path(path)
+    suffix = path.suffix.lower()
     check_output(path, IMAGE_SUFFIXES)
-    if alpha is not None and path.suffix.lower() not in ALPHA_SUFFIXES:
+    if alpha is not None and suffix not in ALPHA_SUFFIXES:
         raise ValueError(f"{path.name} cannot hold transparency. Choose one of {sorted(ALPHA_SUFFIXES)}.")
+    if text is not None and suffix not in EXIF_SUFFIXES:
+        raise ValueError(f"{path.name} cannot hold text. Choose one of {sorted(EXIF_SUFFIXES)}.")
     if image.ndim == 4 and image.shape[0] == 1:
         image = image[0]
     if image.ndim != 3 or image.shape[0] != 3:
@@ -127,15 +224,15 @@ def write_image(
     check_finite(f"image for {path}", image)
     if alpha is not None:
         image = torch.cat([image, alpha[0].to(image)])
+    file_format = Image.registered_extensions()[suffix]
+    options = saving_options(
+        file_format, text=text, exif=like.exif if like else None, dpi=like.dpi if like else None,
+        profiled=like is not None and like.profiled, size=(image.shape[2], image.shape[1]),
+    )  # fmt: skip
+    if like is not None and like.depth == 16 and suffix == ".png":
+        write_bytes(path, png_of_16bit(image, **options))
+        return
     picture = Image.fromarray(to_8bit(image))
-    file_format = Image.registered_extensions()[path.suffix.lower()]
-    options: dict[str, Any] = {"quality": 95, "subsampling": 0} if file_format == "JPEG" else {}
-    if text is not None:
-        if file_format != "PNG":
-            raise ValueError(f"{path.name} cannot hold text. Choose .png.")
-        options["pnginfo"] = PngInfo()
-        for keyword, value in text.items():
-            options["pnginfo"].add_text(keyword, value)
     write_atomically(path, lambda partial: picture.save(partial, format=file_format, **options))
 
 

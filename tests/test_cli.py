@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +13,17 @@ import torch
 from official_checkpoints import official_metric_file
 from PIL import Image
 
+from milo_latent import __version__, load_restorer, restore_image
 from milo_latent.cli import main
 from milo_latent.cli.common import TILE
-from milo_latent.files import read_image, read_latents, read_latents_metadata, write_latents
+from milo_latent.files import (
+    open_photo,
+    read_image,
+    read_latents,
+    read_latents_metadata,
+    write_image,
+    write_latents,
+)
 from milo_latent.latents.codec import SMALLEST_TILE
 from milo_latent.metric.loading import OFFICIAL
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
@@ -305,8 +314,6 @@ def test_help_reads(command, capsys):
 
 
 def test_version(capsys):
-    from milo_latent import __version__
-
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
     assert caught.value.code == 0
@@ -560,3 +567,46 @@ def test_the_list_of_weights_says_what_each_is_for(capsys):
     ):
         assert words in text
     assert text.count("\n  ") == 5  # the place of each
+
+
+def test_results_say_how_they_were_made(restore, model, photo, tmp_path):
+    for name, seed in (("a.png", 3), ("b.jpg", 3), ("c.bmp", 3)):
+        assert restore(photo, "-o", tmp_path / name, "--seed", seed, "--guidance", "0.25") == 0
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.text["Software"] == f"milo_latent {__version__}"
+        record = json.loads(picture.text["milo_latent"])
+    with Image.open(tmp_path / "b.jpg") as picture:
+        comment = picture.getexif().get_ifd(0x8769)[0x9286]
+    assert comment == b"ASCII\0\0\0milo_latent: " + json.dumps(record).encode()
+    assert (record["model"], len(record["weights"])) == (model, 64)
+    assert {"task": "denoise", "seed": 3, "milo_scale": 0.25, "schedule": "cosine", "steps": 2}.items() <= (
+        record["settings"].items()
+    )
+    again = restore_image(read_image(photo), model=load_restorer(model, device="cpu"), **record["settings"])
+    assert (read_image(tmp_path / "a.png") - again).abs().max() <= 0.5 / 255 + 1e-6
+    assert main(["encode", str(photo), "-o", str(tmp_path / "a.npy"), "--model", model]) == 0
+    assert main(["decode", str(tmp_path / "a.npy"), "-o", str(tmp_path / "d.png"), "--model", model]) == 0
+    with Image.open(tmp_path / "d.png") as picture:
+        assert json.loads(picture.text["milo_latent"])["vae"] == model
+
+
+def test_what_a_result_does_not_keep_is_told_in_a_line(restore, photo, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    with Image.open(photo) as picture:
+        picture.putalpha(90)
+        picture.save(tmp_path / "photos" / "a.tif", save_all=True, append_images=[picture])
+    assert restore(tmp_path / "photos" / "a.tif", "-o", tmp_path / "a.jpg") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == ["not kept: 1 further pages or frames.", "not kept: transparency, which .jpg cannot hold."]
+    assert restore(tmp_path / "photos") == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["1 photos: not kept: 1 further pages or frames."]
+
+
+def test_16_bit_photos_stay_so(restore, photo, tmp_path):
+    deep = SimpleNamespace(depth=16, exif=None, dpi=(300, 300), profiled=False)
+    write_image(tmp_path / "deep.png", read_image(photo) * 0.999, like=deep)
+    assert restore(tmp_path / "deep.png") == 0
+    result = open_photo(tmp_path / "deep_restored.png")
+    assert result.depth == 16
+    assert result.dpi == pytest.approx((300, 300), abs=0.1)
+    assert not torch.equal(result.image, result.image.mul(255).round().div(255))

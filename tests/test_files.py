@@ -1,15 +1,20 @@
 """Files: every kind of image reads right or fails with one clear line; nothing is written in part."""
 
 import pickle
+import struct
+import warnings
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from safetensors.torch import save_file
 
 from milo_latent.files import (
+    open_photo,
     read_image,
     read_latents,
     read_latents_metadata,
@@ -18,7 +23,9 @@ from milo_latent.files import (
     write_image,
     write_latents,
 )
+from milo_latent.photo_formats import srgb_profile
 from milo_latent.pictures import to_8bit
+from milo_latent.testing import generator
 
 
 @pytest.fixture
@@ -106,8 +113,147 @@ def test_text_is_kept_in_png_and_refused_elsewhere(tmp_path):
     write_image(tmp_path / "a.png", torch.zeros(3, 2, 2), text={"Software": "milo", "note": "größer"})
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.text == {"Software": "milo", "note": "größer"}
-    with pytest.raises(ValueError, match=r"a\.jpg cannot hold text\. Choose \.png\."):
-        write_image(tmp_path / "a.jpg", torch.zeros(3, 2, 2), text={"note": ""})
+    with pytest.raises(ValueError, match=r"a\.bmp cannot hold text\. Choose one of .*\.jpeg"):
+        write_image(tmp_path / "a.bmp", torch.zeros(3, 2, 2), text={"note": ""})
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp", ".tif"])
+def test_other_formats_keep_text_in_their_exif(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    write_image(path, torch.zeros(3, 8, 8), text={"Software": "milo", "note": '{"ü": 1}'})
+    with Image.open(path) as picture:
+        exif = picture.getexif()
+        assert exif[0x0131] == "milo"
+        assert exif.get_ifd(0x8769)[0x9286] == b'ASCII\0\0\0note: {"\\xfc": 1}'
+
+
+def taken(path, rgb, **options):
+    """Write a photo as a camera does: turned, with its maker, copyright, time, place, thumbnail tags and notes."""
+    exif = Image.Exif()
+    exif.update({0x010F: "Maker", 0x0112: 6, 0x8298: "somebody", 0x0131: "firmware"})
+    exif[0x8769] = {0x9003: "2020:01:01 00:00:00", 0x927C: b"notes", 0xA001: 65535, 0xA002: 7, 0xA003: 9}
+    exif[0x8825] = {1: "N", 2: (1.0, 2.0, 3.0)}
+    Image.fromarray(rgb).save(path, exif=exif.tobytes(), **options)
+    return open_photo(path)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+@pytest.mark.parametrize("source", [".jpg", ".png", ".webp", ".tif"])
+def test_who_took_a_photo_when_and_where_is_kept_but_not_how_it_was_stored(tmp_path, rgb, source, suffix):
+    photo = taken(tmp_path / f"a{source}", rgb, dpi=(300, 200))
+    assert photo.image.shape == (1, 3, 7, 9)
+    image = torch.rand(1, 3, 14, 18)
+    write_image(tmp_path / f"b{suffix}", image, like=photo, text={"Software": "milo", "note": "text"})
+    assert read_image(tmp_path / f"b{suffix}").shape == image.shape  # it is not turned once more
+    with Image.open(tmp_path / f"b{suffix}") as picture:
+        exif = picture.getexif()
+        assert (exif[0x010F], exif[0x8298]) == ("Maker", "somebody")
+        assert 0x0112 not in exif
+        details = exif.get_ifd(0x8769)
+        assert details[0x9003] == "2020:01:01 00:00:00"
+        assert (details[0xA001], details[0xA002], details[0xA003]) == (1, 18, 14)
+        assert 0x927C not in details
+        assert exif.get_ifd(0x8825)[2] == (1.0, 2.0, 3.0)
+        if source != ".webp" and suffix != ".webp":  # which stores none
+            assert picture.info["dpi"] == pytest.approx((300, 200), abs=0.1)
+
+
+def test_a_profile_is_replaced_by_that_of_srgb_which_the_pixels_are_in(tmp_path, rgb):
+    swapped = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    for name, profile in (("a", srgb_profile()), ("b", swapped), ("c", None)):
+        Image.fromarray(rgb).save(tmp_path / f"{name}.png", icc_profile=profile)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that of Lab cannot be applied to RGB
+            photo = open_photo(tmp_path / f"{name}.png")
+        for suffix in (".png", ".jpg", ".webp", ".tif"):
+            write_image(tmp_path / f"result{suffix}", photo.image, like=photo)
+            with Image.open(tmp_path / f"result{suffix}") as picture:
+                assert picture.info.get("icc_profile") == (None if profile is None else srgb_profile())
+    assert srgb_profile()[24:28] == b"\x07\xd0\0\1"  # no time of today, which would change the bytes
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_16_bit_color_is_read_and_written_in_full_depth(tmp_path, channels):
+    values = torch.randint(0, 65536, (channels, 9, 7), generator=generator())
+    deep = SimpleNamespace(depth=16, exif=None, dpi=(300, 300), profiled=True)
+    alpha = None if channels == 3 else values[None, 3:] / 65535
+    write_image(tmp_path / "a.png", values[:3] / 65535, alpha=alpha, like=deep, text={"Software": "größer"})
+    photo = open_photo(tmp_path / "a.png")
+    assert (photo.depth, photo.profiled, photo.lost) == (16, True, ())
+    assert torch.equal((photo.image[0] * 65535).round().long(), values[:3])
+    assert photo.alpha is None if channels == 3 else torch.equal((photo.alpha[0] * 65535).round().long(), values[3:])
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.text == {"Software": "größer"}
+        assert picture.size == (7, 9)
+        assert np.array_equal(np.asarray(picture), values.movedim(0, -1).numpy() // 256)  # as libpng's high bytes
+    write_image(tmp_path / "b.jpg", photo.image, like=photo)
+    assert open_photo(tmp_path / "b.jpg").depth == 8
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_16_bit_tiff_is_read_in_full_depth(tmp_path, order, channels):
+    values = np.random.default_rng(0).integers(0, 65536, (9, 7, channels), dtype=np.uint16)
+    (tmp_path / "a.tif").write_bytes(tiff_of_16bit(values, order))
+    photo = open_photo(tmp_path / "a.tif")
+    assert photo.depth == 16
+    read = photo.image if channels == 3 else torch.cat([photo.image, photo.alpha], dim=1)
+    assert np.array_equal((read[0].movedim(0, -1) * 65535).round().numpy(), values)
+
+
+def tiff_of_16bit(values, order):
+    """Return an uncompressed TIFF of one strip."""
+    height, width, channels = values.shape
+    data, start = values.astype(f"{order}u2").tobytes(), 8
+    shorts = {256: width, 257: height, 259: 1, 262: 2, 277: channels, 278: height, 284: 1} | (
+        {338: 2} if channels == 4 else {}
+    )
+    entries = {tag: struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0) for tag, value in shorts.items()}
+    entries |= {tag: struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in ((273, start), (279, len(data)))}
+    end = start + len(data) + 2 + 12 * (len(entries) + 1) + 4
+    entries[258] = struct.pack(f"{order}HHII", 258, 3, channels, end)
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, start + len(data))
+    directory = struct.pack(f"{order}H", len(entries)) + b"".join(entries[tag] for tag in sorted(entries)) + bytes(4)
+    return head + data + directory + struct.pack(f"{order}{channels}H", *[16] * channels)
+
+
+def test_16_bit_with_another_profile_is_read_in_8_bit_and_says_so(tmp_path, monkeypatch):
+    values = torch.rand(3, 9, 7, generator=generator())
+    deep = SimpleNamespace(depth=16, exif=None, dpi=None, profiled=True)
+    monkeypatch.setattr("milo_latent.photo_formats.srgb_profile", lambda: with_gamma(srgb_profile()))
+    write_image(tmp_path / "a.png", values, like=deep)
+    photo = open_photo(tmp_path / "a.png")
+    assert (photo.depth, photo.lost) == (8, ("16 bit, since its color profile is applied in 8 bit",))
+    assert (photo.image[0] - values).abs().max() > 0.05
+
+
+def with_gamma(profile):
+    """Return a profile of sRGB with a linear tone curve."""
+    changed = bytearray(profile)
+    place = changed.index(b"para")
+    changed[place : place + 12] = b"curv" + bytes(8)
+    return bytes(changed)
+
+
+def test_what_a_file_cannot_hold_is_told(tmp_path, rgb):
+    frames = [Image.fromarray(np.dstack([rgb + shift, rgb[..., :1]])) for shift in (0, 9, 20)]
+    for name in ("a.png", "a.webp", "a.tif"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        photo = open_photo(tmp_path / name)
+        assert photo.lost_in(tmp_path / "b.png") == ["2 further pages or frames"], name
+    assert photo.lost_in(tmp_path / "b.jpg") == ["2 further pages or frames", "transparency, which .jpg cannot hold"]
+    photo = taken(tmp_path / "c.png", rgb)
+    assert photo.lost_in(tmp_path / "d.BMP") == ["EXIF, which .bmp cannot hold"]
+    assert photo.lost_in(tmp_path / "d.webp") == []
+    assert replace(photo, depth=16).lost_in(tmp_path / "d.tif") == ["16 bit, which only .png holds here, not .tif"]
+    write_image(tmp_path / "d.bmp", photo.image, like=photo)
+
+
+def test_damaged_metadata_cost_themselves_alone(tmp_path, rgb):
+    Image.fromarray(rgb).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x87\x69half", dpi=(300, 300))
+    photo = open_photo(tmp_path / "a.jpg")
+    assert photo.exif is None
+    write_image(tmp_path / "b.jpg", photo.image, like=photo)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import queue
 import shlex
 import threading
@@ -20,7 +19,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from milo_latent import __version__
 from milo_latent.diffbir.stages import LastStage
 from milo_latent.diffbir.versions import TaskName
 from milo_latent.files import read_photo, write_image
@@ -33,7 +31,7 @@ from milo_latent.metric.visualize import color_error_map
 from milo_latent.pictures import to_8bit
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
 from milo_latent.restoration.faces import Detector
-from milo_latent.restoration.files import restore_file
+from milo_latent.restoration.files import describe_result, restore_file
 from milo_latent.restoration.restore import restore
 from milo_latent.restoration.restorer import pipeline_digest
 from milo_latent.restoration.settings import RestorationSettings
@@ -93,7 +91,7 @@ class Restored:
 
     Args:
         before: the photo as it came, enlarged to the size of the result.
-        after: the result, a PNG file with the text of `PhotoRestorer.describe`.
+        after: the result, a PNG file with the text of `describe_result`.
         done: denoising steps.
         masks: MILO's mask in them.
         comparison: with the clean reference; None without one.
@@ -158,11 +156,6 @@ class PhotoRestorer:
         if stage == "all":
             heeded |= {"milo_scale": milo_scale, "schedule": schedule, "steps": int(steps), "seed": int(seed or 0)}
         return RestorationSettings(task=task, stage=stage, tile=TILE, **heeded)
-
-    def describe(self, settings: RestorationSettings) -> dict[str, str]:
-        """Return what a result says of itself; `restore_image` makes it again from the "settings" in "milo_latent"."""
-        record = {"model": self.model, "weights": self._digest, "settings": given(settings)}
-        return {"Software": f"milo_latent {__version__}", "milo_latent": json.dumps(record)}
 
     @functools.cached_property
     def _digest(self) -> str:
@@ -245,7 +238,8 @@ class PhotoRestorer:
 
         before, after = folder / "before.png", folder / f"{photo.stem}_restored.png"
         limit = int(self.max_pixels / upscale**2)
-        restore_file(photo, after, restore_photo, text=self.describe(settings), max_pixels=limit)
+        text = describe_result(self.model, self._digest, resolved)
+        restore_file(photo, after, restore_photo, text=text, max_pixels=limit)
         degraded, restored = pictures
         enlarged = F.interpolate(degraded, size=restored.shape[2:], mode="bicubic").clamp(0, 1)
         write_image(before, degraded if degraded.shape == restored.shape else enlarged)

@@ -35,6 +35,6 @@ def _decode(options: argparse.Namespace) -> Answer:
         options.inputs, options.output, suffixes=LATENT_SUFFIXES, suffix=".png", recursive=options.recursive,
         existing=options.existing,
     )  # fmt: skip
-    how = {"tile": options.tile, "progress": not options.quiet}
+    how = {"vae_name": options.model, "tile": options.tile, "progress": not options.quiet}
     report = decode_files(open_vae(options), jobs, **how) if jobs.results else jobs.idle
     return tell_report(report, jobs, options, head="decode", unit="latents", told="{0[0]}x{0[1]}".format)

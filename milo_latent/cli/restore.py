@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> Answer:
 def _restore(options: argparse.Namespace) -> Answer:
     from milo_latent.files import IMAGE_SUFFIXES
     from milo_latent.jobs import find_jobs
-    from milo_latent.restoration.files import restore_files
+    from milo_latent.restoration.files import describe_result, restore_files
     from milo_latent.restoration.hints import task_hint
     from milo_latent.restoration.restore import restore
     from milo_latent.restoration.restorer import pipeline_digest
@@ -102,16 +102,19 @@ def _restore(options: argparse.Namespace) -> Answer:
         hints.update(task_hint(image, settings))
         return restore(image, pipe, settings)
 
-    made = {} if jobs.folder is None else {"weights": pipeline_digest(pipe), **settings.as_text()}
+    weights = pipeline_digest(pipe)
+    text = describe_result(str(options.model), weights, settings)
+    made = {"weights": weights, **settings.as_text()}
     began = time.perf_counter()
-    report = restore_files(jobs, restore_photo, made=made, progress=not options.quiet)
+    report = restore_files(jobs, restore_photo, made=made, text=text, progress=not options.quiet)
     how, tail = f", {options.model}, {_how(settings)}", f" in {time.perf_counter() - began:.1f} s"
     answer = tell_report(
         report, jobs, options, head=str(settings.task), unit="photos", told="{0[0]} to {0[1]}".format, how=how,
-        tail=tail, settings={"model": str(options.model), **settings.as_record()},
+        tail=tail, settings={"model": str(options.model), "weights": weights, **settings.as_record()},
     )  # fmt: skip
-    for hint, count in hints.items():
-        answer.text += f"\n{count} photos: {hint}" if jobs.folder else f"\n{hint}"
+    hints.update(f"not kept: {what}." for _, (_, _, lost) in report.made.values() for what in lost)
+    lines = [f"{count} photos: {hint}" if jobs.folder else hint for hint, count in hints.items()]
+    answer.text = "\n".join(filter(None, [answer.text, *lines]))
     return answer
 
 

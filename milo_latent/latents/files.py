@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import diffusers
 import torch
 
+from milo_latent import __version__
 from milo_latent.checks import ValueWatch, check_apart, shortened
 from milo_latent.files import (
+    EXIF_SUFFIXES,
     LATENT_SUFFIXES,
     check_output,
     read_image,
@@ -88,7 +92,13 @@ def encode_file(vae: VAE, photo: Path, output: Path, *, vae_name: str, tile: int
 
 @torch.inference_mode()
 def decode_file(
-    vae: VAE, latents: Path, output: Path, *, tile: int | None = None, watch: ValueWatch | None = None
+    vae: VAE,
+    latents: Path,
+    output: Path,
+    *,
+    tile: int | None = None,
+    watch: ValueWatch | None = None,
+    text: Mapping[str, str] | None = None,
 ) -> tuple[int, int]:
     """Decode a file of latents into an image, cropped to the photo's size if the file stores it.
 
@@ -98,6 +108,7 @@ def decode_file(
         output: an image file.
         tile: as of `decode_latents`.
         watch: warns once if the latents of several files have an unusual scale; None warns for this file.
+        text: that of `write_image`, left out where the format of `output` holds none.
 
     Returns:
         Width and height of the image.
@@ -118,7 +129,8 @@ def decode_file(
     (watch or ValueWatch()).look(str(latents), tensor, latents=True)
     factor = vae_scale_factor(vae)
     height, width = _source_size(metadata, (tensor.shape[2] * factor, tensor.shape[3] * factor), latents)
-    write_image(output, decode_latents(vae, tensor, tile=tile)[..., :height, :width])
+    image = decode_latents(vae, tensor, tile=tile)[..., :height, :width]
+    write_image(output, image, text=text if output.suffix.lower() in EXIF_SUFFIXES else None)
     return width, height
 
 
@@ -152,18 +164,18 @@ def encode_files(vae: VAE, jobs: Jobs, *, vae_name: str, tile: int | None = None
     return run_jobs(jobs, work, made=made, unit="photo", progress=progress)
 
 
-def decode_files(vae: VAE, jobs: Jobs, *, tile: int | None = None, progress: bool = True) -> Report:
-    """Decode files of latents by `decode_file`; the report holds the sizes of the images.
+def decode_files(vae: VAE, jobs: Jobs, *, vae_name: str, tile: int | None = None, progress: bool = True) -> Report:
+    """Decode files of latents by `decode_file` into images that say so; the report holds their sizes.
 
     Raises:
         ValueError: for tiles that do not fit the VAE, before the first file.
     """
     if tile is not None:
         check_tile(vae, tile)
-    watch = ValueWatch()
+    watch, made = ValueWatch(), {"weights": weights_digest({"vae": vae}), "tile": tile}
+    text = {"Software": f"milo_latent {__version__}", "milo_latent": json.dumps({"vae": vae_name, **made})}
 
     def work(latents: Path, image: Path) -> tuple[int, int]:
-        return decode_file(vae, latents, image, tile=tile, watch=watch)
+        return decode_file(vae, latents, image, tile=tile, watch=watch, text=text)
 
-    made = {"weights": weights_digest({"vae": vae}), "tile": tile}
     return run_jobs(jobs, work, made=made, unit="file", progress=progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from milo_latent import __version__
 from milo_latent.checks import check_apart
-from milo_latent.files import ALPHA_SUFFIXES, IMAGE_SUFFIXES, check_output, read_photo, write_image
+from milo_latent.files import ALPHA_SUFFIXES, EXIF_SUFFIXES, IMAGE_SUFFIXES, check_output, open_photo, write_image
 from milo_latent.jobs import Jobs, Report, run_jobs
 from milo_latent.pictures import LUMA
 from milo_latent.restoration.faces import Restore
+from milo_latent.restoration.settings import RestorationSettings
 
 
 def restore_file(
@@ -24,13 +27,13 @@ def restore_file(
     *,
     text: Mapping[str, str] | None = None,
     max_pixels: int | None = None,
-) -> tuple[str, str]:
-    """Restore a photo; a gray one stays gray, and transparency is kept where the format of `output` holds it.
+) -> tuple[str, str, list[str]]:
+    """Restore a photo; a gray one stays gray, and what the format of `output` holds of its metadata is kept.
 
-    `text` is that of `write_image`, `max_pixels` that of `read_photo`.
+    `text` is that of `write_image`, left out where the format holds none; `max_pixels` is that of `open_photo`.
 
     Returns:
-        Sizes before and after, WIDTHxHEIGHT.
+        Sizes before and after, WIDTHxHEIGHT, and what of the photo `output` does not hold.
 
     Raises:
         FileNotFoundError: if there is no such photo, or no folder for `output`.
@@ -38,17 +41,30 @@ def restore_file(
     """
     check_output(output, IMAGE_SUFFIXES)
     check_apart(output, photo)
-    image, alpha = read_photo(photo, max_pixels=max_pixels)
+    opened = open_photo(photo, max_pixels=max_pixels)
+    image, alpha, suffix = opened.image, opened.alpha, output.suffix.lower()
     restored = restore(image)
     if torch.equal(image, image[:, :1].expand_as(image)):  # a gray photo
         restored = to_gray(restored)
-    if alpha is not None and output.suffix.lower() in ALPHA_SUFFIXES:
+    if alpha is not None and suffix in ALPHA_SUFFIXES:
         alpha = interpolate(alpha, size=restored.shape[2:], mode="bilinear", align_corners=False)
     else:
         alpha = None
-    write_image(output, restored, alpha=alpha, text=text)
+    write_image(output, restored, alpha=alpha, text=text if suffix in EXIF_SUFFIXES else None, like=opened)
     before, after = ("{1}x{0}".format(*each.shape[2:]) for each in (image, restored))
-    return before, after
+    return before, after, opened.lost_in(output)
+
+
+def describe_result(model: str, weights: str, settings: RestorationSettings) -> dict[str, str]:
+    """Return what a result says of itself, the `text` of `write_image`.
+
+    Args:
+        model: what was opened.
+        weights: its `pipeline_digest`.
+        settings: resolved; `restore_image` makes the result again of them.
+    """
+    record = {"model": model, "weights": weights, "settings": settings.as_record()}
+    return {"Software": f"milo_latent {__version__}", "milo_latent": json.dumps(record)}
 
 
 def to_gray(image: Tensor) -> Tensor:
@@ -56,13 +72,15 @@ def to_gray(image: Tensor) -> Tensor:
     return (image * image.new_tensor(LUMA).view(1, 3, 1, 1)).sum(dim=1, keepdim=True).expand_as(image)
 
 
-def restore_files(jobs: Jobs, restore: Restore, *, made: Mapping[str, Any], progress: bool = True) -> Report:
-    """Restore photos by `restore_file`, each as it would be restored alone; the report holds their sizes.
+def restore_files(
+    jobs: Jobs, restore: Restore, *, made: Mapping[str, Any], text: Mapping[str, str], progress: bool = True
+) -> Report:
+    """Restore photos by `restore_file`, each as it would be restored alone; the report holds what that returns.
 
     `made` and `progress` are those of `run_jobs`.
     """
 
-    def work(photo: Path, result: Path) -> tuple[str, str]:
-        return restore_file(photo, result, restore)
+    def work(photo: Path, result: Path) -> tuple[str, str, list[str]]:
+        return restore_file(photo, result, restore, text=text)
 
     return run_jobs(jobs, work, made=made, unit="photo", progress=progress)
