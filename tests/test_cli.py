@@ -1,8 +1,11 @@
 """The command line: right results for odd inputs, one clear line and a non-zero exit for bad ones."""
 
+import argparse
 import io
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,7 +17,7 @@ from official_checkpoints import official_metric_file
 from PIL import Image
 
 from milo_latent import __version__, load_restorer, restore_image
-from milo_latent.cli import main
+from milo_latent.cli import build_parser, main
 from milo_latent.cli.common import TILE
 from milo_latent.files import (
     open_photo,
@@ -610,3 +613,58 @@ def test_16_bit_photos_stay_so(restore, photo, tmp_path):
     assert result.depth == 16
     assert result.dpi == pytest.approx((300, 300), abs=0.1)
     assert not torch.equal(result.image, result.image.mul(255).round().div(255))
+
+
+def commands_of(parser, name=()):
+    """Yield the words and the parser of every command that does something."""
+    found = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not found:
+        yield name, parser
+    for word, each in found[0].choices.items() if found else ():
+        yield from commands_of(each, (*name, word))
+
+
+def test_the_help_of_every_command_ends_with_examples_that_are_accepted():
+    parser = build_parser()
+    commands = dict(commands_of(parser))
+    assert len(commands) == 12
+    for words, command in commands.items():
+        lines = command.format_help().splitlines()
+        examples = [line.split("#")[0] for line in lines if line.startswith("  milo-latent ")]
+        assert len(examples) >= 2, words
+        for example in examples:
+            arguments = shlex.split(re.sub(" [<>].*", "", example))[1:]
+            assert tuple(arguments[: len(words)]) == words
+            assert parser.parse_args(arguments).run == command.get_default("run")
+
+
+def test_every_command_answers_in_json_or_not_at_all_and_all_that_compute_take_a_device():
+    for words, command in commands_of(build_parser()):
+        options = command._option_string_actions.keys()
+        assert {"--json", "--quiet"} <= options
+        computes = words[0] not in ("weights", "convert")
+        assert ({"--device", "--dtype"} <= options) == computes, words
+        files = words[0] in ("restore", "encode", "decode", "score")
+        assert ({"--overwrite", "--skip-existing"} <= options) == files, words
+
+
+def test_completion_needs_a_library_and_says_which(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as caught:
+        main(["--print-completion", "bash"])
+    assert caught.value.code == 1
+    assert 'pip install "milo_latent[completion]"' in one_error_line(capsys)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_commands_options_and_files(shell, capsys):
+    pytest.importorskip("shtab", reason="needs shtab, of the extra `completion`")
+    with pytest.raises(SystemExit) as caught:
+        main(["--print-completion", shell])
+    assert caught.value.code == 0
+    script = capsys.readouterr().out
+    for word in ("restore", "benchmark", "skip-existing", "bfloat16", "unaligned_face"):
+        assert word in script
+    if shell == "bash":
+        assert "_shtab_milo_latent_restore_pos_0_COMPGEN=_shtab_compgen_files" in script
+        assert "_shtab_milo_latent_restore___tile_COMPGEN" not in script  # a number

@@ -108,6 +108,7 @@ def test_the_minimum_versions_are_those_that_are_tested(repository):
         "spandrel",
         "bitsandbytes",
         "gradio",
+        "shtab",
         "ruff",
         "mypy",
     }

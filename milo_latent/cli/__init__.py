@@ -7,9 +7,13 @@ import io
 import os
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from milo_latent import __version__
 from milo_latent.cli import app, benchmark, convert, decode, encode, restore, score, weights
+from milo_latent.extras import import_extra
 from milo_latent.processes import join_processes, process_index
 from milo_latent.programs import run_program
 
@@ -46,12 +50,40 @@ class ShowVersions(argparse.Action):
         parser.exit()
 
 
+class PrintCompletion(argparse.Action):
+    """Print the script that completes commands, options and files in a shell."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: object, shell: Any, option: str | None = None) -> None:
+        """Print."""
+        try:
+            shtab = import_extra("shtab", "completion", str(option))
+        except ImportError as error:
+            parser.exit(1, f"milo-latent: {error}\n")
+        for action in _all_actions(parser):
+            if action.nargs != 0 and action.choices is None and action.type in (None, Path):
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+        print(shtab.complete(parser, shell=shell))
+        parser.exit()
+
+
+def _all_actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for each in action.choices.values():
+                yield from _all_actions(each)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="milo-latent", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action=ShowVersions, nargs=0, help="show the versions and the devices, and exit")
+    parser.add_argument(
+        "--print-completion", action=PrintCompletion, choices=["bash", "zsh", "tcsh"],
+        help="print the script that completes this command in a shell, and exit",
+    )  # fmt: skip
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     for command in (restore, app, score, encode, decode, benchmark, weights, convert):
         command.add(commands)

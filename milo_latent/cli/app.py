@@ -5,13 +5,23 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from milo_latent.cli.common import Answer, add_answer_options, add_restorer_options, given_options, open_restorer
+from milo_latent.cli.common import (
+    Answer,
+    add_answer_options,
+    add_command,
+    add_restorer_options,
+    given_options,
+    open_restorer,
+)
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Add the command to the parser."""
-    command = commands.add_parser(
+    command = add_command(
+        commands,
         "app",
+        "app --open",
+        "app --model diffbir-v2.1-sr --port 8080",
         help="restore photos on a page in the browser",
         description="Open a page on which photos are restored and compared. Only this machine can reach it, unless "
         "--host says otherwise. Photos stay on this machine, and are deleted at the end.",

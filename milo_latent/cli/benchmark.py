@@ -11,6 +11,7 @@ from milo_latent.cli.common import (
     TILE,
     Answer,
     add_answer_options,
+    add_command,
     add_restorer_options,
     given_options,
     open_restorer,
@@ -25,8 +26,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Add the command to the parser."""
     command = commands.add_parser("benchmark", help="measure restorations", description="Measure restorations.")
     actions = command.add_subparsers(dest="action", metavar="ACTION", required=True)
-    restore = actions.add_parser(
+    restore = add_command(
+        actions,
         "restore",
+        "benchmark restore --clean photos --degradation noise50 --guidance 0 0.5 -o tables",
+        "benchmark restore --degraded photos -o tables    # without references",
         help="compare guidance strengths, curricula and seeds on a folder",
         description="Restore the photos of a folder with every strength of guidance, curriculum and seed, and measure "
         "the results, the input and the cleaner: against clean photos where there are some, and by figures that "

@@ -23,7 +23,21 @@ TASKS = ["sr", "denoise", "face", "unaligned_face"]
 DTYPES = ["float32", "float16", "bfloat16"]
 TILE = "at least 320, such as 512"  # `latents.codec.SMALLEST_TILE`, which would take seconds to import
 NO_SETTINGS = {"command", "action", "run", "inputs", "output", "existing", "quiet", "json", "recursive"}
+EXAMPLES = "examples:"
 SHOWN = 4  # names of files in a line of a summary
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Wraps descriptions, and leaves examples as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith(EXAMPLES) else super()._fill_text(text, width, indent)
+
+
+def add_command(commands: argparse._SubParsersAction, name: str, *examples: str, **texts: Any) -> Any:
+    """Add the parser of a command, whose help ends with examples, given without the program's name."""
+    lines = [EXAMPLES, *(f"  milo-latent {example}" for example in examples)]
+    return commands.add_parser(name, epilog="\n".join(lines), formatter_class=HelpFormatter, **texts)
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from milo_latent.cli.common import DTYPES, TASKS, Answer, add_answer_options, given_options, to_dtype
+from milo_latent.cli.common import DTYPES, TASKS, Answer, add_answer_options, add_command, given_options, to_dtype
 
 VERSIONS = ["v1", "v2", "v2.1"]
 
@@ -18,7 +18,12 @@ def add(commands: argparse._SubParsersAction) -> None:
         description="Convert official checkpoints to a folder that DiffBIRPipeline opens without a network.",
     )
     actions = command.add_subparsers(dest="action", metavar="ACTION", required=True)
-    diffbir = actions.add_parser("diffbir", help="convert files that you have")
+    diffbir = add_command(
+        actions, "diffbir",
+        "convert diffbir --version v2 --task sr --sd sd21.ckpt --controlnet v2.pth --cleaner bsrnet.pth -o sr",
+        "convert diffbir --version v1 --task face --sd sd21.ckpt --controlnet face.pth --cleaner swinir.ckpt -o faces",
+        help="convert files that you have",
+    )  # fmt: skip
     diffbir.set_defaults(run=run_diffbir)
     diffbir.add_argument("--sd", type=Path, required=True, metavar="FILE", help="Stable Diffusion 2.1")
     diffbir.add_argument("--controlnet", type=Path, required=True, metavar="FILE", help="IRControlNet, stage 2")
@@ -27,7 +32,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     diffbir.add_argument(
         "--ignore", action="append", default=[], metavar="REGEX", help="further keys of --sd that are not needed"
     )
-    pull = actions.add_parser("pull", help="fetch the official files, check and convert them")
+    pull = add_command(
+        actions, "pull", "convert pull --version v2.1 --task sr -o diffbir-v2.1-sr",
+        "convert pull --version v2 --task denoise -o denoiser --dtype float16",
+        help="fetch the official files, check and convert them",
+    )  # fmt: skip
     pull.set_defaults(run=run_pull)
     pull.add_argument("--downloads", type=Path, metavar="FOLDER", help="where fetched files are kept (default: cache)")
     for action in (diffbir, pull):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from milo_latent.cli.common import Answer, add_file_options, add_vae_options, open_vae, piped, tell_report
+from milo_latent.cli.common import Answer, add_command, add_file_options, add_vae_options, open_vae, piped, tell_report
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Add the command to the parser."""
-    command = commands.add_parser(
+    command = add_command(
+        commands,
         "decode",
+        "decode photo.safetensors -o photo.png",
+        "decode latents -r -o photos --model FOLDER",
         help="decode latents into photos",
         description="Decode latents into photos. Files that tell the photo's size give that size back.",
     )

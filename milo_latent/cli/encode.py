@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from milo_latent.cli.common import Answer, add_file_options, add_vae_options, open_vae, piped, tell_report
+from milo_latent.cli.common import Answer, add_command, add_file_options, add_vae_options, open_vae, piped, tell_report
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Add the command to the parser."""
-    command = commands.add_parser(
+    command = add_command(
+        commands,
         "encode",
+        "encode photo.jpg -o photo.safetensors",
+        "encode 'trips/**/*.jpg' -o latents/ --model FOLDER --tile 512",
         help="encode photos into latents",
         description="Encode photos into latents. In a folder of results, those are left alone that were made of the "
         "same files and weights.",

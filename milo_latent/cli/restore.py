@@ -14,6 +14,7 @@ from milo_latent.cli.common import (
     TASKS,
     TILE,
     Answer,
+    add_command,
     add_file_options,
     add_restorer_options,
     open_restorer,
@@ -31,8 +32,12 @@ SCHEDULES = ["constant", "linear", "cosine"]
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Add the command to the parser."""
-    command = commands.add_parser(
+    command = add_command(
+        commands,
         "restore",
+        "restore photo.jpg                          # photo_restored.png beside it",
+        "restore photos -r -o results --tile 512    # a folder and those in it; the same command resumes",
+        "restore - --task sr < small.jpg > large.png",
         help="restore degraded photos",
         description="Restore degraded photos. Without --model nothing is downloaded: the embedded models are used. In "
         "a folder of results, those are left alone that were made of the same files, weights and settings.",
@@ -49,11 +54,22 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
     """Add the options that are settings: `dest` names the field of `RestorationSettings`, or the option itself does."""
     add = command.add_argument
     add("--task", choices=TASKS, help="default: the model's, or denoise; unaligned_face: the faces in a photo")
-    add("--guidance", dest="milo_scale", type=float, help="of MILO, 0 (off) to 1 (default: 0.5 in stage all, else 0)")
+    add(
+        "--guidance",
+        dest="milo_scale",
+        type=float,
+        metavar="STRENGTH",
+        help="of MILO, 0 (off) to 1 (default: 0.5 in stage all, else 0)",
+    )
     add("--curriculum", dest="schedule", choices=SCHEDULES, help="schedule of the guidance (default: cosine)")
-    add("--steps", type=int, help="denoising steps (default: the model's own; else 1, or 4 with guidance)")
-    add("--upscale", type=float, help="how much larger (default: 4 for sr, 2 for unaligned_face, else 1)")
-    add("--seed", type=int, default=0, help="the same seed gives the same file (default: 0)")
+    add("--steps", type=int, metavar="N", help="denoising steps (default: the model's own; else 1, or 4 with guidance)")
+    add(
+        "--upscale",
+        type=float,
+        metavar="FACTOR",
+        help="how much larger (default: 4 for sr, 2 for unaligned_face, else 1)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same file (default: 0)")
     add("--tile", type=int, metavar="PIXELS", help=f"restore in tiles of this side, {TILE}, which saves memory")
     add("--detector", type=Path, metavar="FILE", help="YuNet's .onnx file, for unaligned_face")
 
@@ -62,14 +78,31 @@ def add_diffusion_settings(command: argparse.ArgumentParser) -> None:
     """Add the settings that `DiffBIRPipeline` takes."""
     add = command.add_argument
     add("--stage", choices=["cleaner", "join", "all"], help="the last stage (default: the model's; all with guidance)")
-    add("--fidelity", type=float, help="share of the join, 0 (none) to 1 (default: 1 where the model has a join)")
+    add(
+        "--fidelity",
+        type=float,
+        metavar="SHARE",
+        help="share of the join, 0 (none) to 1 (default: 1 where the model has a join)",
+    )
     add = command.add_argument_group("diffusion", "for models with prompts (default: the model's own)").add_argument
-    add("--prompt", help="what the photo shows")
-    add("--negative-prompt", help="what the result should not be")
-    add("--cfg-scale", dest="guidance_scale", type=float, help="scale of classifier-free guidance; 1 switches it off")
-    add("--control-scale", dest="controlnet_conditioning_scale", type=float, help="weight of the cleaned photo")
+    add("--prompt", metavar="TEXT", help="what the photo shows")
+    add("--negative-prompt", metavar="TEXT", help="what the result should not be")
+    add(
+        "--cfg-scale",
+        dest="guidance_scale",
+        type=float,
+        metavar="SCALE",
+        help="scale of classifier-free guidance; 1 switches it off",
+    )
+    add(
+        "--control-scale",
+        dest="controlnet_conditioning_scale",
+        type=float,
+        metavar="SCALE",
+        help="weight of the cleaned photo",
+    )
     add("--start-point", choices=["noise", "cond"], help="pure noise, or the noised cleaned photo")
-    add("--noise-aug", type=int, help="timestep to which the condition is noised")
+    add("--noise-aug", type=int, metavar="TIMESTEP", help="timestep to which the condition is noised")
     add("--color-fix", choices=["wavelet", "adain", "none"], help="how to take the colors of the cleaned photo")
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from milo_latent.cli.common import (
     Answer,
     add_answer_options,
+    add_command,
     add_device_options,
     add_existing_options,
     given_options,
@@ -25,8 +26,12 @@ PIXELS_PER_CELL = 8  # of every VAE of the Stable Diffusion families, where the 
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Add the command to the parser."""
-    command = commands.add_parser(
+    command = add_command(
+        commands,
         "score",
+        "score original.png restored.png                 # the reference first",
+        "score originals results --csv scores.csv        # two folders, matched by name; resumed if interrupted",
+        "score a.png b.png --map where.png --overlay a.png",
         help="score the visible difference of images or latents",
         description="Print MILO's error (0 = identical, unbounded, lower is better) and MOS (0 to 5, higher is better) "
         "of two files, of one file against a folder, or of two folders matched by name.",

@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from milo_latent.cli.common import Answer, add_answer_options
+from milo_latent.cli.common import Answer, add_answer_options, add_command
 
 OFFICIAL_PURPOSE = {
     "official-image": "The official MILO_I, which scores images.",
@@ -21,17 +21,29 @@ def add(commands: argparse._SubParsersAction) -> None:
         "weights", help="list, fetch, convert and describe weights", description="Manage weights."
     )
     actions = command.add_subparsers(dest="action", metavar="ACTION", required=True)
-    listing = actions.add_parser("list", help="the shipped sets and the official weights, and what each is for")
+    listing = add_command(
+        actions, "list", "weights list", "weights list --json",
+        help="the shipped sets and the official weights, and what each is for",
+    )  # fmt: skip
     listing.set_defaults(run=run_list)
-    pull = actions.add_parser("pull", help="fetch official weights into the cache and check them")
+    pull = add_command(
+        actions, "pull", "weights pull official-image", "weights pull official-latent",
+        help="fetch official weights into the cache and check them",
+    )  # fmt: skip
     pull.set_defaults(run=run_pull)
     pull.add_argument("name", help="official-image or official-latent")
-    convert = actions.add_parser("convert", help="convert an official .pth to safetensors")
+    convert = add_command(
+        actions, "convert", "weights convert MILO.pth -o folder", "weights convert mine.pth -o folder --unofficial",
+        help="convert an official .pth to safetensors",
+    )  # fmt: skip
     convert.set_defaults(run=run_convert)
     convert.add_argument("input", type=Path, metavar="FILE", help="MILO.pth or MILO_latent.pth")
     convert.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
     convert.add_argument("--unofficial", action="store_true", help="convert a file whose hash is not an official one's")
-    info = actions.add_parser("info", help="describe weights, and check their files against their card")
+    info = add_command(
+        actions, "info", "weights info nano", "weights info MILO_latent.pth",
+        help="describe weights, and check their files against their card",
+    )  # fmt: skip
     info.set_defaults(run=run_info)
     info.add_argument("source", metavar="NAME|FOLDER|FILE")
     for action in (listing, pull, convert, info):
