@@ -173,6 +173,20 @@ def test_two_users_at_once_get_their_own_photos(visit, images, tmp_path):
     assert (tmp_path / "0" / "0_restored.png").read_bytes() != (tmp_path / "1" / "1_restored.png").read_bytes()
 
 
+def test_a_phone_shows_the_page_without_scrolling_sideways(visit, photo):
+    page = visit()
+    page.set_viewport_size({"width": 390, "height": 844})
+    drop(page, photo)
+    page.get_by_text("Compare with a clean reference").click()
+    drop(page, photo, "#reference")
+    page.click("#restore")
+    wait_for_status(page, "Restored in")
+    page.wait_for_selector("#map img")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    columns = page.evaluate("getComputedStyle(document.querySelector('#masks .grid-container')).gridTemplateColumns")
+    assert len(columns.split()) == 2
+
+
 def test_cancel_stops_and_leaves_the_model_to_the_next(visit, photo, tmp_path):
     Image.new("RGB", (900, 900), "red").save(tmp_path / "red.png")
     page = visit()

@@ -21,7 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 TITLE = "milo_latent"
 TASKS = {
-    "denoise": "Remove noise, blur and JPEG artifacts",
+    "denoise": "Remove noise, blur, JPEG artifacts",
     "sr": "Enlarge four times",
     "face": "Restore an aligned face",
     "unaligned_face": "Restore the faces in a photo, and enlarge it twice",
@@ -44,7 +44,13 @@ CSS = """
 #status i.unknown { width: 30%; animation: sweep 1.4s ease-in-out infinite alternate; }
 @keyframes sweep { from { margin-left: 0; } to { margin-left: 70%; } }
 #masks .grid-wrap { height: auto; min-height: 0; max-height: none; padding-top: 34px; }
-#masks .grid-container { grid-auto-rows: auto; }
+#masks .grid-container { grid-auto-rows: auto; grid-template-columns: repeat(4, 1fr); }
+@media (max-width: 640px) {
+  #masks .grid-container { grid-template-columns: repeat(2, 1fr); }
+  #masks .grid-wrap { padding-top: 52px; }
+}
+#numbers table, #numbers th, #numbers td { border-color: var(--border-color-primary); }
+#numbers td { white-space: nowrap; font-variant-numeric: tabular-nums; }
 """
 
 
@@ -85,9 +91,9 @@ class Page:
         ) as self.blocks:
             self.gr.Markdown(f"# {TITLE}\nDrop a photo, restore it, and move the slider.", elem_id="title")
             with self.gr.Row():
-                with self.gr.Column(scale=1, min_width=320):
+                with self.gr.Column(scale=1, min_width=280):
                     self._add_inputs()
-                with self.gr.Column(scale=2, min_width=480):
+                with self.gr.Column(scale=2, min_width=280):
                     self._add_outputs()
             self._connect()
         self.blocks.queue(max_size=MAX_WAITING, api_open=False)
@@ -125,11 +131,11 @@ class Page:
     def _add_outputs(self) -> None:
         gr = self.gr
         with gr.Row():
-            self.start = gr.Button("Restore", variant="primary", elem_id="restore")
-            self.cancel = gr.Button("Cancel", interactive=False, elem_id="cancel")
-            self.download = gr.DownloadButton("Download PNG", interactive=False, elem_id="download")
+            self.start = gr.Button("Restore", variant="primary", min_width=90, elem_id="restore")
+            self.cancel = gr.Button("Cancel", interactive=False, min_width=90, elem_id="cancel")
+            self.download = gr.DownloadButton("Download", interactive=False, min_width=90, elem_id="download")
         self.ending = gr.State(FAILED)  # what the status says if the run ends without a result, cancelled or not
-        self.status = gr.HTML(_status("Waiting for a photo"), elem_id="status")
+        self.status = gr.HTML(_status("Drop a photo and press Restore"), elem_id="status")
         self.slider = gr.ImageSlider(
             label="Before and after", type="filepath", interactive=False, max_height=620, buttons=["fullscreen"],
             elem_id="slider",
@@ -138,10 +144,10 @@ class Page:
             label="MILO's mask, step by step: light where a difference would be seen", columns=4, rows=1,
             height="auto", object_fit="contain", visible=False, buttons=["fullscreen"], elem_id="masks",
         )  # fmt: skip
-        with gr.Group(visible=False) as self.compared:
+        with gr.Column(visible=False) as self.compared:
             self.numbers = gr.Markdown(elem_id="numbers", container=True)
             self.error_map = gr.Image(
-                label="Where a difference from the reference is seen", buttons=["fullscreen"], interactive=False,
+                label="Seen difference from the reference", buttons=["fullscreen"], interactive=False,
                 elem_id="map",
             )  # fmt: skip
         with gr.Accordion("The same from the shell", open=False, visible=False, elem_id="shell") as self.shell:
@@ -206,7 +212,7 @@ class Page:
         return {
             self.start: gr.Button(interactive=False), self.cancel: gr.Button(interactive=True), self.slider: None,
             self.download: gr.DownloadButton(interactive=False), self.masks: gr.Gallery([], visible=False),
-            self.compared: gr.Group(visible=False), self.shell: gr.Accordion(visible=False),
+            self.compared: gr.Column(visible=False), self.shell: gr.Accordion(visible=False),
             self.status: _status("Starting", None), self.ending: FAILED,
         }  # fmt: skip
 
@@ -217,7 +223,7 @@ class Page:
         return {
             self.slider: (str(news.before), str(news.after)), self.command: news.command,
             self.download: gr.DownloadButton(value=str(news.after), interactive=True),
-            self.shell: gr.Accordion(visible=True), self.compared: gr.Group(visible=bool(compared)), **compared,
+            self.shell: gr.Accordion(visible=True), self.compared: gr.Column(visible=bool(compared)), **compared,
         }  # fmt: skip
 
     def _rest(self, message: str | None = None) -> dict:
@@ -298,11 +304,9 @@ def _status(text: str, share: float | None = 0.0) -> str:
 
 def _table(comparison: Comparison) -> str:
     """Return the comparison as a table in Markdown."""
-    before = "" if comparison.error_before is None else f"| Photo | {comparison.error_before:.5f} | |\n"
-    return (
-        "| | MILO error (0 is identical) | opinion score (0 to 5) |\n| --- | ---: | ---: |\n"
-        f"{before}| Result | {comparison.error:.5f} | {comparison.mos:.2f} |"
-    )
+    rows = {"Photo": comparison.before, "Result": (comparison.error, comparison.mos)}
+    lines = [f"| {name} | {row[0]:.5f} | {row[1]:.2f} |" for name, row in rows.items() if row is not None]
+    return "\n".join(["| | MILO error (0 is identical) | opinion score (0 to 5) |", "| --- | ---: | ---: |", *lines])
 
 
 def _without_folders(error: Exception, *paths: str | None) -> str:

@@ -75,13 +75,13 @@ class Comparison:
     Args:
         error: E of the result.
         mos: its mean opinion score, 0 to 5.
-        error_before: E of the degraded photo; None if it has another size than the result.
+        before: E and mean opinion score of the degraded photo; None if it has another size than the result.
         picture: the error map over the result.
     """
 
     error: float
     mos: float
-    error_before: float | None
+    before: tuple[float, float] | None
     picture: Image.Image
 
 
@@ -303,7 +303,10 @@ def compare(reference: Tensor, restored: Tensor, degraded: Tensor) -> Comparison
     """Compare a result with a clean reference, (1, 3, H, W) each in [0, 1], and the photo that it was made of."""
     metric = _image_metric()
     result = metric.compare(ref=reference, dist=restored)
-    before = metric(ref=reference, dist=degraded).item() if degraded.shape == reference.shape else None
+    before = None
+    if degraded.shape == reference.shape:
+        photo = metric.compare(ref=reference, dist=degraded)
+        before = (photo.error.item(), photo.mos.item())
     picture = to_picture(color_error_map(result.error_map, image=restored))
     return Comparison(result.error.item(), result.mos.item(), before, picture)
 
