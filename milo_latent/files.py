@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ NPY_HEADER = re.compile(  # of a plain array of floating point, as numpy writes 
     rb"'fortran_order': (?P<fortran>True|False), 'shape': \((?P<shape>(?:\d{1,9},? ?)*)\), \} *\n)",
     re.DOTALL,
 )
+_READING = threading.Lock()  # around what changes which warnings the whole process shows
 MAX_PIXELS = 128 * 1024 * 1024  # admits photos of 100 megapixels, refuses decompression bombs
 
 
@@ -145,7 +147,7 @@ class _Opened:
 def _open(path: Path, max_pixels: int) -> _Opened:
     check_file(path, "an image file")
     expected = f"Expected a complete image ({', '.join(FORMATS)}), got {path}, which is damaged or another file"
-    with warnings.catch_warnings():
+    with _READING, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow's limit of pixels, since ours is below, and of damaged metadata
         with refusing_damage(expected):
             image = Image.open(path, formats=FORMATS)

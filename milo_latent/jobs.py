@@ -18,6 +18,7 @@ from milo_latent.checks import check_apart
 from milo_latent.files import IMAGE_SUFFIXES, LATENT_SUFFIXES, check_output, is_hidden
 from milo_latent.processes import gather, process_index, share
 from milo_latent.provenance import FolderRecord
+from milo_latent.threads import in_threads
 
 Existing = Literal["resume", "overwrite", "skip"]
 THERE = "there already"  # why a file is left out whose result is there
@@ -182,7 +183,13 @@ def _find(
 
 
 def run_jobs(
-    jobs: Jobs, work: Callable[[Path, Path], Any], *, made: Mapping[str, Any], unit: str = "file", progress: bool = True
+    jobs: Jobs,
+    work: Callable[[Path, Path], Any],
+    *,
+    made: Mapping[str, Any],
+    unit: str = "file",
+    progress: bool = True,
+    threads: int = 1,
 ) -> Report:
     """Call `work(file, result)` for every file of `jobs` that has no result yet, or one made of something else.
 
@@ -196,6 +203,7 @@ def run_jobs(
         made: what all results depend on beside their files, such as settings, as values that JSON can hold.
         unit: what the progress bar counts.
         progress: whether to show a bar, if there are several files.
+        threads: how many files to work on at once.
     """
     skipped, record, left = dict(jobs.skipped), None, list(jobs.results.items())
     if jobs.folder is not None:
@@ -210,15 +218,21 @@ def run_jobs(
     mine, _ = share(left)
     done: list[tuple[Path, tuple[Path, Any]]] = []
     broken: list[tuple[Path, str]] = []
-    with tqdm(mine, unit=unit, disable=not progress or len(mine) < 2 or process_index() > 0) as shown:
-        for path, result in shown:
+
+    def make(job: tuple[Path, Path]) -> Any:
+        path, result = job
+        with nullcontext() if record is None else record.making(result, path):
+            return work(path, result)
+
+    with tqdm(total=len(mine), unit=unit, disable=not progress or len(mine) < 2 or process_index() > 0) as bar:
+        for (path, result), outcome in in_threads(make, mine, threads=min(threads, len(mine)) or 1):
             try:
-                with nullcontext() if record is None else record.making(result, path):
-                    done.append((path, (result, work(path, result))))
+                done.append((path, (result, outcome())))
             except (ValueError, FileNotFoundError, MemoryError) as error:  # a full disk stops the run
                 if record is None:
                     raise
                 broken.append((path, str(error)))
+            bar.update()
     broken = gather(broken)
     if record is not None:
         record.take_parts()

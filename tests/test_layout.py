@@ -12,7 +12,7 @@ import milo_latent
 # The modules of the package, those that know the fewest others first; a folder stands for everything in it. A module
 # may import from the lines above its own and from its own folder, never from a line below.
 LEVELS = (
-    "checks photo_formats pictures processes",
+    "checks photo_formats pictures processes threads",
     "provenance",
     "atomic structure",
     "checkpoints extras files programs resources weights",

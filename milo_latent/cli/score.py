@@ -21,8 +21,6 @@ from milo_latent.cli.common import (
 if TYPE_CHECKING:
     from milo_latent.score.pairs import Pair
 
-PIXELS_PER_CELL = 8  # of every VAE of the Stable Diffusion families, where the VAE is not at hand
-
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Add the command to the parser."""
@@ -70,6 +68,7 @@ def run(options: argparse.Namespace) -> Answer:
     from milo_latent.processes import gather, process_index, share
     from milo_latent.score.pairs import BATCH_SIZE, compare_pairs, match_pairs, score_pairs, unfinished
     from milo_latent.score.table import ScoreTable
+    from milo_latent.threads import thread_count
 
     if options.ref is None or options.dist is None:
         raise ValueError("Expected two files or folders, REF and DIST: milo-latent score REF DIST.")
@@ -92,7 +91,9 @@ def run(options: argparse.Namespace) -> Answer:
         scores = iter([row])
         painted = [_write_map(metric, left[0].ref, encode, error_map, largest, options)]
     else:
-        scores = score_pairs(metric, left, encode=encode, failed=broken if len(pairs) > 1 else None)
+        threads = thread_count(metric.device) if len(left) > BATCH_SIZE else 1
+        several = {"failed": broken} if len(pairs) > 1 else {}
+        scores = score_pairs(metric, left, encode=encode, threads=threads, **several)
     hidden = options.quiet or len(left) < 2 or process_index() > 0
     scored = tqdm(scores, total=len(left), unit="pair", disable=hidden)
     rows = gather(list(scored if table is None else table.extend(scored)))
@@ -259,6 +260,7 @@ def _enlarge(error_map: Any, ref: Path, encode: Any) -> Any:
 
     from milo_latent.files import read_image
     from milo_latent.latents.codec import vae_scale_factor
+    from milo_latent.score.pairs import PIXELS_PER_CELL
 
     factor = PIXELS_PER_CELL if encode is None else vae_scale_factor(encode.args[0])
     error_map = interpolate(error_map, scale_factor=factor, mode="bilinear", align_corners=False)

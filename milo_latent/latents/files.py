@@ -28,6 +28,7 @@ from milo_latent.latents.spaces import KINDS, VAE, LatentSpace
 from milo_latent.provenance import weights_digest
 from milo_latent.resources import find_weights
 from milo_latent.structure import open_network, read_json
+from milo_latent.threads import alone_if_large, thread_count
 
 
 def vae_folder(source: str | Path) -> Path:
@@ -77,9 +78,10 @@ def encode_file(vae: VAE, photo: Path, output: Path, *, vae_name: str, tile: int
     check_output(output, LATENT_SUFFIXES)
     check_apart(output, photo)
     image = read_image(photo)
-    latents = encode_image(vae, image, tile=tile)
-    factor = vae_scale_factor(vae)
     height, width = image.shape[2:]
+    with alone_if_large(height * width):
+        latents = encode_image(vae, image, tile=tile)
+    factor = vae_scale_factor(vae)
     metadata = {
         "vae": vae_name,
         **LatentSpace(vae).describe(),
@@ -129,7 +131,8 @@ def decode_file(
     (watch or ValueWatch()).look(str(latents), tensor, latents=True)
     factor = vae_scale_factor(vae)
     height, width = _source_size(metadata, (tensor.shape[2] * factor, tensor.shape[3] * factor), latents)
-    image = decode_latents(vae, tensor, tile=tile)[..., :height, :width]
+    with alone_if_large(height * width):
+        image = decode_latents(vae, tensor, tile=tile)[..., :height, :width]
     write_image(output, image, text=text if output.suffix.lower() in EXIF_SUFFIXES else None)
     return width, height
 
@@ -161,7 +164,7 @@ def encode_files(vae: VAE, jobs: Jobs, *, vae_name: str, tile: int | None = None
         return encode_file(vae, photo, latents, vae_name=vae_name, tile=tile)
 
     made = {"weights": weights_digest({"vae": vae}), "vae": vae_name, "tile": tile}
-    return run_jobs(jobs, work, made=made, unit="photo", progress=progress)
+    return run_jobs(jobs, work, made=made, unit="photo", progress=progress, threads=thread_count(vae.device))
 
 
 def decode_files(vae: VAE, jobs: Jobs, *, vae_name: str, tile: int | None = None, progress: bool = True) -> Report:
@@ -178,4 +181,4 @@ def decode_files(vae: VAE, jobs: Jobs, *, vae_name: str, tile: int | None = None
     def work(latents: Path, image: Path) -> tuple[int, int]:
         return decode_file(vae, latents, image, tile=tile, watch=watch, text=text)
 
-    return run_jobs(jobs, work, made=made, unit="file", progress=progress)
+    return run_jobs(jobs, work, made=made, unit="file", progress=progress, threads=thread_count(vae.device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -24,8 +25,10 @@ from milo_latent.files import (
 from milo_latent.latents.spaces import VAE, LatentSpace
 from milo_latent.metric.network import MILO, is_image_metric
 from milo_latent.score.table import ScoreRow
+from milo_latent.threads import alone_if_large, in_threads
 
 BATCH_SIZE = 16
+PIXELS_PER_CELL = 8  # a side, of the VAEs of the Stable Diffusion families, where the VAE is not at hand
 SCORABLE = IMAGE_SUFFIXES | LATENT_SUFFIXES
 
 
@@ -95,7 +98,8 @@ def read_input(path: Path, encode: Callable[[Tensor], Tensor] | None = None) -> 
         tensor = read_latents(path)
     else:
         tensor = read_image(path)
-        tensor = encode(tensor) if encode is not None else tensor
+        with alone_if_large(tensor.shape[2] * tensor.shape[3]):
+            tensor = encode(tensor) if encode is not None else tensor
     check_finite(str(path), tensor)
     return tensor
 
@@ -155,18 +159,19 @@ def score_pairs(
     *,
     encode: Callable[[Tensor], Tensor] | None = None,
     failed: list[str] | None = None,
+    threads: int = 1,
 ) -> Iterator[ScoreRow]:
     """Return the rows of `compare_pairs` alone; a file of several latents gives the means over them."""
-    return (row for row, _ in compare_pairs(metric, pairs, encode=encode, failed=failed))
+    return (row for row, _ in compare_pairs(metric, pairs, encode=encode, failed=failed, threads=threads))
 
 
-@torch.inference_mode()
 def compare_pairs(
     metric: MILO,
     pairs: Iterable[Pair],
     *,
     encode: Callable[[Tensor], Tensor] | None = None,
     failed: list[str] | None = None,
+    threads: int = 1,
 ) -> Iterator[tuple[ScoreRow, Tensor]]:
     """Score pairs, in batches where neighbours have one size; a reference that neighbours share is read once.
 
@@ -178,6 +183,7 @@ def compare_pairs(
         encode: from images, (1, 3, H, W), to latents.
         failed: gets an error for each file or pair that cannot be compared, and costs no more than itself; None refuses
             the first.
+        threads: how many batches to work on at once.
 
     Yields:
         For each pair its row and its error map, (B, 1, H, W).
@@ -185,11 +191,10 @@ def compare_pairs(
     Raises:
         ValueError: for files that are damaged or do not fit each other or the metric.
     """
-    remaining = iter(pairs)
     metric.watch = watch = ValueWatch()  # the metric itself does not warn of the same values again
-    last: tuple[Path, Tensor | None] | None = None
+    own = threading.local()  # `last`: the reference that a thread has read last
 
-    def read(path: Path) -> Tensor | None:
+    def read(path: Path, failed: list[str] | None) -> Tensor | None:
         try:
             tensor = read_input(path, encode)
             check_fits(metric, path, tensor)
@@ -199,15 +204,27 @@ def compare_pairs(
         watch.look(str(path), tensor, latents=not is_image_metric(metric))
         return tensor.to(metric.device, metric.dtype)
 
-    while batch := list(islice(remaining, BATCH_SIZE)):
+    @torch.inference_mode()  # which is a thread's own
+    def compare(batch: list[Pair]) -> tuple[list[tuple[ScoreRow, Tensor]], list[str]]:
+        errors: list[str] | None = None if failed is None else []
         tensors = {}
         for pair in batch:
-            if last is None or last[0] != pair.ref:
-                last = (pair.ref, read(pair.ref))
-            ref, dist = last[1], read(pair.dist) if last[1] is not None else None
+            if getattr(own, "last", (None,))[0] != pair.ref:
+                own.last = (pair.ref, read(pair.ref, errors))
+            ref, dist = own.last[1], read(pair.dist, errors) if own.last[1] is not None else None
             if ref is not None and dist is not None:
                 tensors[pair] = (ref, dist)
-        yield from _compare_batch(metric, tensors, failed)
+        cell = 1 if is_image_metric(metric) else PIXELS_PER_CELL**2
+        with alone_if_large(max((ref.shape[2] * ref.shape[3] * cell for ref, _ in tensors.values()), default=0)):
+            return list(_compare_batch(metric, tensors, errors)), errors or []
+
+    remaining = iter(pairs)
+    batches = iter(lambda: list(islice(remaining, BATCH_SIZE)), [])
+    for _, outcome in in_threads(compare, batches, threads=threads):
+        results, errors = outcome()
+        yield from results
+        if failed is not None:
+            failed += [error for error in errors if error not in failed]  # one of a shared reference comes once
 
 
 def _compare_batch(
