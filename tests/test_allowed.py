@@ -4,13 +4,13 @@ import ast
 import json
 import sys
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
 from milo_latent.cli import main
-from milo_latent.diffbir import loading
 from milo_latent.diffbir.residual_cleaner import ResidualCleaner
 from milo_latent.latents.files import load_vae
 from milo_latent.metric.network import MILO
@@ -63,7 +63,7 @@ def test_code_in_a_folder_is_refused_and_never_run(folder, tmp_path, monkeypatch
     (folder / file).write_text(CODE.format(marker=str(marker)))
     change(folder / "model_index.json", **named)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(loading, "snapshot_download", lambda name, **_: str(folder))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(folder))
     with pytest.raises(ValueError, match=r"Expected (a model without code|the pipeline|the (unet|extra) in)"):
         load_restorer("owner/name" if on_hub else folder, device="cpu")
     assert not marker.exists()

@@ -323,7 +323,7 @@ def test_a_metric_is_opened_from_a_folder_in_a_folder(metric, tmp_path):
         assert loaded(ref=ref, dist=dist).item() == metric(ref=ref, dist=dist).item()
     with pytest.raises(FileNotFoundError, match="Expected metric weights"):
         MILO.from_pretrained(tmp_path, subfolder="unet")
-    with pytest.raises(ValueError, match="Expected no `output_loading_info`"):
+    with pytest.raises(ValueError, match=r"Expected options among revision.*got \['output_loading_info'\]"):
         MILO.from_pretrained(tmp_path, output_loading_info=True)
 
 

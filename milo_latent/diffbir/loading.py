@@ -6,31 +6,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from diffusers import ModelMixin
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 from transformers import PreTrainedModel
 
 from milo_latent.atomic import make_readable, saving_weights
 from milo_latent.diffbir.allowed import check_allowed
 from milo_latent.diffbir.prompts import PromptCache, read_prompt_embeds, write_prompt_embeds
+from milo_latent.resources import HUB_OPTIONS, fetch_folder
 from milo_latent.structure import check_model_folder, open_safetensors, refusing_damage
-
-HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
-
-
-def _folder_of(name: str | Path, arguments: dict[str, Any]) -> Path:
-    """Return the folder of a pipeline, fetched if need be; pops the arguments that choose what is fetched."""
-    if Path(name).is_dir():
-        return Path(name)
-    choices = {key: arguments.pop(key) for key in HUB_ARGUMENTS if key in arguments}
-    try:
-        return Path(snapshot_download(str(name), **choices))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise FileNotFoundError(
-            f"Expected a pipeline folder or a hub id, got {str(name)!r}, which is no folder here and could not be "
-            f"fetched ({type(error).__name__}). Pass a folder downloaded by hand."
-        ) from error
 
 
 class FolderMixin:
@@ -56,7 +39,10 @@ class FolderMixin:
             ValueError: if a file in it is damaged, asks for what its weights cannot fill, or would run code, if it
                 names other classes, as of `check_allowed`, or if weights are missing.
         """
-        folder = _folder_of(pretrained_model_name_or_path, kwargs)
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            choices = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
+            folder = fetch_folder(str(pretrained_model_name_or_path), choices)
         for part in (folder, *(path for path in sorted(folder.iterdir()) if path.is_dir())):
             check_model_folder(part)
         check_allowed(folder, cls, cls._get_signature_types())  # type: ignore[attr-defined]

@@ -1,1 +1,6 @@
 """MILO as a metric: the network, and what is computed from its mask."""
+
+from milo_latent.metric.loss import MILOLoss
+from milo_latent.metric.network import MILO, MILOOutput
+
+__all__ = ["MILO", "MILOLoss", "MILOOutput"]

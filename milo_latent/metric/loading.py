@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
 from torch import nn
 
-from milo_latent.atomic import make_readable, saving_weights, temporary_folder
+from milo_latent.atomic import temporary_folder, write_text
 from milo_latent.checkpoints import CHECKPOINT_SUFFIXES, read_checkpoint, rename_keys
 from milo_latent.checks import check_finite, shortened
+from milo_latent.files import write_safetensors
 from milo_latent.metric.card import write_card
-from milo_latent.resources import available_weights, cache_dir, find_weights, sha256
-from milo_latent.structure import check_model_folder, refusing_damage
+from milo_latent.resources import HUB_OPTIONS, available_weights, cache_dir, fetch_folder, find_weights, sha256
+from milo_latent.structure import check_model_folder, read_json, read_safetensors, refusing_damage
 
 OFFICIAL_URL = "https://raw.githubusercontent.com/ugurcogalan06/MILO/a54e50e9cd1aaaefd6fddfacacc1427f8387af1c/weights/"
 
@@ -51,21 +54,50 @@ OFFICIAL = {
     ),
 }
 OFFICIAL_PREFIXES = {"mask_finder_1.netBasic.": "mask_finder.", "scaler_network.model.": "scaler."}
+METRIC_FILES = ("config.json", "diffusion_pytorch_model*.safetensors*")  # of a folder on the hub
+WITHOUT_EFFECT = ("dtype", "torch_dtype", "low_cpu_mem_usage", "use_safetensors")  # options that pipelines pass
 STABLE_DIFFUSION_SCALING_FACTOR = 0.18215  # of SD 1.x and 2.x, on whose latents the official MILO_L was trained
 
 
-class PretrainedMixin(ModelMixin, ConfigMixin):
-    """How `MILO` is opened and saved."""
+class Config(dict[str, Any]):
+    """The settings that a metric was made with, read by key or as attributes, as those of diffusers' models are."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a setting."""
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(f"Expected one of the settings {', '.join(self)}, got {name!r}.") from error
+
+
+class PretrainedMixin(nn.Module):
+    """How `MILO` is opened and saved: in folders as of diffusers' models, without importing diffusers."""
+
+    config: Config
+    if TYPE_CHECKING:  # torch's annotations have no `memory_format`
+
+        def to(self, *args: Any, **kwargs: Any) -> Self: ...  # noqa: D102
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Open a metric, frozen and in evaluation mode; gradients to its inputs still flow.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        subfolder: str | None = None,
+        variant: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """Open a metric in float32, frozen and in evaluation mode; gradients to its inputs still flow.
 
         Args:
             pretrained_model_name_or_path: "official-image" or "official-latent", which are fetched into the cache on
                 first use; the name of a shipped set; a folder that holds `config.json` or a folder `metric`; an
                 official `.pth` file; or a hub id.
-            **kwargs: as of `ModelMixin.from_pretrained`, without `output_loading_info`; none for official weights.
+            subfolder: the folder of the metric in that folder.
+            variant: opens `diffusion_pytorch_model.VARIANT.safetensors`.
+            **options: those of the hub, `revision`, `cache_dir`, `token`, `local_files_only` and `force_download`; and
+                `dtype`, `torch_dtype`, `low_cpu_mem_usage` and `use_safetensors`, which pipelines pass and which change
+                nothing: `metric.to(dtype)` converts it.
 
         Returns:
             The metric.
@@ -75,32 +107,40 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
             OSError: if official weights cannot be fetched.
             ValueError: if the weights are incomplete or not those of a MILO, or an option is not supported.
         """
+        unknown = sorted(options.keys() - {*HUB_OPTIONS, *WITHOUT_EFFECT})
+        if unknown:
+            raise ValueError(f"Expected options among {', '.join((*HUB_OPTIONS, *WITHOUT_EFFECT))}, got {unknown}.")
         source = weights_path(pretrained_model_name_or_path)
         if source.suffix.lower() in CHECKPOINT_SUFFIXES:
-            if kwargs:
-                raise ValueError(f"Expected no options for the official file {source}, got {sorted(kwargs)}.")
+            given = sorted(options) + [name for name in (subfolder, variant) if name]
+            if given:
+                raise ValueError(f"Expected no options for the official file {source}, got {given}.")
             return cls.from_official(source)
-        if kwargs.pop("output_loading_info", False):
-            raise ValueError("Expected no `output_loading_info`: incomplete weights are refused anyway. Leave it out.")
-        kwargs.pop("low_cpu_mem_usage", None)  # diffusers refuses False beside the fixed float32
-        folder = source / (kwargs.get("subfolder") or "")
-        if folder == source and not (folder / "config.json").is_file() and (source / "metric").is_dir():
-            source = folder = source / "metric"
-        could_be_hub_id = not source.exists() and not source.is_absolute() and len(source.parts) == 2
-        if not (folder / "config.json").is_file() and not could_be_hub_id:
+        if not source.exists() and not source.is_absolute() and len(source.parts) == 2:
+            places = (f"{subfolder}/",) if subfolder else ("", "metric/")
+            source = fetch_folder(str(source), options, [f"{place}{file}" for place in places for file in METRIC_FILES])
+        folder = source / (subfolder or "")
+        if not subfolder and not (folder / "config.json").is_file() and (source / "metric").is_dir():
+            folder = source / "metric"
+        if not (folder / "config.json").is_file():
             raise FileNotFoundError(
                 f"Expected metric weights, got {str(pretrained_model_name_or_path)!r}: neither a shipped set "
                 f"({', '.join(available_weights())}), nor {' or '.join(OFFICIAL)}, nor a folder with config.json, "
                 "nor an official .pth file."
             )
-        with refusing_damage(f"Expected MILO weights in {pretrained_model_name_or_path}"):
+        with refusing_damage(f"Expected MILO weights in {folder}"):
             check_model_folder(folder)
-            kwargs["use_safetensors"] = True
-            metric, info = super().from_pretrained(source, **kwargs, output_loading_info=True)
-        if info["missing_keys"]:  # diffusers only warns, and leaves them without values or with random ones
-            raise ValueError(
-                f"Expected every weight in {pretrained_model_name_or_path}, missing: {', '.join(info['missing_keys'])}."
-            )
+            config = {name: value for name, value in read_json(folder / "config.json").items() if name[0] != "_"}
+            with torch.device("meta"):  # the values come from the file
+                metric = cls(**config)
+        state = {
+            name: value.float() if value.is_floating_point() else value
+            for path in _weight_files(folder, variant)
+            for name, value in read_safetensors(path).items()
+        }
+        _check_keys(folder, missing=metric.state_dict().keys() - state, unexpected=state.keys() - metric.state_dict())
+        with refusing_damage(f"Expected MILO weights in {folder}"):
+            metric.load_state_dict(state, assign=True)
         return metric.frozen()
 
     @classmethod
@@ -123,25 +163,47 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
             metric.load_state_dict(state, strict=True)
         return metric.frozen()
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, *, variant: str | None = None) -> None:
         """Write safetensors, configuration and a model card.
 
         A card that is there already stays; only the SHA-256 in it is renewed.
 
         Args:
             save_directory: a folder, made where it is missing.
-            **kwargs: as of `ModelMixin.save_pretrained`.
+            variant: such as "fp16", becomes part of the weights' file name.
 
         Raises:
             OSError: if the disk is full.
             ValueError: if `save_directory` is a file.
         """
-        if Path(save_directory).is_file():
-            raise ValueError(f"Expected a folder to save the metric in, got the file {save_directory}.")
-        with saving_weights(save_directory):
-            super().save_pretrained(str(save_directory), **kwargs)
-        make_readable(save_directory)
-        write_card(self, Path(save_directory))
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"Expected a folder to save the metric in, got the file {folder}.")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_safetensors(folder / _weights_name(variant), self.state_dict())
+        config = {"_class_name": type(self).__name__, **self.config}
+        write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_card(self, folder)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> None:
+        """Upload what `save_pretrained` writes to a repository of the Hugging Face hub, made where it is missing."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api.upload_folder(repo_id=repo_id, folder_path=folder)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.parameters()).device
 
     def frozen(self) -> Self:
         """Return itself in evaluation mode, its parameters without gradients, in the memory layout that is fastest.
@@ -152,6 +214,27 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
         check_finite_weights(self)
         self.to(memory_format=torch.channels_last)
         return self.eval().requires_grad_(False)
+
+
+def _weights_name(variant: str | None) -> str:
+    return f"diffusion_pytorch_model{'' if variant is None else f'.{variant}'}.safetensors"
+
+
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """Return the file of the weights; where there is none without a variant, such as in shards, all that there are."""
+    path = folder / _weights_name(variant)
+    paths = [path] if path.is_file() or variant else sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+    if not paths or not paths[0].is_file():
+        raise FileNotFoundError(f"Expected the weights of a metric in {path}, which does not exist.")
+    return paths
+
+
+def _check_keys(folder: Path, *, missing: Set[str], unexpected: Set[str]) -> None:
+    for kind, names in (("missing", missing), ("unexpected", unexpected)):
+        if names:
+            raise ValueError(
+                f"Expected every weight of a MILO in {folder}, {kind}: {shortened(', '.join(sorted(names)))}."
+            )
 
 
 def check_finite_weights(metric: nn.Module) -> None:

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import ConfigMixin, ModelMixin  # ModelMixin: diffusers looks for it beside the classes that it loads
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from milo_latent.checks import ValueWatch, check_batch, check_model_input, check_pair, check_region, shortened
 from milo_latent.inputs import Images, Latents, images_to_tensor, latents_to_tensor
-from milo_latent.metric.loading import PretrainedMixin, check_finite_weights
+from milo_latent.metric.component import register_component
+from milo_latent.metric.loading import Config, PretrainedMixin, check_finite_weights
 from milo_latent.metric.mask_finder import MaskFinder, is_transforming
 
 HIGHEST_MOS = 5.0
@@ -58,7 +57,7 @@ def taking_pairs(method: Callable[..., Result]) -> Callable[..., Result]:
     return take
 
 
-class MILO(PretrainedMixin, ModelMixin, ConfigMixin):
+class MILO(PretrainedMixin):
     """The multiscale visibility network, for images (`channels=3`, MILO_I) or latents (`channels=4`, MILO_L).
 
     At each level, from coarse to fine, the same mask finder sees both inputs and the mask of the coarser levels, and
@@ -75,11 +74,9 @@ class MILO(PretrainedMixin, ModelMixin, ConfigMixin):
     Source: MILO (ACM TOG 44(6), 2025), section 3; the widths are those of the official file `MILO_latent.pth`.
     """
 
-    _keep_in_fp32_modules = ["mask_finder", "scaler"]  # noqa: RUF012 (whatever dtype a pipeline is opened in)
     mask_finder: MaskFinder
     scaler: nn.Sequential
 
-    @register_to_config
     def __init__(
         self,
         channels: int = 4,
@@ -92,6 +89,10 @@ class MILO(PretrainedMixin, ModelMixin, ConfigMixin):
         super().__init__()
         if not isinstance(levels, int) or not 1 <= levels <= MAX_LEVELS:
             raise ValueError(f"Expected `levels` to be a whole number from 1 to {MAX_LEVELS}, got {shortened(levels)}.")
+        self.config = Config(
+            channels=channels, levels=levels, mask_channels=mask_channels, scaler_channels=scaler_channels,
+            latent_space=latent_space, scaling_factor=scaling_factor,
+        )  # fmt: skip
         self.watch = ValueWatch()  # of the range of references
         self.mask_finder = MaskFinder(channels, tuple(mask_channels))
         self.scaler = nn.Sequential(
@@ -196,6 +197,9 @@ class MILO(PretrainedMixin, ModelMixin, ConfigMixin):
         for _ in range(self.config.levels - 1):
             pyramid.append(F.avg_pool2d(pyramid[-1], 2))
         return pyramid
+
+
+register_component(__name__, "MILO")
 
 
 def visible_error(mask: Tensor, *, dist: Tensor, ref: Tensor) -> Tensor:
