@@ -16,7 +16,7 @@ _PUBLIC = {
     "MILO": "milo_latent.metric.network",
     "MILOGuidance": "milo_latent.guidance.milo",
     "MILOLoss": "milo_latent.metric.loss",
-    "MILOOutput": "milo_latent.metric.network",
+    "MILOOutput": "milo_latent.metric.output",
     "BSRNet": "milo_latent.diffbir.bsrnet",
     "ResidualCleaner": "milo_latent.diffbir.residual_cleaner",
     "RestorationSettings": "milo_latent.restoration.settings",

@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import functools
 import inspect
+import json
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -399,6 +401,26 @@ def test_the_trace_is_of_the_latest_run(metric):
         sample_with(pipe, steps=4)
         sample_with(pipe, steps=3)
     assert len(guide.trace) == 3
+
+
+def test_the_trace_is_a_table_with_a_row_for_each_step_and_sample(metric, monkeypatch):
+    trace, _ = traced(metric, milo_scale=0.4, stop=0.5)
+    table = json.loads(json.dumps(trace.to_dict()))
+    assert list(table) == ["step", "timestep", "scale", "sample", "error", "weight", "change"]
+    assert table["step"] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert table["sample"] == [0, 1] * 4
+    assert table["timestep"][::2] == [step.timestep for step in trace]
+    for name in ("error", "weight", "change"):
+        assert table[name] == torch.stack([getattr(step, name) for step in trace]).flatten().tolist()
+    assert GuidanceTrace().to_dict()["step"] == []
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "pandas", None)
+        with pytest.raises(ImportError, match=r"The table of a trace needs pandas .*milo_latent\[data\]"):
+            trace.to_dataframe()
+    pandas = pytest.importorskip("pandas", reason='needs pip install "milo_latent[data]"')
+    frame = trace.to_dataframe()
+    assert isinstance(frame, pandas.DataFrame)
+    assert frame.to_dict("list") == trace.to_dict()
 
 
 def test_the_trace_is_plotted_and_its_masks_are_animated(metric, tmp_path):

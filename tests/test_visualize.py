@@ -1,5 +1,6 @@
 """Error maps as pictures."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from milo_latent.metric.visualize import (
     picture_grid,
 )
 from milo_latent.pictures import to_8bit
+from milo_latent.testing import latent_pair, tiny_metric
 
 
 def luma(colours):
@@ -152,3 +154,60 @@ def test_a_grid_of_pictures_paints_all_maps_on_one_scale_and_leaves_images_as_th
 def test_a_grid_refuses_what_is_no_picture(pictures):
     with pytest.raises(ValueError, match=next(iter(pictures), "pictures")):
         picture_grid(pictures)
+
+
+@pytest.fixture
+def pyplot():
+    module = pytest.importorskip("matplotlib.pyplot", reason='needs pip install "milo_latent[plots]"')
+    module.switch_backend("Agg")
+    yield module
+    module.close("all")
+
+
+def drawn(figure):
+    return {axes.get_title(): axes.images[0] for axes in figure.axes if axes.get_title()}
+
+
+def test_maps_of_different_things_have_scales_and_bars_of_their_own(pyplot):
+    maps = {"mask": torch.full((1, 1, 4, 4), 3.0), "map": torch.full((1, 1, 4, 4), 0.25)}
+    figure = picture_grid(maps, shared_scale=False)
+    limits = {title: image.get_clim() for title, image in drawn(figure).items()}
+    assert limits == {"mask": (0, 3.0), "map": (0, 0.25)}
+    assert len(figure.axes) == 4
+
+
+def test_a_comparison_of_images_shows_them_with_mask_map_and_scores(pyplot):
+    metric = tiny_metric(channels=3)
+    ref, dist = (each.sigmoid() for each in latent_pair(batch=2, channels=3))
+    result = metric.compare(ref=ref[:1], dist=dist)  # one reference for both
+    figure = result.figure(sample=1)
+    pictures = drawn(figure)
+    assert list(pictures) == ["reference", "distorted", "mask M", "error map V"]
+    assert (pictures["reference"].get_array() == to_8bit(ref[0])).all()
+    assert (pictures["distorted"].get_array() == to_8bit(dist[1])).all()
+    assert pictures["mask M"].get_array().tolist() == result.mask[1, 0].tolist()
+    assert pictures["error map V"].get_array().tolist() == result.error_map[1, 0].tolist()
+    assert figure.get_suptitle() == f"error {result.error[1]:.4f}, MOS {result.mos[1]:.2f}"
+    with pytest.raises(ValueError, match=r"`sample` in \[0, 1\], got 2"):
+        result.figure(sample=2)
+
+
+def test_a_comparison_of_latents_shows_maps_and_the_images_that_are_given(pyplot, monkeypatch):
+    ref, dist = latent_pair(batch=2)
+    result = tiny_metric().compare(ref=ref, dist=dist)
+    assert list(drawn(result.figure())) == ["mask M", "error map V"]
+    image = np.full((32, 32, 3), 7, dtype=np.uint8)
+    assert (drawn(result.figure(sample=1, dist=image))["distorted"].get_array() == 7).all()
+    with pytest.raises(ValueError, match="Expected 1 or 2 reference images, got 3"):
+        result.figure(ref=[image] * 3)
+    shown = []
+    monkeypatch.setattr(pyplot, "show", lambda: shown.append(drawn(pyplot.gcf())))
+    result.show(ref=image)
+    assert [list(each) for each in shown] == [["reference", "mask M", "error map V"]]
+
+
+def test_a_result_does_not_print_its_images():
+    ref, dist = (each.sigmoid() for each in latent_pair(channels=3))
+    result = tiny_metric(channels=3).compare(ref=ref, dist=dist.requires_grad_(True))
+    assert "ref" not in repr(result)
+    assert not result.dist.requires_grad

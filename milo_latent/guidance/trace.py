@@ -20,6 +20,7 @@ from milo_latent.pictures import to_8bit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 THUMBNAIL = 64  # cells a side at most
 PICTURES_IN_PLOT = 8
@@ -90,6 +91,29 @@ class GuidanceTrace:
                 mask=(F.adaptive_avg_pool2d(mask, size) / LEVELS).cpu(),
             )
         )
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """Return the numbers of all steps as columns of a table, which has a row for each step and sample.
+
+        Returns:
+            Lists of one length by the names step, timestep, scale, sample (the index in the batch), error, weight and
+            change; without the masks.
+        """
+        rows = [
+            (step.step, step.timestep, step.scale, sample, *(getattr(step, name)[sample].item() for name in _CURVES))
+            for step in self
+            for sample in range(len(step.error))
+        ]
+        names = ("step", "timestep", "scale", "sample", *_CURVES)
+        return {name: [row[index] for row in rows] for index, name in enumerate(names)}
+
+    def to_dataframe(self) -> DataFrame:
+        """Return the table of `to_dict` as a DataFrame of pandas.
+
+        Raises:
+            ImportError: without pandas, which comes with the extra "data".
+        """
+        return import_extra("pandas", "data", "The table of a trace").DataFrame(self.to_dict())
 
     def plot(self, *, sample: int = 0) -> Figure:
         """Draw error, weight and change over the steps, and the masks of some steps below.

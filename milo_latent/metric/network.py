@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,27 +16,11 @@ from milo_latent.inputs import Images, Latents, images_to_tensor, latents_to_ten
 from milo_latent.metric.component import register_component
 from milo_latent.metric.loading import Config, PretrainedMixin, check_finite_weights
 from milo_latent.metric.mask_finder import MaskFinder, is_transforming
+from milo_latent.metric.output import MILOOutput
 
 HIGHEST_MOS = 5.0
 MAX_LEVELS = 16  # inputs have sides of at least 2^levels
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class MILOOutput:
-    """The result of comparing a batch.
-
-    Args:
-        error: E, the mean of the visible error over pixels, (B,): 0 = identical, unbounded above, lower is better.
-        mos: predicted mean opinion score, (B,), 0 to 5, higher is better: 5 * (1 - S(E)).
-        mask: visibility mask M, (B, 1, H, W), in (0, levels).
-        error_map: V, (B, 1, H, W): 0 = identical, towards 1 = worst.
-    """
-
-    error: Tensor
-    mos: Tensor
-    mask: Tensor
-    error_map: Tensor
 
 
 def taking_pairs(method: Callable[..., Result]) -> Callable[..., Result]:
@@ -169,12 +152,15 @@ class MILO(PretrainedMixin):
     def compare(self, *, dist: Tensor, ref: Tensor, region: Tensor | None = None) -> MILOOutput:
         """Return error, MOS, mask and error map, with one pass of the mask finder.
 
-        The arguments are those of `forward`; `region` counts for the error and the MOS, not for the two maps.
+        The arguments are those of `forward`; `region` counts for the error and the MOS, not for the two maps. What a
+        metric for images returns also holds the images, for its pictures: `metric.compare(...).show()`.
         """
         mask = self.mask(dist=dist, ref=ref)
         pixel_error = visible_error(mask, dist=dist, ref=ref)
         error = pixel_mean(pixel_error, region)
-        return MILOOutput(error=error, mos=self.mos(error), mask=mask, error_map=self.scale_error(pixel_error))
+        images = {"ref": ref.detach(), "dist": dist.detach()} if is_image_metric(self) else {}
+        error_map = self.scale_error(pixel_error)
+        return MILOOutput(error=error, mos=self.mos(error), mask=mask, error_map=error_map, **images)
 
     def mos(self, error: Tensor) -> Tensor:
         """Return the mean opinion score that people would give, 5 * (1 - S(E)), for the error E, (B,).

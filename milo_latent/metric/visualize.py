@@ -141,7 +141,12 @@ def _look_up(values: Tensor) -> Tensor:
 
 
 def picture_grid(
-    pictures: Mapping[str, Tensor], *, columns: int | None = None, width: float = 10.0, largest: float | None = None
+    pictures: Mapping[str, Tensor],
+    *,
+    columns: int | None = None,
+    width: float = 10.0,
+    largest: float | None = None,
+    shared_scale: bool = True,
 ) -> Figure:
     """Draw pictures under their titles: images as they are, maps in the colors of `color_error_map`, with a color bar.
 
@@ -150,6 +155,7 @@ def picture_grid(
         columns: pictures in a row; None puts all into one.
         width: of the figure in inches.
         largest: value of the maps that is painted in the lightest color, one for all of them; None takes `map_scale`.
+        shared_scale: whether all maps have one scale and one color bar, or each its own, as maps of different things.
 
     Returns:
         A figure, which is not shown.
@@ -167,9 +173,9 @@ def picture_grid(
         raise ValueError("Expected pictures to draw, got none.")
     plt = import_extra("matplotlib.pyplot", "plots", "The figure")
     colors = import_extra("matplotlib.colors", "plots", "The figure").ListedColormap(color_ramp().numpy())
-    maps = [picture.detach().float().cpu().flatten() for picture in pictures.values() if picture.shape[1] == 1]
-    if maps and largest is None:
-        largest = map_scale(torch.cat(maps))
+    maps = {title: picture.detach().float().cpu() for title, picture in pictures.items() if picture.shape[1] == 1}
+    if maps and largest is None and shared_scale:
+        largest = map_scale(torch.cat([each.flatten() for each in maps.values()]))
     columns = min(columns or len(pictures), len(pictures))
     rows = math.ceil(len(pictures) / columns)
     ratio = max(picture.shape[2] / picture.shape[3] for picture in pictures.values())
@@ -179,10 +185,13 @@ def picture_grid(
         axes.axis("off")
     for axes, (title, picture) in zip(grid.flat, pictures.items(), strict=False):
         axes.set_title(title, fontsize=10)
-        if picture.shape[1] == 3:
+        if title not in maps:
             axes.imshow(to_8bit(picture[0]))
-        else:
-            painted = axes.imshow(picture[0, 0].detach().float().cpu().numpy(), vmin=0, vmax=largest, cmap=colors)
-    if maps:
+            continue
+        lightest = map_scale(maps[title]) if largest is None else largest
+        painted = axes.imshow(maps[title][0, 0].numpy(), vmin=0, vmax=lightest, cmap=colors)
+        if not shared_scale:
+            figure.colorbar(painted, ax=axes, shrink=0.8)
+    if maps and shared_scale:
         figure.colorbar(painted, ax=grid, shrink=0.8)
     return figure
