@@ -6,12 +6,12 @@ import importlib
 from typing import Any
 
 
-def import_extra(module: str, extra: str, purpose: str) -> Any:
+def import_extra(module: str, extra: str | None, purpose: str) -> Any:
     """Import a module of an optional dependency.
 
     Args:
         module: such as "scipy.stats".
-        extra: of this package, which installs it.
+        extra: of this package, which installs it; None if none does.
         purpose: what needs it, as the subject of the error's sentence.
 
     Raises:
@@ -21,4 +21,5 @@ def import_extra(module: str, extra: str, purpose: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         library = module.partition(".")[0]
-        raise ImportError(f'{purpose} needs {library} ({error}): pip install "milo_latent[{extra}]".') from error
+        package = library if extra is None else f'"milo_latent[{extra}]"'
+        raise ImportError(f"{purpose} needs {library} ({error}): pip install {package}.") from error

@@ -1,6 +1,8 @@
 """A metric costs what torch costs, and is a component of diffusers' pipelines all the same."""
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 
@@ -128,6 +130,7 @@ def test_weights_and_settings_of_something_else_are_refused(tmp_path):
 def test_settings_are_read_by_name_and_by_key():
     config = MILO(levels=2).config
     assert config.levels == config["levels"] == 2
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
     with pytest.raises(AttributeError, match=r"one of the settings channels, levels.*got 'width'"):
         _ = config.width
 
