@@ -16,7 +16,7 @@ LEVELS = (
     "provenance",
     "atomic structure",
     "checkpoints extras files programs resources weights",
-    "inputs jobs",
+    "datasets inputs jobs",
     "distortions latents",
     "metric",
     "guidance",

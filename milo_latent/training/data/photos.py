@@ -13,7 +13,7 @@ from typing import Protocol
 from PIL import Image
 from torch import Tensor
 
-from milo_latent.extras import import_extra
+from milo_latent.datasets import open_dataset
 from milo_latent.files import IMAGE_SUFFIXES, read_image
 from milo_latent.pictures import picture_to_tensor
 from milo_latent.training.data.crops import list_images
@@ -111,13 +111,8 @@ class DatasetSource:
         degraded_column: str | None = None,
         caption_column: str | None = None,
     ) -> None:
-        datasets = import_extra("datasets", "data", "A Hugging Face data set")
-        found = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name, split=split)
-        self.rows = found[split] if isinstance(found, datasets.DatasetDict) else found
         self.columns = (image_column, degraded_column, caption_column)
-        missing = [column for column in self.columns if column is not None and column not in self.rows.column_names]
-        if missing:
-            raise ValueError(f"Expected the columns {missing} in {name}, which has {self.rows.column_names}.")
+        self.rows = open_dataset(name, split=split, columns=filter(None, self.columns))
 
     def __len__(self) -> int:
         """Return the number of rows."""

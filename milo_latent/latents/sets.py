@@ -1,0 +1,164 @@
+"""Shards and data sets of photos to shards and data sets of latents."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from milo_latent.atomic import write_atomically, write_text
+from milo_latent.datasets import Item, as_file, column_items, shard_items, write_shard
+from milo_latent.extras import import_extra
+from milo_latent.files import IMAGE_SUFFIXES, read_image
+from milo_latent.latents.codec import encode_image
+from milo_latent.latents.files import encode_file
+from milo_latent.latents.spaces import VAE
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+PART = 1024  # rows of a data set in one file
+GROUP = 32  # rows in memory
+T = TypeVar("T")
+
+
+def failures_path(result: Path) -> Path:
+    """Return the text file beside a shard or a part that lists the items without a result; absent if all have one."""
+    return result.with_name(f"{result.name}.failed.txt")
+
+
+def read_failures(result: Path) -> list[str]:
+    """Return the items of a shard or a part that have no result, and why, also of an earlier run."""
+    path = failures_path(result)
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def _write_failures(result: Path, failed: list[str]) -> None:
+    if failed:
+        write_text(failures_path(result), "".join(f"{' '.join(line.split())}\n" for line in failed))
+    else:
+        failures_path(result).unlink(missing_ok=True)
+
+
+def _try(item: Item, work: Callable[[Path], T], failed: list[str]) -> T | None:
+    try:
+        with as_file(item) as path:
+            return work(path)
+    except (ValueError, FileNotFoundError, MemoryError) as error:
+        failed.append(f"{item}: {error}".replace(f"{item}: {item}", str(item)))
+        return None
+
+
+def encode_shard(
+    vae: VAE, shard: Path, output: Path, *, vae_name: str, suffix: str = ".safetensors", tile: int | None = None
+) -> int:
+    """Encode the images in a webdataset shard into a shard of latents, one at a time.
+
+    A file of latents has the name of its image, with another suffix, and the bytes that `encode_file` writes. All other
+    members, such as captions, are copied. Images that cannot be encoded are left out, and listed in a text file beside
+    the result (`read_failures`).
+
+    Args:
+        vae: encodes.
+        shard: a `.tar` file.
+        output: the shard to write.
+        vae_name: stored in `.safetensors`.
+        suffix: ".safetensors" or ".npy".
+        tile: as of `encode_image`.
+
+    Returns:
+        The number of images that were encoded.
+
+    Raises:
+        FileNotFoundError: if there is no such shard.
+        ValueError: if the shard is damaged or holds no image.
+    """
+    failed: list[str] = []
+    sharing = Counter(item.key for item in shard_items(shard) if item.suffix in IMAGE_SUFFIXES)
+    if not sharing:
+        raise ValueError(f"Expected images of {sorted(IMAGE_SUFFIXES)} in {shard}, found none.")
+
+    def encode(photo: Path) -> bytes:
+        result = photo.with_name(f"latents{suffix}")
+        encode_file(vae, photo, result, vae_name=vae_name, tile=tile)
+        return result.read_bytes()
+
+    def members() -> Iterator[tuple[str, bytes]]:
+        for item in shard_items(shard):
+            if item.suffix not in IMAGE_SUFFIXES:
+                yield item.name, item.read()
+            elif sharing[item.key] > 1:
+                failed.append(f"{item}: expected each name once in a shard, whatever its suffix. Rename it.")
+            elif (content := _try(item, encode, failed)) is not None:
+                yield item.key + suffix, content
+
+    write_shard(output, members())
+    _write_failures(output, failed)
+    return sharing.total() - len(failed)
+
+
+def part_of(output: Path, start: int) -> Path:
+    """Return the file for the rows of a data set from `start` on."""
+    return output / f"part-{start // PART:05d}.parquet"
+
+
+@torch.inference_mode()
+def encode_rows(
+    vae: VAE,
+    rows: Dataset,
+    column: str,
+    output: Path,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    tile: int | None = None,
+) -> int:
+    """Encode a column of images of a Hugging Face data set into a Parquet file, a few rows at a time.
+
+    The file holds the rows from `start` to `stop` with the column `latents`, (C, h, w) each, and all other columns but
+    the images; `datasets.load_dataset("parquet", data_files=...)` opens it. Where an image cannot be encoded, `latents`
+    is null, and the row is listed in a text file beside the result (`read_failures`).
+
+    Args:
+        vae: encodes.
+        rows: as of `open_dataset`.
+        column: of images.
+        output: the file to write.
+        start: the first row.
+        stop: the row after the last one; None goes to the end.
+        tile: as of `encode_image`.
+
+    Returns:
+        The number of images that were encoded.
+
+    Raises:
+        ValueError: if the column holds no images.
+    """
+    datasets = import_extra("datasets", "data", "A Hugging Face data set")
+    arrow = import_extra("pyarrow", "data", "A Hugging Face data set")
+    parquet = import_extra("pyarrow.parquet", "data", "A Hugging Face data set")
+    chosen = range(start, len(rows) if stop is None else min(stop, len(rows)))
+    others = rows.remove_columns(column).with_format("arrow")
+    latents_type = datasets.List(datasets.List(datasets.List(datasets.Value("float32"))))
+    schema = datasets.Features({**others.features, "latents": latents_type}).arrow_schema
+    failed: list[str] = []
+
+    def encode(photo: Path) -> list[Any]:
+        return encode_image(vae, read_image(photo), tile=tile)[0].tolist()
+
+    def write(partial_file: Path) -> None:
+        with parquet.ParquetWriter(partial_file, schema) as file:
+            items = column_items(rows, column, chosen)
+            while group := list(islice(items, GROUP)):
+                first = int(group[0].name)
+                latents = arrow.array([_try(item, encode, failed) for item in group], schema.field("latents").type)
+                kept = others[first : first + len(group)]
+                file.write_table(arrow.table([*kept.columns, latents], schema=schema))
+
+    write_atomically(output, write)
+    _write_failures(output, failed)
+    return len(chosen) - len(failed)

@@ -1,0 +1,197 @@
+"""Webdataset shards and Hugging Face data sets in place of folders."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from milo_latent.datasets import as_file, column_items, expand_braces, is_shard, open_dataset, shard_items, write_shard
+from milo_latent.latents.files import encode_file
+from milo_latent.latents.sets import GROUP, encode_rows, encode_shard, failures_path, read_failures
+from milo_latent.testing import tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return tiny_pipeline().vae
+
+
+def png(seed, side=24):
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side + 8, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def members_of(shard):
+    with tarfile.open(shard) as archive:
+        return {member.name: archive.extractfile(member).read() for member in archive}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("a-{000..002}.tar", ["a-000.tar", "a-001.tar", "a-002.tar"]),
+        ("{9..11}", ["9", "10", "11"]),
+        ("{2..0}", ["2", "1", "0"]),
+        ("{b,c}{0..1}", ["b0", "b1", "c0", "c1"]),
+        ("{a}-{}.tar", ["{a}-{}.tar"]),
+    ],
+)
+def test_braces_stand_for_names(pattern, names):
+    assert expand_braces(pattern) == names
+
+
+def test_braces_for_too_many_names_are_refused():
+    with pytest.raises(ValueError, match=r"at most 1000000 names, got \{0\.\.99999999999\}"):
+        expand_braces("a-{0..99999999999}.tar")
+    assert is_shard("A-{0..9}.TAR")
+    assert not is_shard("a.tar.gz")
+
+
+def test_a_shard_gives_its_files_one_by_one_and_is_the_same_bytes_again(tmp_path):
+    content = {"b/1.png": png(1), "b/1.txt": b"a caption", "a.png": png(2)}
+    write_shard(tmp_path / "a.tar", content.items())
+    write_shard(tmp_path / "b.tar", ((name, value) for name, value in content.items()))
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+    items = list(shard_items(tmp_path / "a.tar"))
+    assert {item.name: item.read() for item in items} == content
+    assert [(item.key, item.suffix) for item in items] == [("b/1", ".png"), ("b/1", ".txt"), ("a", ".png")]
+    assert str(items[0]) == f"{tmp_path / 'a.tar'}: b/1.png"
+    assert len({item.stamp for item in items}) == 3
+
+
+def test_hidden_files_links_and_folders_are_no_items(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, kind in (("x", tarfile.DIRTYPE), ("x/l.png", tarfile.SYMTYPE), ("x/._a.png", tarfile.REGTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            archive.addfile(member)
+        member = tarfile.TarInfo("./x/a.png")
+        archive.addfile(member)
+    assert [item.name for item in shard_items(tmp_path / "a.tar")] == ["x/a.png"]
+
+
+def test_an_item_is_a_file_as_long_as_it_is_needed_and_errors_name_it(tmp_path):
+    write_shard(tmp_path / "a.tar", [("../evil.PNG", b"content")])
+    (item,) = shard_items(tmp_path / "a.tar")
+    with as_file(item) as path:
+        assert (path.suffix, path.read_bytes()) == (".png", b"content")
+    assert not path.parent.exists()
+    assert tmp_path not in path.parents
+    with pytest.raises(ValueError, match=r"^Expected more, got .*a\.tar: \.\./evil\.PNG\.$"), as_file(item) as path:
+        raise ValueError(f"Expected more, got {path}.")
+    with as_file(tmp_path) as path:
+        assert path == tmp_path
+
+
+@pytest.mark.parametrize("content", [b"no tar file" * 100, b""])
+def test_what_is_no_shard_is_refused(tmp_path, content, vae):
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(ValueError, match="Expected a tar file, uncompressed"):
+        list(shard_items(tmp_path / "a.tar"))
+    with pytest.raises(FileNotFoundError, match="Expected a shard"):
+        list(shard_items(tmp_path / "b.tar"))
+    write_shard(tmp_path / "whole.tar", [("a.png", png(1)), ("b.txt", b"x" * 20_000)])
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:12_000])
+    with pytest.raises(ValueError, match="Expected a complete tar file"):
+        encode_shard(vae, tmp_path / "cut.tar", tmp_path / "out.tar", vae_name="tiny")
+    write_shard(tmp_path / "none.tar", [("a.txt", b"text")])
+    with pytest.raises(ValueError, match=r"Expected images of .*none\.tar, found none"):
+        encode_shard(vae, tmp_path / "none.tar", tmp_path / "out.tar", vae_name="tiny")
+    assert not (tmp_path / "out.tar").exists()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npy"])
+def test_a_shard_of_photos_becomes_a_shard_of_their_latents(tmp_path, vae, suffix):
+    write_shard(tmp_path / "in.tar", [("x/1.png", png(1)), ("x/1.txt", b"a caption"), ("2.v.jpg", png(2))])
+    assert encode_shard(vae, tmp_path / "in.tar", tmp_path / "out.tar", vae_name="tiny", suffix=suffix) == 2
+    made = members_of(tmp_path / "out.tar")
+    assert list(made) == [f"x/1{suffix}", "x/1.txt", f"2.v{suffix}"]
+    assert made["x/1.txt"] == b"a caption"
+    for seed, name in ((1, "x/1"), (2, "2.v")):
+        (tmp_path / "photo.png").write_bytes(png(seed))
+        encode_file(vae, tmp_path / "photo.png", tmp_path / f"latents{suffix}", vae_name="tiny")
+        assert made[name + suffix] == (tmp_path / f"latents{suffix}").read_bytes()
+    assert not failures_path(tmp_path / "out.tar").exists()
+
+
+def test_damaged_photos_and_shared_names_cost_themselves_and_are_listed_until_they_are_repaired(tmp_path, vae):
+    good = [("a.png", png(1))]
+    bad = [("b.png", png(2)[:100]), ("c.png", png(3)), ("c.jpg", png(4))]
+    write_shard(tmp_path / "in.tar", good + bad)
+    result = tmp_path / "out.tar"
+    assert encode_shard(vae, tmp_path / "in.tar", result, vae_name="tiny") == 1
+    assert list(members_of(result)) == ["a.safetensors"]
+    lines = read_failures(result)
+    assert [line.split(": ")[1][:5] for line in lines] == ["b.png", "c.png", "c.jpg"]
+    assert "Expected a complete image" in lines[0]
+    assert lines[0].count("in.tar") == 2  # the place, and within the reason in place of a temporary file
+    assert "expected each name once" in lines[1]
+    write_shard(tmp_path / "in.tar", good)
+    encode_shard(vae, tmp_path / "in.tar", result, vae_name="tiny")
+    assert read_failures(result) == []
+    assert [path.name for path in tmp_path.iterdir() if "failed" in path.name] == []
+
+
+@pytest.fixture
+def data_set(tmp_path):
+    datasets = pytest.importorskip("datasets", reason='needs pip install "milo_latent[data]"')
+    count = GROUP + 3
+    images = [{"bytes": png(seed), "path": None} for seed in range(count)]
+    images[GROUP] = {"bytes": png(0)[:50], "path": None}
+    images[GROUP + 1] = None
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=["cat", "dog"]),
+            "text": datasets.Value("string"),
+        }
+    )
+    columns = {"image": images, "label": [0, 1] * (count // 2) + [0], "text": [f"photo {row}" for row in range(count)]}
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(tmp_path / "set"))
+    return tmp_path / "set"
+
+
+def test_a_column_of_images_becomes_a_column_of_latents_beside_the_others(tmp_path, data_set, vae):
+    import datasets
+
+    rows = open_dataset(data_set, columns=["image"])
+    result = tmp_path / "part.parquet"
+    assert encode_rows(vae, rows, "image", result, start=1) == GROUP
+    made = datasets.load_dataset("parquet", data_files=str(result), cache_dir=str(tmp_path / "cache"))["train"]
+    assert made.column_names == ["label", "text", "latents"]
+    assert made.features["label"].names == ["cat", "dog"]
+    assert made["text"] == rows["text"][1:]
+    assert [row + 1 for row, latents in enumerate(made["latents"]) if latents is None] == [GROUP, GROUP + 1]
+    (tmp_path / "photo.png").write_bytes(png(5))
+    encode_file(vae, tmp_path / "photo.png", tmp_path / "latents.npy", vae_name="tiny")
+    assert torch.equal(torch.tensor(made["latents"][4]), torch.from_numpy(np.load(tmp_path / "latents.npy")))
+    lines = read_failures(result)
+    assert [line.partition(":")[0] for line in lines] == [f"row {GROUP} of image", f"row {GROUP + 1} of image"]
+    assert "Expected a complete image" in lines[0]
+    assert "got none" in lines[1]
+
+
+def test_a_data_set_of_images_alone_gives_latents_alone(tmp_path, data_set, vae):
+    import pyarrow.parquet
+
+    rows = open_dataset(data_set, columns=["image"]).select_columns(["image"])
+    encode_rows(vae, rows, "image", tmp_path / "part.parquet", stop=2)
+    assert pyarrow.parquet.read_table(tmp_path / "part.parquet").column_names == ["latents"]
+    assert len(pyarrow.parquet.read_table(tmp_path / "part.parquet")) == 2
+
+
+def test_the_items_of_a_column_are_named_by_their_rows(data_set):
+    rows = open_dataset(data_set, columns=["image"])
+    items = list(column_items(rows, "image", range(9, 11)))
+    assert [item.name for item in items] == ["09", "10"]
+    assert items[0].read() == png(9)
+    with pytest.raises(ValueError, match="Expected a column of images, got text"):
+        next(column_items(rows, "text"))
+    with pytest.raises(ValueError, match=r"Expected the columns \['photo'\]"):
+        open_dataset(data_set, columns=["photo"])
