@@ -133,10 +133,12 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextmanager
 def saving_weights(folder: str | Path) -> Iterator[None]:
-    """Turn what safetensors raises on a full disk into an OSError, as which everybody else reports it."""
+    """Name the folder in errors such as of a full disk, and make an OSError of those that safetensors raises."""
     try:
         yield
-    except SafetensorError as error:
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
         raise OSError(f"Could not write the weights in {folder}: {error}") from error
 
 

@@ -105,7 +105,7 @@ def expand_braces(text: str) -> list[str]:
 
 def is_shard(path: str | Path) -> bool:
     """Return whether a path, or a pattern of several, names webdataset shards."""
-    return str(path).lower().endswith(SHARD_SUFFIX)
+    return str(path).lower().endswith(SHARD_SUFFIX) and not Path(path).is_dir()
 
 
 def shard_items(shard: Path) -> Iterator[Item]:
@@ -116,7 +116,7 @@ def shard_items(shard: Path) -> Iterator[Item]:
         ValueError: if it is no plain tar file, or damaged.
     """
     check_file(shard, "a shard")
-    stamp = file_stamp(shard)
+    stamp = f"{shard.parent.resolve()} {file_stamp(shard)}"
     with refusing_damage(f"Expected a tar file, uncompressed, got {shard}"):
         archive = tarfile.open(shard, "r:")  # noqa: SIM115 (the next line closes it)
     with archive:

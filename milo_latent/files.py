@@ -361,7 +361,7 @@ def write_safetensors(
             file.write(len(encoded).to_bytes(8, "little") + encoded)
             for tensor in tensors.values():
                 values = tensor.detach().to("cpu", stored_dtype(tensor, dtype)).contiguous()
-                values.reshape(-1).view(torch.uint8).numpy().tofile(file)
+                file.write(values.reshape(-1).view(torch.uint8).numpy().data)  # `tofile` would not say what failed
 
     write_atomically(path, write)
 

@@ -8,10 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+from milo_latent import MILO
 from milo_latent.datasets import as_file, column_items, expand_braces, is_shard, open_dataset, shard_items, write_shard
+from milo_latent.latents.codec import encode_image
 from milo_latent.latents.files import encode_file
 from milo_latent.latents.sets import GROUP, encode_rows, encode_shard, failures_path, read_failures
-from milo_latent.testing import tiny_pipeline
+from milo_latent.score.pairs import match_columns, match_pairs, match_shards, score_pairs
+from milo_latent.testing import tiny_metric, tiny_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -127,14 +130,15 @@ def test_damaged_photos_and_shared_names_cost_themselves_and_are_listed_until_th
     result = tmp_path / "out.tar"
     assert encode_shard(vae, tmp_path / "in.tar", result, vae_name="tiny") == 1
     assert list(members_of(result)) == ["a.safetensors"]
-    lines = read_failures(result)
-    assert [line.split(": ")[1][:5] for line in lines] == ["b.png", "c.png", "c.jpg"]
-    assert "Expected a complete image" in lines[0]
-    assert lines[0].count("in.tar") == 2  # the place, and within the reason in place of a temporary file
-    assert "expected each name once" in lines[1]
+    failed = read_failures(result)
+    assert list(failed) == ["b.png", "c.png", "c.jpg"]
+    assert (
+        f"Expected a complete image (PNG, JPEG, WEBP, BMP, TIFF), got {tmp_path / 'in.tar'}: b.png" in failed["b.png"]
+    )
+    assert "expected each name once" in failed["c.jpg"]
     write_shard(tmp_path / "in.tar", good)
     encode_shard(vae, tmp_path / "in.tar", result, vae_name="tiny")
-    assert read_failures(result) == []
+    assert read_failures(result) == {}
     assert [path.name for path in tmp_path.iterdir() if "failed" in path.name] == []
 
 
@@ -171,10 +175,10 @@ def test_a_column_of_images_becomes_a_column_of_latents_beside_the_others(tmp_pa
     (tmp_path / "photo.png").write_bytes(png(5))
     encode_file(vae, tmp_path / "photo.png", tmp_path / "latents.npy", vae_name="tiny")
     assert torch.equal(torch.tensor(made["latents"][4]), torch.from_numpy(np.load(tmp_path / "latents.npy")))
-    lines = read_failures(result)
-    assert [line.partition(":")[0] for line in lines] == [f"row {GROUP} of image", f"row {GROUP + 1} of image"]
-    assert "Expected a complete image" in lines[0]
-    assert "got none" in lines[1]
+    failed = read_failures(result)
+    assert list(failed) == [f"{GROUP}", f"{GROUP + 1}"]
+    assert f"got row {GROUP} of image, which is damaged" in failed[f"{GROUP}"]
+    assert "got none" in failed[f"{GROUP + 1}"]
 
 
 def test_a_data_set_of_images_alone_gives_latents_alone(tmp_path, data_set, vae):
@@ -195,3 +199,66 @@ def test_the_items_of_a_column_are_named_by_their_rows(data_set):
         next(column_items(rows, "text"))
     with pytest.raises(ValueError, match=r"Expected the columns \['photo'\]"):
         open_dataset(data_set, columns=["photo"])
+
+
+def scores(metric, pairs, **options):
+    return {row.name: row.error for row in score_pairs(metric, pairs, **options)}
+
+
+def test_shards_are_scored_as_folders_are(tmp_path):
+    metric = tiny_metric(channels=3)
+    for side, seeds in (("ref", (1, 2, 3)), ("dist", (4, 5, 6))):
+        (tmp_path / side).mkdir()
+        for index, seed in enumerate(seeds):
+            (tmp_path / side / f"{index}.png").write_bytes(png(seed))
+        members = [(f"{index}.png", png(seed)) for index, seed in enumerate(seeds)]
+        write_shard(tmp_path / f"{side}-0.tar", members[:2])
+        write_shard(tmp_path / f"{side}-1.tar", [("2.txt", b"more"), members[2]])
+    expected = scores(metric, match_pairs(tmp_path / "ref", tmp_path / "dist"))
+    pairs = match_shards(tmp_path / "ref-{0..1}.tar", tmp_path / "dist-{0..1}.tar")
+    assert scores(metric, pairs) == {
+        f"dist-{shard}/{index}": expected[str(index)] for shard, index in ((0, 0), (0, 1), (1, 2))
+    }
+    one = match_shards(tmp_path / "ref-1.tar", tmp_path / "dist-1.tar")
+    assert scores(metric, one) == {"2": expected["2"]}
+    with pytest.raises(ValueError, match="as many shards of references as distorted ones, got 2 and 1"):
+        match_shards(tmp_path / "ref-{0..1}.tar", tmp_path / "dist-1.tar")
+    with pytest.raises(ValueError, match=r"the same names .*: \['0', '1', '2'\]"):
+        match_shards(tmp_path / "ref-0.tar", tmp_path / "dist-1.tar")
+
+
+def test_damaged_members_cost_their_own_pair(tmp_path):
+    metric, failed = tiny_metric(channels=3), []
+    write_shard(tmp_path / "ref.tar", [("a.png", png(1)), ("b.png", png(2)), ("b.jpg", png(2))])
+    write_shard(tmp_path / "dist.tar", [("a.png", png(3)[:99]), ("b.png", png(4))])
+    pairs = match_shards(tmp_path / "ref.tar", tmp_path / "dist.tar", failed=failed)
+    assert list(scores(metric, pairs, failed=failed)) == ["b"]
+    assert "ref.tar: b.jpg: expected each name once" in failed[0]
+    assert f"got {tmp_path / 'dist.tar'}: a.png, which is damaged" in failed[1]
+
+
+def test_encoded_shards_are_scored_as_latents_of_their_vae(tmp_path, vae):
+    for side, seed in (("ref", 1), ("dist", 2)):
+        write_shard(tmp_path / f"{side}.tar", [("a.png", png(seed, side=128))])
+        encode_shard(vae, tmp_path / f"{side}.tar", tmp_path / f"{side}-latents.tar", vae_name="tiny")
+    metric = tiny_metric()
+    pairs = match_shards(tmp_path / "ref-latents.tar", tmp_path / "dist-latents.tar")
+    latents = [encode_image(vae, np.asarray(Image.open(io.BytesIO(png(seed, side=128))))) for seed in (1, 2)]
+    expected = metric(ref=latents[0], dist=latents[1]).item()
+    assert scores(metric, pairs) == {"a": pytest.approx(expected, rel=1e-6)}
+    other = MILO(latent_space="other", scaling_factor=0.5)
+    with pytest.raises(ValueError, match=r"got those of tiny \(1\.0\) in .*ref-latents\.tar: a\.safetensors"):
+        scores(other, pairs)
+
+
+def test_two_columns_of_a_data_set_are_scored_row_by_row(tmp_path):
+    datasets = pytest.importorskip("datasets", reason='needs pip install "milo_latent[data]"')
+    images = {
+        name: [{"bytes": png(seed), "path": None} for seed in seeds] for name, seeds in (("a", (1, 2)), ("b", (3, 4)))
+    }
+    rows = datasets.Dataset.from_dict(images, features=datasets.Features({name: datasets.Image() for name in images}))
+    metric = tiny_metric(channels=3)
+    found = scores(metric, match_columns(rows, "a", "b"))
+    ref, dist = ([Image.open(io.BytesIO(cell["bytes"])) for cell in images[name]] for name in images)
+    assert list(found) == ["0", "1"]
+    assert list(found.values()) == pytest.approx(metric(ref=ref, dist=dist).tolist(), rel=1e-6)

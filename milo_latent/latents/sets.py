@@ -31,25 +31,27 @@ def failures_path(result: Path) -> Path:
     return result.with_name(f"{result.name}.failed.txt")
 
 
-def read_failures(result: Path) -> list[str]:
-    """Return the items of a shard or a part that have no result, and why, also of an earlier run."""
+def read_failures(result: Path) -> dict[str, str]:
+    """Return the names of the items of a shard or a part that have no result, and why, also of an earlier run."""
     path = failures_path(result)
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if path.is_file() else []
+    return {name: reason for name, _, reason in (line.partition("\t") for line in lines)}
 
 
-def _write_failures(result: Path, failed: list[str]) -> None:
+def _write_failures(result: Path, failed: dict[str, str]) -> None:
+    lines = (f"{' '.join(name.split())}\t{' '.join(reason.split())}\n" for name, reason in failed.items())
     if failed:
-        write_text(failures_path(result), "".join(f"{' '.join(line.split())}\n" for line in failed))
+        write_text(failures_path(result), "".join(lines))
     else:
         failures_path(result).unlink(missing_ok=True)
 
 
-def _try(item: Item, work: Callable[[Path], T], failed: list[str]) -> T | None:
+def _try(item: Item, work: Callable[[Path], T], failed: dict[str, str]) -> T | None:
     try:
         with as_file(item) as path:
             return work(path)
     except (ValueError, FileNotFoundError, MemoryError) as error:
-        failed.append(f"{item}: {error}".replace(f"{item}: {item}", str(item)))
+        failed[item.name] = str(error)
         return None
 
 
@@ -77,7 +79,7 @@ def encode_shard(
         FileNotFoundError: if there is no such shard.
         ValueError: if the shard is damaged or holds no image.
     """
-    failed: list[str] = []
+    failed: dict[str, str] = {}
     sharing = Counter(item.key for item in shard_items(shard) if item.suffix in IMAGE_SUFFIXES)
     if not sharing:
         raise ValueError(f"Expected images of {sorted(IMAGE_SUFFIXES)} in {shard}, found none.")
@@ -92,7 +94,7 @@ def encode_shard(
             if item.suffix not in IMAGE_SUFFIXES:
                 yield item.name, item.read()
             elif sharing[item.key] > 1:
-                failed.append(f"{item}: expected each name once in a shard, whatever its suffix. Rename it.")
+                failed[item.name] = f"{item}: expected each name once in a shard, whatever its suffix. Rename it."
             elif (content := _try(item, encode, failed)) is not None:
                 yield item.key + suffix, content
 
@@ -145,7 +147,7 @@ def encode_rows(
     others = rows.remove_columns(column).with_format("arrow")
     latents_type = datasets.List(datasets.List(datasets.List(datasets.Value("float32"))))
     schema = datasets.Features({**others.features, "latents": latents_type}).arrow_schema
-    failed: list[str] = []
+    failed: dict[str, str] = {}
 
     def encode(photo: Path) -> list[Any]:
         return encode_image(vae, read_image(photo), tile=tile)[0].tolist()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
-from milo_latent.atomic import temporary_folder, write_text
+from milo_latent.atomic import saving_weights, temporary_folder, write_text
 from milo_latent.checkpoints import CHECKPOINT_SUFFIXES, read_checkpoint, rename_keys
 from milo_latent.checks import check_finite, shortened
 from milo_latent.files import write_safetensors
@@ -180,7 +180,8 @@ class PretrainedMixin(nn.Module):
         if folder.is_file():
             raise ValueError(f"Expected a folder to save the metric in, got the file {folder}.")
         folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / _weights_name(variant), self.state_dict())
+        with saving_weights(folder):
+            write_safetensors(folder / _weights_name(variant), self.state_dict())
         config = {"_class_name": type(self).__name__, **self.config}
         write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         write_card(self, folder)

@@ -1,4 +1,7 @@
-"""Scores of many files: matched pairs, or one reference against many; files that do not fit the metric are refused."""
+"""Scores of many files: matched pairs, or one reference against many; files that do not fit the metric are refused.
+
+Members of webdataset shards and rows of data sets are scored as files are.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,13 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from milo_latent.checks import ValueWatch, check_finite, shortened
+from milo_latent.datasets import Item, as_file, column_items, expand_braces, shard_items
 from milo_latent.files import (
     IMAGE_SUFFIXES,
     LATENT_SUFFIXES,
@@ -27,21 +32,27 @@ from milo_latent.metric.network import MILO, is_image_metric
 from milo_latent.score.table import ScoreRow
 from milo_latent.threads import alone_if_large, in_threads
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 BATCH_SIZE = 16
 PIXELS_PER_CELL = 8  # a side, of the VAEs of the Stable Diffusion families, where the VAE is not at hand
 SCORABLE = IMAGE_SUFFIXES | LATENT_SUFFIXES
 
 
+Source = TypeVar("Source", Path, Item)
+
+
 @dataclass(frozen=True)
-class Pair:
-    """Two files to compare, and the name of the comparison in a table."""
+class Pair(Generic[Source]):
+    """Two files to compare, or items of shards or data sets, and the name of the comparison in a table."""
 
     name: str
-    ref: Path
-    dist: Path
+    ref: Source
+    dist: Source
 
 
-def match_pairs(ref: str | Path, dist: str | Path, *, failed: list[str] | None = None) -> list[Pair]:
+def match_pairs(ref: str | Path, dist: str | Path, *, failed: list[str] | None = None) -> list[Pair[Path]]:
     """Pair two files, a file with every file of a folder, or the files of two folders by their names.
 
     Args:
@@ -70,10 +81,63 @@ def match_pairs(ref: str | Path, dist: str | Path, *, failed: list[str] | None =
     for line in refused.values():
         _fail(ValueError(line), failed)
     shared = {path.stem for path in refused}
-    alone = sorted((refs.keys() ^ dists.keys()) - shared)
+    _check_names(refs.keys() - shared, dists.keys() - shared, ref, dist)
+    return [Pair(name, refs[name], dists[name]) for name in sorted(refs.keys() & dists.keys())]
+
+
+def match_shards(ref: str | Path, dist: str | Path, *, failed: list[str] | None = None) -> list[Pair[Item]]:
+    """Pair the members of webdataset shards, shard by shard, by their names without suffix.
+
+    Args:
+        ref: a shard of references, or a pattern of several, such as "refs-{000..099}.tar".
+        dist: as many shards of the same members, distorted.
+        failed: gets an error for each member that shares its name with another in its shard, and is left out; None
+            refuses them.
+
+    Returns:
+        Pairs, sorted by name; if there are several shards, the name of the shard of `dist` is part of a pair's name.
+
+    Raises:
+        FileNotFoundError: if a shard is missing, or holds no file that can be scored.
+        ValueError: if a shard is damaged, or two shards do not hold the same names.
+    """
+    refs, dists = expand_braces(str(ref)), expand_braces(str(dist))
+    if len(refs) != len(dists):
+        raise ValueError(f"Expected as many shards of references as distorted ones, got {len(refs)} and {len(dists)}.")
+    pairs = []
+    for ref_shard, dist_shard in zip(map(Path, refs), map(Path, dists), strict=True):
+        ref_items, dist_items = _named_items(ref_shard, failed), _named_items(dist_shard, failed)
+        _check_names(ref_items, dist_items, ref_shard, dist_shard)
+        folder = f"{dist_shard.stem}/" if len(dists) > 1 else ""
+        pairs += [Pair(f"{folder}{key}", item, dist_items[key]) for key, item in ref_items.items()]
+    return sorted(pairs, key=lambda pair: pair.name)
+
+
+def _check_names(refs: Iterable[str], dists: Iterable[str], ref: Path, dist: Path) -> None:
+    alone = sorted(set(refs) ^ set(dists))
     if alone:
         raise ValueError(f"Expected the same names in {ref} and {dist}, {len(alone)} are in one only: {alone[:5]}.")
-    return [Pair(name, refs[name], dists[name]) for name in sorted(refs.keys() & dists.keys())]
+
+
+def _named_items(shard: Path, failed: list[str] | None) -> dict[str, Item]:
+    """Return the members of a shard that can be scored, by their names without suffix."""
+    named: dict[str, Item] = {}
+    for item in shard_items(shard):
+        if item.suffix in SCORABLE and named.setdefault(item.key, item) is not item:
+            _fail(ValueError(f"{item}: expected each name once in a shard, whatever its suffix. Rename it."), failed)
+    if not named:
+        raise FileNotFoundError(f"Expected files of {sorted(SCORABLE)} in {shard}, found none.")
+    return named
+
+
+def match_columns(rows: Dataset, ref: str, dist: str) -> list[Pair[Item]]:
+    """Pair the images in two columns of a Hugging Face data set; the names are the numbers of the rows.
+
+    Raises:
+        ValueError: if a column holds no images.
+    """
+    items = zip(column_items(rows, ref), column_items(rows, dist), strict=True)
+    return [Pair(ref_item.name, ref_item, dist_item) for ref_item, dist_item in items]
 
 
 def _fail(error: Exception, failed: list[str] | None) -> None:
@@ -83,7 +147,7 @@ def _fail(error: Exception, failed: list[str] | None) -> None:
     failed.append(str(error))
 
 
-def is_latents(path: Path) -> bool:
+def is_latents(path: Path | Item) -> bool:
     """Return whether a file holds latents, by its suffix."""
     return path.suffix.lower() in LATENT_SUFFIXES
 
@@ -194,10 +258,11 @@ def compare_pairs(
     metric.watch = watch = ValueWatch()  # the metric itself does not warn of the same values again
     own = threading.local()  # `last`: the reference that a thread has read last
 
-    def read(path: Path, failed: list[str] | None) -> Tensor | None:
+    def read(path: Path | Item, failed: list[str] | None) -> Tensor | None:
         try:
-            tensor = read_input(path, encode)
-            check_fits(metric, path, tensor)
+            with as_file(path) as file:
+                tensor = read_input(file, encode)
+                check_fits(metric, file, tensor)
         except (ValueError, FileNotFoundError, MemoryError) as error:
             _fail(error, failed)
             return None

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from milo_latent.atomic import write_atomically
+from milo_latent.datasets import Item, as_file
 from milo_latent.files import read_image
 from milo_latent.pictures import to_8bit
 from milo_latent.score.pairs import Pair, is_latents
@@ -62,10 +63,11 @@ def _line(row: ScoreRow, files: Mapping[str, Pair]) -> str:
     return f"<tr><td>{escape(row.name)}</td>{numbers}{cells}</tr>\n"
 
 
-def _thumbnail(path: Path) -> str:
+def _thumbnail(path: Path | Item) -> str:
     """Return an image as an element of HTML that holds it; for latents and damaged files the name of the file."""
     try:
-        picture = None if is_latents(path) else Image.fromarray(to_8bit(read_image(path)[0]))
+        with as_file(path) as file:
+            picture = None if is_latents(path) else Image.fromarray(to_8bit(read_image(file)[0]))
     except (ValueError, FileNotFoundError, MemoryError):
         picture = None
     if picture is None:
