@@ -98,7 +98,7 @@ def test_variants_and_shards_are_opened_and_another_variant_is_missing(tmp_path)
     metric.save_pretrained(tmp_path, variant="own")
     assert torch.equal(MILO.from_pretrained(tmp_path, variant="own")(ref=ref, dist=dist), expected)
     assert torch.equal(MILO.from_pretrained(tmp_path)(ref=ref, dist=dist), expected)  # the only one there is
-    with pytest.raises(FileNotFoundError, match=r"diffusion_pytorch_model\.fp16\.safetensors"):
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.fp16\.safetensors"):
         MILO.from_pretrained(tmp_path, variant="fp16")
     whole = load_file(tmp_path / "diffusion_pytorch_model.own.safetensors")
     (tmp_path / "diffusion_pytorch_model.own.safetensors").unlink()

@@ -226,7 +226,7 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
     path = folder / _weights_name(variant)
     paths = [path] if path.is_file() or variant else sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
     if not paths or not paths[0].is_file():
-        raise FileNotFoundError(f"Expected the weights of a metric in {path}, which does not exist.")
+        raise ValueError(f"Expected the weights of a metric as safetensors, found no {path}.")
     return paths
 
 
