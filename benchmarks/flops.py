@@ -4,6 +4,7 @@
     python benchmarks/flops.py --time 512           # and the time, full-size networks with random weights; 9 GB
     python benchmarks/flops.py --time 512 --decoder # and of guidance through the decoder; 17 GB
     python benchmarks/flops.py --training           # FLOPs of a training step, and of MILO's weight in it
+    python benchmarks/flops.py --metric-training    # FLOPs of a step of train_metric_online, for large autoencoders
 
 The networks are those of Stable Diffusion 2.1 (UNet, VAE), DiffBIR's IRControlNet, and MILO as it is shipped. FLOPs are
 those of convolutions and matrix products, a multiplication and an addition counted as two (torch.utils.flop_counter),
@@ -44,6 +45,12 @@ SHAPE = {
 }
 DOWN = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
 UP = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+VAE_SHAPE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
 TOKENS = 77
 Call = Callable[[], object]
 
@@ -57,10 +64,7 @@ def make_networks(device: str, *, decoder: bool = True) -> dict[str, torch.nn.Mo
             "latent metric": MILO(channels=4),
         }
         if decoder:
-            networks["vae"] = AutoencoderKL(
-                block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-            )  # fmt: skip
+            networks["vae"] = AutoencoderKL(**VAE_SHAPE, latent_channels=4)
             networks["image metric"] = MILO(channels=3)
     for network in networks.values():
         network.eval().requires_grad_(False)
@@ -162,6 +166,26 @@ def count_training_flops(size: int) -> dict[str, float]:
     return flops
 
 
+def count_metric_training_flops(latent_channels: int, *, batch_size: int = 16, size: int = 128) -> dict[str, float]:
+    """Return the FLOPs of a step of `train_metric_online` by part, for a VAE of the size of Stable Diffusion's."""
+    with torch.device("meta"):
+        vae = AutoencoderKL(**VAE_SHAPE, latent_channels=latent_channels)
+        teacher, metric = MILO(channels=3), MILO(channels=latent_channels)
+        images = torch.zeros(batch_size, 3, size, size)
+        latents = torch.zeros(batch_size, latent_channels, size // 8, size // 8)
+        counts = {}
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            vae.encode(torch.cat([images, images]))
+        counts["encoding"] = float(counter.get_total_flops())
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            teacher.error_map(ref=images, dist=images)
+        counts["teacher"] = float(counter.get_total_flops())
+        with FlopCounterMode(display=False) as counter:
+            metric.error_map(ref=latents, dist=latents.clone()).mean().backward()
+        counts["metric"] = float(counter.get_total_flops())
+    return counts
+
+
 def measure_times(size: int, *, decoder: bool, repeats: int) -> dict[str, float]:
     """Return the median seconds of each call; the slow ones run `repeats` times, ours ten times as often."""
     times = {}
@@ -183,6 +207,7 @@ def main() -> None:
     parser.add_argument("--time", type=int, nargs="*", default=[], metavar="SIZE", help="sizes to measure the time at")
     parser.add_argument("--decoder", action="store_true", help="measure the time through the decoder too")
     parser.add_argument("--training", action="store_true", help="count a training step instead of a denoising step")
+    parser.add_argument("--metric-training", action="store_true", help="count a step of train_metric_online instead")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--csv", type=Path)
@@ -194,6 +219,12 @@ def main() -> None:
             extra = flops["milo"] - flops["standard"]
             print(f"{size} px: step {flops['standard'] / 1e9:,.0f} GFLOP, MILO {extra / 1e9:.3f} GFLOP,", end=" ")
             print(f"{extra / flops['standard']:.4%}")
+        return
+    if options.metric_training:
+        for name, channels in {"SD and SDXL": 4, "SD3 and Flux": 16}.items():
+            flops = count_metric_training_flops(channels)
+            parts = ", ".join(f"{part} {count / 1e9:,.1f} GFLOP" for part, count in flops.items())
+            print(f"{name}, 16 pairs of 128 px: {sum(flops.values()) / 1e12:.2f} TFLOP a step ({parts})")
         return
     rows = []
     print(f"torch {torch.__version__}, {options.threads} threads, float32")

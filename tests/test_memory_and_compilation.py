@@ -2,10 +2,11 @@
 
 import copy
 
+import diffusers
 import pytest
 import torch
 
-from milo_latent import IRControlNet
+from milo_latent import DiffBIRPipeline, IRControlNet
 from milo_latent.testing import generator
 
 NEEDS_NEWER_TORCH = pytest.mark.skipif(
@@ -64,3 +65,24 @@ def test_group_offload_gives_the_same(prompted, call):
             onload_device=cpu, offload_device=cpu, offload_type="block_level", num_blocks_per_group=1
         )
     assert torch.equal(call(prompted), before)
+
+
+@pytest.mark.parametrize("way", ["the UNet", "the pipeline"])
+def test_a_unet_is_loaded_in_8_bits_and_gives_nearly_the_same(prompted, call, tmp_path, way):
+    quantization = pytest.importorskip("torchao.quantization", reason="quantized loading needs torchao")
+    settings = diffusers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    expected = call(prompted)
+    prompted.save_pretrained(tmp_path)
+    if way == "the UNet":
+        options = {"subfolder": "unet", "quantization_config": settings, "dtype": torch.float32}
+        loaded = DiffBIRPipeline.from_pretrained(
+            tmp_path, unet=diffusers.UNet2DConditionModel.from_pretrained(tmp_path, **options)
+        )
+    else:
+        several = diffusers.quantizers.PipelineQuantizationConfig(quant_mapping={"unet": settings})
+        loaded = DiffBIRPipeline.from_pretrained(tmp_path, quantization_config=several, dtype=torch.float32)
+    linear = [module.weight for module in loaded.unet.modules() if isinstance(module, torch.nn.Linear)]
+    assert {type(weight).__name__ for weight in linear} == {"Int8Tensor"}
+    got = call(loaded)
+    assert not torch.equal(got, expected)
+    assert torch.allclose(got, expected, atol=0.05)
