@@ -7,7 +7,7 @@ import sys
 import diffusers
 import pytest
 import torch
-from diffusers.modular_pipelines import ModularPipelineBlocks, SequentialPipelineBlocks
+from diffusers.modular_pipelines import SequentialPipelineBlocks
 from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import StableDiffusionXLInputStep
 from diffusers.modular_pipelines.stable_diffusion_xl.denoise import StableDiffusionXLDenoiseStep
 from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffusion_xl import (
@@ -143,10 +143,28 @@ def test_blocks_of_diffbir_take_prompts_and_guidance(prompted):
     assert torch.equal(restored(blocks, prompted, milo_scale=0.4, **prompts), expected)
 
 
-def test_blocks_of_diffbir_are_saved_as_custom_code(tmp_path):
-    save_blocks(DiffBIRBlocks(), tmp_path)
-    loaded = ModularPipelineBlocks.from_pretrained(tmp_path, trust_remote_code=True)
-    assert list(loaded.sub_blocks) == ["clean", "encode", "prepare", "denoise", "decode", "color"]
+def test_blocks_of_diffbir_are_saved_as_custom_code_and_run_in_a_fresh_process(model_folder, tmp_path, repository):
+    save_blocks(DiffBIRBlocks(), tmp_path / "blocks")
+    code = f"""
+import torch
+from diffusers.modular_pipelines import ModularPipelineBlocks
+from milo_latent import DiffBIRPipeline
+blocks = ModularPipelineBlocks.from_pretrained({str(tmp_path / "blocks")!r}, trust_remote_code=True)
+parts, pipe = DiffBIRPipeline.from_pretrained({str(model_folder)!r}).components, blocks.init_pipeline()
+pipe.update_components(**{{name: parts[name] for name in pipe.component_names}})
+rng = torch.Generator().manual_seed(5)
+image = torch.rand(1, 3, 50, 70, generator=rng)
+options = {{"num_inference_steps": 2, "generator": rng, "output_type": "pt", "output": "images"}}
+torch.save(pipe(image=image, **options), {str(tmp_path / "restored.pt")!r})
+print(list(blocks.sub_blocks))
+"""
+    told = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "['clean', 'encode', 'prepare', 'denoise', 'decode', 'color']"
+    rng = generator(5)
+    expected = DiffBIRPipeline.from_pretrained(model_folder)(
+        image=torch.rand(1, 3, 50, 70, generator=rng), num_inference_steps=2, generator=rng, output_type="pt"
+    ).images
+    assert torch.allclose(torch.load(tmp_path / "restored.pt", weights_only=True), expected, atol=1e-6)
 
 
 def test_a_color_fix_that_is_not_known_is_refused(pipeline):
