@@ -58,10 +58,11 @@ def test_the_chosen_networks_are_trained_and_no_others(trained, parts, command, 
     assert changed(model, command("--train", trained, "--rank", 2, "--learning-rate", 1e-2)) == parts
 
 
-def test_the_trained_pipeline_restores_and_its_card_names_the_run(command, images):
+def test_the_trained_pipeline_restores_and_its_card_names_the_run(command, images, capsys):
     run = command("--objective", "linear", "--validation", images, "--validation-images", 1, "--seed", 3)
     image = read_image(images / "0.png")
     assert restore_image(image, model=load_restorer(run / "pipeline", device="cpu"), steps=1).shape == image.shape
+    assert f"restore PHOTO --model {run / 'pipeline'} --stage all" in capsys.readouterr().out  # "join" has no diffusion
     card = (run / "pipeline" / "README.md").read_text()
     figures = {name: f"| validation, {name} | " for name in ("psnr", "milo_error")}
     assert all(figure in card for figure in figures.values())

@@ -22,7 +22,7 @@ TEMPLATE = """\
 A restorer for [milo_latent](https://github.com/milo-latent/milo_latent), trained from `{model}`.
 
 ```bash
-milo-latent restore photo.jpg --model {title}
+milo-latent restore photo.jpg --model {title} --stage all
 ```
 
 | | |

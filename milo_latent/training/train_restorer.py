@@ -327,7 +327,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     loss.networks.save(loss.pipeline.to("cpu"), options.output)
     folder = write_restorer_card(options, config, validate.figures if validate else {})
-    print(f"Saved {folder}. Restore with it: milo-latent restore PHOTO --model {folder}")
+    print(f"Saved {folder}. Restore with it: milo-latent restore PHOTO --model {folder} --stage all")
     if options.push_to_hub:
         upload(options.push_to_hub, folder)
 
