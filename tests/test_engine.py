@@ -9,6 +9,8 @@ from torch import nn
 
 from milo_latent.training.engine.loop import RunConfig, build_optimizer, fit
 from milo_latent.training.engine.memory import memory_plan, peak_memory
+from milo_latent.training.engine.records import read_log
+from milo_latent.training.engine.run import LOG_EVERY
 
 
 class Line(nn.Module):
@@ -43,6 +45,26 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path):
     accumulated = train(tmp_path / "accumulated", 5, accumulation=2)
     torch.testing.assert_close(accumulated, train(tmp_path / "large", 5, draw=draw_twice), rtol=1e-6, atol=1e-7)
     assert not torch.allclose(accumulated, train(tmp_path / "small", 5), atol=1e-4)
+
+
+def test_the_loss_of_accumulated_batches_is_their_mean(tmp_path):
+    train(
+        tmp_path,
+        LOG_EVERY,
+        draw=lambda number, _: (torch.zeros(1, 3), torch.ones(1)),
+        accumulation=4,
+        learning_rate=0.0,
+    )
+    (row,) = read_log(tmp_path / "log.csv")
+    assert row["loss"] == pytest.approx(1.0)
+
+
+def test_the_optimizer_has_the_settings_of_the_run(tmp_path):
+    settings = {"learning_rate": 0.3, "betas": (0.8, 0.7), "weight_decay": 0.2}
+    optimizer = build_optimizer(Line().parameters(), RunConfig(tmp_path, 1, **settings))
+    assert type(optimizer) is torch.optim.AdamW
+    found = {name: optimizer.defaults[name] for name in ("lr", "betas", "weight_decay")}
+    assert tuple(found.values()) == tuple(settings.values())
 
 
 def test_the_moving_average_is_validated_and_returned_and_training_goes_on_from_the_weights(tmp_path):

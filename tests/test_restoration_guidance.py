@@ -13,7 +13,7 @@ from milo_latent.guidance.curriculum import flatness
 from milo_latent.guidance.region_adaptive import RegionAdaptiveGuidance
 from milo_latent.guidance.x0 import guide_model_output, guided_run, official_step, posterior_mean_coefficient
 from milo_latent.latents.codec import scale_latents
-from milo_latent.testing import generator
+from milo_latent.testing import generator, tiny_pipeline
 
 CLOSE = 1e-4
 
@@ -220,3 +220,15 @@ def test_settings_are_a_configuration(tmp_path):
     RegionAdaptiveGuidance(**given).save_config(tmp_path)
     config = RegionAdaptiveGuidance.from_config(RegionAdaptiveGuidance.load_config(tmp_path)).config
     assert {name: config[name] for name in given} == given
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_graph_of_the_image_to_pull_towards_is_not_kept(own):
+    image, reference = torch.rand(1, 3, 128, 128).requires_grad_(True), torch.zeros(2, 4, 16, 16)
+    guide = RegionAdaptiveGuidance(tiny_pipeline().vae, space="rgb", target=image if own else None)
+    if not own:
+        guide.accept_image(image)
+    guide.start(reference, 4)
+    assert not guide._target.requires_grad
+    assert not guide._weight.requires_grad
+    assert torch.equal(guide._target, (image.detach() * 2 - 1).expand(1 if own else 2, -1, -1, -1))
