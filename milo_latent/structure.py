@@ -149,14 +149,16 @@ def check_model_folder(folder: Path) -> None:
 
     Raises:
         FileNotFoundError: if a shard of the weights is missing.
-        ValueError: if a file is damaged, the configuration asks for what the weights cannot fill, or the folder holds
-            Python files or settings that would run code.
+        ValueError: if a file is damaged, the configuration asks for what the weights cannot fill, there are no weights
+            in safetensors, or the folder holds Python files or settings that would run code.
     """
     _check_no_code(folder)
     tensors: dict[str, set[str]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with open_safetensors(path) as file:
             tensors[path.name] = set(file.keys())
+    if not tensors and (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
+        raise ValueError(f"Expected weights in safetensors in {folder}, got none. Other files of weights can run code.")
     for path in sorted(folder.glob("*.safetensors.index.json")):
         _check_index(path, tensors)
     for path in sorted(folder.glob("*config.json")):

@@ -119,14 +119,15 @@ def test_settings_that_fetch_code_are_refused_at_any_depth(folder, settings):
         DiffBIRPipeline.from_pretrained(folder)
 
 
-def test_pickled_weights_are_never_opened(folder):
+def test_pickled_weights_are_never_opened(folder, photo, capfd):
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     torch.save(tiny_pipeline().unet.state_dict(), weights.with_suffix(".bin"))
     weights.unlink()
-    with pytest.raises(ValueError, match="safetensors"):
-        DiffBIRPipeline.from_pretrained(folder)
-    with pytest.raises(ValueError, match="safetensors"):
-        DiffBIRPipeline.from_pretrained(folder, use_safetensors=False)
+    for options in ({}, {"use_safetensors": False}):
+        with pytest.raises(ValueError, match=r"weights in safetensors in .*unet, got none"):
+            DiffBIRPipeline.from_pretrained(folder, **options)
+    assert main(["restore", str(photo), "--model", str(folder), "--device", "cpu"]) == 1
+    assert capfd.readouterr().err.count("\n") == 1
 
 
 def test_every_network_is_opened_by_what_checks_its_folder(repository):

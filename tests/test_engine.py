@@ -59,6 +59,18 @@ def test_the_loss_of_accumulated_batches_is_their_mean(tmp_path):
     assert row["loss"] == pytest.approx(1.0)
 
 
+def test_each_step_has_the_learning_rate_of_the_schedule(tmp_path, monkeypatch):
+    rates, step = [], torch.optim.AdamW.step
+
+    def note(optimizer, *args, **kwargs):
+        rates.extend(group["lr"] for group in optimizer.param_groups)
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", note)
+    train(tmp_path, 8, warmup=2, decay=0.5, learning_rate=0.4)
+    assert rates == pytest.approx([0.2, 0.4, 0.4, 0.4, 0.4, 0.3, 0.2, 0.1])
+
+
 def test_the_optimizer_has_the_settings_of_the_run(tmp_path):
     settings = {"learning_rate": 0.3, "betas": (0.8, 0.7), "weight_decay": 0.2}
     optimizer = build_optimizer(Line().parameters(), RunConfig(tmp_path, 1, **settings))

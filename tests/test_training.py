@@ -212,6 +212,9 @@ def test_crops_follow_from_seed_and_step_alone(images):
     assert first.shape == (4, 3, 32, 32)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+    assert not torch.equal(first, crops.batch(crops.generator(5, process_index=1), 4))
+    crops.seed = 4
+    assert not torch.equal(first, crops.batch(crops.generator(5), 4))
 
 
 def test_folders_without_images_are_refused(tmp_path, images):
