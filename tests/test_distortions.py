@@ -114,6 +114,13 @@ def test_random_kinds_differ_between_images_and_batches_do_not_matter(image):
         assert torch.equal(both[1:], distort(image, kind, 3, image_id="b"))
 
 
+@pytest.mark.parametrize("kind", ["color saturation 1", "denoise", "jitter", "color shift"])
+def test_images_of_other_dtypes_are_distorted_in_float32(image, kind):
+    image = image.half()
+    distorted = [distort(each, kind, 3, image_id="a") for each in (image, image.float(), image.double())]
+    assert all(each.dtype == torch.float32 and torch.equal(each, distorted[1]) for each in distorted)
+
+
 def test_seeds_differ_in_each_of_id_kind_and_level():
     seeds = {seed_of(name, kind, level) for name in ("a", "b") for kind in DISTORTIONS for level in LEVELS}
     assert len(seeds) == 250

@@ -61,6 +61,17 @@ def test_the_network_sees_all_three_images_at_any_size(joined):
     assert all((other - result).abs().max() > 1e-4 for other in others)
 
 
+@pytest.mark.parametrize("stage", ["join", "all"])
+def test_each_result_is_joined_with_its_own_image(joined, stage):
+    def results(image, seeds):
+        generators = [generator(seed) for seed in seeds]
+        return run(joined, image, stage=stage, num_images_per_prompt=2, generator=generators, num_inference_steps=1)
+
+    both = results(IMAGE, range(4))
+    alone = torch.cat([results(IMAGE[:1], (0, 1)), results(IMAGE[1:], (2, 3))])
+    assert torch.allclose(both, alone, atol=1e-5)
+
+
 def test_the_network_stays_small():
     join = FidelityJoin()
     assert sum(parameter.numel() for parameter in join.parameters()) < 90_000

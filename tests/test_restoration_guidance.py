@@ -223,12 +223,12 @@ def test_settings_are_a_configuration(tmp_path):
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_the_graph_of_the_image_to_pull_towards_is_not_kept(own):
-    image, reference = torch.rand(1, 3, 128, 128).requires_grad_(True), torch.zeros(2, 4, 16, 16)
+def test_each_result_is_pulled_to_its_own_image_whose_graph_is_not_kept(own):
+    image, reference = torch.rand(2, 3, 128, 128).requires_grad_(True), torch.zeros(2 if own else 4, 4, 16, 16)
     guide = RegionAdaptiveGuidance(tiny_pipeline().vae, space="rgb", target=image if own else None)
     if not own:
         guide.accept_image(image)
     guide.start(reference, 4)
     assert not guide._target.requires_grad
     assert not guide._weight.requires_grad
-    assert torch.equal(guide._target, (image.detach() * 2 - 1).expand(1 if own else 2, -1, -1, -1))
+    assert torch.equal(guide._target, (image.detach() * 2 - 1).repeat_interleave(1 if own else 2, dim=0))
