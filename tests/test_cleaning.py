@@ -92,6 +92,8 @@ def test_an_upscaler_enlarges_to_the_output_size_when_that_is_512_or_more():
     network = BSRNet(**TINY[BSRNet]).eval()
     with torch.no_grad():
         assert clean_image(network, torch.rand(1, 3, 64, 80), output_size=(520, 650)).shape == (1, 3, 520, 650)
+        assert clean_image(network, torch.rand(1, 3, 64, 80), output_size=(512, 700)).shape == (1, 3, 512, 700)
+        assert clean_image(network, torch.rand(1, 3, 64, 80), output_size=(511, 700)).shape == (1, 3, 512, 640)
         assert clean_image(network, torch.rand(1, 3, 140, 150)).shape == (1, 3, 560, 600)
 
 
