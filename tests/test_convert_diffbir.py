@@ -1,6 +1,7 @@
 """The conversion as a whole: a folder that the pipeline opens, complete or not there, and every refusal."""
 
 import gzip
+import hashlib
 import itertools
 import json
 import os
@@ -169,6 +170,8 @@ def test_tokens_of_default_prompts_begin_and_end_and_are_padded():
     assert (tokens[:, 0] == 49406).all()
     assert (tokens == 49407).sum(dim=1).tolist() == [1] * len(PROMPT_TOKENS)
     assert (tokens[:, -1] == 0).all()
+    # as CLIP's own tokenizer gave them (benchmarks/diffbir_parity.py)
+    assert hashlib.sha256(repr(tokens.tolist()).encode()).hexdigest().startswith("c720738390c89054")
 
 
 def test_folders_without_embeddings_give_none(folder):
