@@ -30,7 +30,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=("settings", "dataset", "levels"))
     parser.add_argument("--metrics", nargs="+", required=True, help="psnr ssim vif milo:WEIGHTS milo-latent:WEIGHTS …")
-    parser.add_argument("--vae", help="for the metrics on latents: nano, or a folder")
+    parser.add_argument("--vae", help="of metrics on latents, nano or a folder; or milo-latent:WEIGHTS@VAE")
     parser.add_argument("--photos", nargs="+", help="folders of clean photos")
     parser.add_argument("--count", type=int, help="number of photos, spread over the folders (default: all)")
     parser.add_argument(

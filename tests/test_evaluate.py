@@ -214,6 +214,9 @@ def test_metrics_have_names_and_one_direction(tmp_path):
         assert errors[0].shape == (2,)
         if not metric.name.startswith("milo"):  # whose weights are random here
             assert (errors[0] < errors[1]).all(), metric.name
+    vae.save_pretrained(tmp_path / "vae")
+    own, given = by_name(f"milo-latent:{tmp_path / 'latent'}@{tmp_path / 'vae'}", vae=tiny_pipeline(seed=1).vae), metric
+    assert torch.equal(own.error(ref=ref, dist=near), given.error(ref=ref, dist=near))
     with pytest.raises(ValueError, match="Pass --vae"):
         by_name("latent-l1")
     with pytest.raises(ValueError, match="pyiqa:NAME"):

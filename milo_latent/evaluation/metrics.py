@@ -12,6 +12,7 @@ from torch import Tensor
 from milo_latent.evaluation.gmsd import gmsd
 from milo_latent.extras import import_extra
 from milo_latent.latents.codec import VAE, encode_image
+from milo_latent.latents.files import load_vae
 from milo_latent.metric.loading import weights_path
 from milo_latent.metric.network import MILO
 
@@ -129,14 +130,17 @@ def by_name(text: str, *, vae: VAE | None = None) -> FullReference:
     """Open a metric by the name that a command line gives.
 
     Args:
-        text: psnr, mae, gmsd, ssim, ms-ssim, vif, milo:WEIGHTS, milo-latent:WEIGHTS, latent-l1 or pyiqa:NAME.
-        vae: autoencoder for the metrics on latents.
+        text: psnr, mae, gmsd, ssim, ms-ssim, vif, milo:WEIGHTS, milo-latent:WEIGHTS, latent-l1 or pyiqa:NAME;
+            milo-latent:WEIGHTS@VAE names an autoencoder of its own.
+        vae: autoencoder for the other metrics on latents.
 
     Raises:
         ValueError: for another name, or a metric on latents without `vae`.
         ImportError: if the package of a metric is not installed.
     """
     kind, _, source = text.partition(":")
+    source, own, folder = source.partition("@") if kind == "milo-latent" else (source, "", "")
+    vae = load_vae(folder) if own else vae
     if kind in ("milo-latent", "latent-l1"):
         if vae is None:
             raise ValueError(f"Expected an autoencoder for {text!r}. Pass --vae.")
