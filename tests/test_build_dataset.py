@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -276,8 +277,12 @@ def test_members_keep_their_own_calibration_and_the_label_is_higher_for_the_wors
         "second": pseudo_mos.Calibration(Logistic(5.0, 3.0, -20.0, -5.0), best=-60.0),
     }
     values = {"first": torch.tensor([0.0, 0.3, 9.0]), "second": torch.tensor([-60.0, -20.0, 100.0])}
-    members = [FullReference(name, lambda *, ref, dist, name=name: values[name], False) for name in ("second", "first")]
-    labels = Ensemble(members, calibrations).labels(ref=torch.zeros(3, 3, 8, 8), dist=torch.zeros(3, 3, 8, 8))
+
+    def error(name, ref, dist):
+        return values[name] * (dist - ref).mean(dim=(1, 2, 3))
+
+    members = [FullReference(name, partial(error, name), False) for name in ("second", "first")]
+    labels = Ensemble(members, calibrations).labels(ref=torch.zeros(3, 3, 8, 8), dist=torch.ones(3, 3, 8, 8))
 
     def label(error, best, high, low, center, width):
         best, worse = (low + (high - low) / (1 + math.exp((each - center) / width)) for each in (best, error))
