@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SHARD_SUFFIX = ".tar"
+COLUMN_PREFIX = "hf:"  # of the address of a column: hf:NAME#COLUMN
 MOST_NAMES = 1_000_000  # that braces stand for
 
 
@@ -179,6 +180,17 @@ def open_dataset(name: str | Path, *, split: str = "train", columns: Iterable[st
     if missing:
         raise ValueError(f"Expected the columns {missing} in {name}, which has {rows.column_names}.")
     return rows
+
+
+def is_column(address: str | Path) -> bool:
+    """Return whether a text is the address of a column, "hf:NAME#COLUMN"."""
+    return str(address).startswith(COLUMN_PREFIX)
+
+
+def open_column(address: str | Path, *, split: str = "train") -> tuple[Dataset, str]:
+    """Open the data set of "hf:NAME#COLUMN", as `open_dataset`; return it and the column ("image" if none)."""
+    name, _, column = str(address).removeprefix(COLUMN_PREFIX).partition("#")
+    return open_dataset(name, split=split, columns=[column or "image"]), column or "image"
 
 
 def column_items(rows: Dataset, column: str, chosen: range | None = None) -> Iterator[Item]:

@@ -98,13 +98,14 @@ def find_jobs(
     target = Path(output)
     if len(inputs) == 1 and Path(inputs[0]).is_file() and not names_folder(output):
         source = Path(inputs[0])
-        check_output(target, LATENT_SUFFIXES if suffix in LATENT_SUFFIXES else IMAGE_SUFFIXES)
+        kinds = (each for each in (LATENT_SUFFIXES, IMAGE_SUFFIXES) if suffix in each)
+        check_output(target, next(kinds, frozenset({suffix})))
         check_apart(target, source)
         refuse_existing(target, existing)
-        return _leave_existing(Jobs({source: target}, None, existing))
+        return leave_existing(Jobs({source: target}, None, existing))
     if target.is_file() or (target.suffix.lower() in IMAGE_SUFFIXES | LATENT_SUFFIXES and not names_folder(output)):
         raise FileExistsError(f"Expected a folder for the results of several files, got the file {output}.")
-    return _leave_existing(_folder_jobs(list(map(str, inputs)), target, suffixes, suffix, recursive, existing))
+    return leave_existing(_folder_jobs(list(map(str, inputs)), target, suffixes, suffix, recursive, existing))
 
 
 def _folder_jobs(
@@ -147,7 +148,8 @@ def refuse_existing(path: Path, existing: Existing) -> None:
         )
 
 
-def _leave_existing(jobs: Jobs) -> Jobs:
+def leave_existing(jobs: Jobs) -> Jobs:
+    """Leave out the files whose results are there, where `existing` is "skip"."""
     if jobs.existing != "skip":
         return jobs
     left = {source: result for source, result in jobs.results.items() if not result.exists()}

@@ -1,6 +1,7 @@
 """Webdataset shards and Hugging Face data sets in place of folders."""
 
 import io
+import re
 import tarfile
 
 import numpy as np
@@ -9,7 +10,9 @@ import torch
 from PIL import Image
 
 from milo_latent import MILO
+from milo_latent.cli import main
 from milo_latent.datasets import as_file, column_items, expand_braces, is_shard, open_dataset, shard_items, write_shard
+from milo_latent.latents import sets
 from milo_latent.latents.codec import encode_image
 from milo_latent.latents.files import encode_file
 from milo_latent.latents.sets import GROUP, encode_rows, encode_shard, failures_path, read_failures
@@ -262,3 +265,86 @@ def test_two_columns_of_a_data_set_are_scored_row_by_row(tmp_path):
     ref, dist = ([Image.open(io.BytesIO(cell["bytes"])) for cell in images[name]] for name in images)
     assert list(found) == ["0", "1"]
     assert list(found.values()) == pytest.approx(metric(ref=ref, dist=dist).tolist(), rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_command_resumes_shards_and_lists_damaged_photos_every_time(tmp_path, model, capsys):
+    for number in range(2):
+        members = [(f"{index}.png", png(10 * number + index)) for index in range(2)]
+        write_shard(tmp_path / f"in-{number}.tar", [*members, ("bad.png", png(9)[:99])] if number else members)
+    command = ["encode", str(tmp_path / "in-{0..1}.tar"), "-o", str(tmp_path / "out"), "--model", model]
+    assert main(command) == 1
+    told = capsys.readouterr()
+    assert "bad.png" in told.out + told.err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "in-0.tar", "in-1.tar", "in-1.tar.failed.txt",
+    ]  # fmt: skip
+    assert list(members_of(tmp_path / "out" / "in-1.tar")) == ["0.safetensors", "1.safetensors"]
+    before = [path.stat().st_mtime_ns for path in sorted((tmp_path / "out").iterdir())]
+    write_shard(tmp_path / "in-2.tar", [("0.png", png(20))])
+    command[1] = str(tmp_path / "in-{0..2}.tar")
+    assert main(command) == 1  # of the damaged photo, which is not tried again
+    told = capsys.readouterr()
+    assert "bad.png" in told.out + told.err
+    assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "out").iterdir())][:3] == before
+    assert (tmp_path / "out" / "in-2.tar").is_file()
+    assert main(["encode", str(tmp_path / "in-0.tar"), "a.png", "-o", str(tmp_path / "out"), "--model", model]) == 1
+    assert "Expected photos, or shards" in capsys.readouterr().err
+
+
+def test_one_shard_becomes_the_shard_that_is_named(tmp_path, model):
+    write_shard(tmp_path / "in.tar", [("0.png", png(1))])
+    assert main(["encode", str(tmp_path / "in.tar"), "-o", str(tmp_path / "out.tar"), "--model", model]) == 0
+    assert list(members_of(tmp_path / "out.tar")) == ["0.safetensors"]
+
+
+def test_the_command_encodes_a_column_in_parts(tmp_path, data_set, model, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(sets, "PART", 20)
+    command = ["encode", f"hf:{data_set}#image", "-o", str(tmp_path / "out"), "--model", model]
+    assert main(command) == 1  # two rows hold no image
+    parts = sorted((tmp_path / "out").glob("*.parquet"))
+    assert [path.name for path in parts] == ["part-00000.parquet", "part-00001.parquet"]
+    parts[1].unlink()
+    before = parts[0].stat().st_mtime_ns
+    assert main(command) == 1
+    assert parts[0].stat().st_mtime_ns == before
+    files = list(map(str, parts))
+    made = datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))["train"]
+    assert made["text"] == [f"photo {row}" for row in range(GROUP + 3)]
+    assert sum(latents is None for latents in made["latents"]) == 2
+
+
+def test_the_command_scores_shards_into_a_table_and_a_sheet(tmp_path, capsys):
+    for side, seed in (("ref", 1), ("dist", 4)):
+        write_shard(tmp_path / f"{side}.tar", [(f"{index}.png", png(seed + index)) for index in range(2)])
+    files = [str(tmp_path / f"{side}.tar") for side in ("ref", "dist")]
+    outputs = ["--csv", str(tmp_path / "a.csv"), "--html", str(tmp_path / "a.html")]
+    assert main(["score", *files, "--weights", "milo-image", *outputs]) == 0
+    assert (tmp_path / "a.csv").read_text().count("\n") == 3
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("data:image/jpeg;base64") == 4
+    assert "<h1>MILO_I (milo-image)</h1>" in page
+    capsys.readouterr()
+    assert main(["score", *files, "--weights", "milo-image", *outputs]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_the_command_scores_two_columns(tmp_path, capsys):
+    datasets = pytest.importorskip("datasets", reason='needs pip install "milo_latent[data]"')
+    images = {name: [{"bytes": png(seed), "path": None}] for name, seed in (("a", 1), ("b", 2))}
+    features = datasets.Features({name: datasets.Image() for name in images})
+    datasets.Dataset.from_dict(images, features=features).save_to_disk(str(tmp_path / "set"))
+    address = f"hf:{tmp_path / 'set'}"
+    assert main(["score", f"{address}#a", f"{address}#b", "--weights", "milo-image"]) == 0
+    ref, dist = (Image.open(io.BytesIO(images[name][0]["bytes"])) for name in images)
+    expected = MILO.from_pretrained("milo-image")(ref=ref, dist=dist).item()
+    found = re.search(r"^0: error (\S+), MOS", capsys.readouterr().out, re.M)
+    assert float(found[1]) == pytest.approx(expected, rel=1e-6)

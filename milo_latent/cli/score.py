@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         "score original.png restored.png                 # the reference first",
         "score originals results --csv scores.csv        # two folders, matched by name; resumed if interrupted",
         "score a.png b.png --map where.png --overlay a.png",
+        "score originals results --html sheet.html       # thumbnails, the worst first",
+        "score 'a-{00..09}.tar' 'b-{00..09}.tar'         # webdataset shards, matched one by one",
+        "score hf:NAME#original hf:NAME#restored         # columns of a Hugging Face data set",
         help="score the visible difference of images or latents",
         description="Print MILO's error (0 = identical, unbounded, lower is better) and MOS (0 to 5, higher is better) "
         "of two files, of one file against a folder, or of two folders matched by name.",
@@ -46,6 +50,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     command.add_argument("--vae", metavar="NAME|FOLDER", help="score images as latents of this model's VAE")
     command.add_argument("--csv", type=Path, metavar="FILE", help="write a table; an interrupted one is resumed")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write a page with thumbnails, the worst first")
+    command.add_argument("--split", default="train", help="of a Hugging Face data set (default: train)")
     command.add_argument(
         "--map", type=Path, metavar="OUT", help="write a picture of where the difference is (one pair)"
     )
@@ -66,7 +72,8 @@ def run(options: argparse.Namespace) -> Answer:
     from milo_latent.files import files_failed
     from milo_latent.metric.network import MILO
     from milo_latent.processes import gather, process_index, share
-    from milo_latent.score.pairs import BATCH_SIZE, compare_pairs, match_pairs, score_pairs, unfinished
+    from milo_latent.score.pairs import BATCH_SIZE, compare_pairs, score_pairs, unfinished
+    from milo_latent.score.sheet import write_sheet
     from milo_latent.score.table import ScoreTable
     from milo_latent.threads import thread_count
 
@@ -74,11 +81,11 @@ def run(options: argparse.Namespace) -> Answer:
         raise ValueError("Expected two files or folders, REF and DIST: milo-latent score REF DIST.")
     largest = _map_scale(options)
     failed: list[str] = []
-    pairs = match_pairs(options.ref, options.dist, failed=failed)
+    pairs = _pairs(options, failed)
     weights = _weights(options, pairs)
     _check_outputs(options, pairs, weights)
     there = _leave_existing(options)
-    if there and options.csv is None and options.map is None:
+    if there and options.csv is None and options.map is None and options.html is None:
         return Answer(f"score: nothing to do, {', '.join(map(str, there))} is there already", skipped=there)
     metric = place(MILO.from_pretrained(weights), options)
     encode = None if options.vae is None else _encoder(metric, options)
@@ -102,10 +109,13 @@ def run(options: argparse.Namespace) -> Answer:
         return Answer("")
     if table is not None:
         rows = table.finish((pair.name for pair in pairs), rows)
+    if options.html is not None and rows:
+        write_sheet(options.html, rows, pairs, title=f"{_name(metric)} ({weights})")
+        painted.append(f"sheet: {options.html}")
     return Answer(
         _text(rows, painted, weights=weights, metric=metric) if rows else "",
         inputs=[options.ref, options.dist],
-        outputs=[path for path in (options.csv, options.map) if path],
+        outputs=[path for path in (options.csv, options.map, options.html) if path],
         settings=given_options(options),
         skipped=there,
         more=_scores(rows, weights, metric) | {"failed": [{"reason": reason} for reason in failed]},
@@ -115,12 +125,28 @@ def run(options: argparse.Namespace) -> Answer:
     )
 
 
+def _pairs(options: argparse.Namespace, failed: list[str]) -> list[Pair]:
+    """Return the pairs of files, of members of shards, or of rows of a data set."""
+    from milo_latent.datasets import is_column, is_shard, open_column
+    from milo_latent.score.pairs import match_columns, match_pairs, match_shards
+
+    given = (options.ref, options.dist)
+    if all(map(is_column, given)):
+        (rows, ref), (others, dist) = (open_column(each, split=options.split) for each in given)
+        if rows._fingerprint != others._fingerprint:
+            raise ValueError(f"Expected two columns of one data set, got {options.ref} and {options.dist}.")
+        return match_columns(rows, ref, dist)
+    if all(map(is_shard, given)):
+        return match_shards(*given, failed=failed)
+    return match_pairs(*given, failed=failed)
+
+
 def _leave_existing(options: argparse.Namespace) -> dict[Path, str]:
     """Refuse outputs that are there, or take them from the options where they are to be left alone."""
     from milo_latent.jobs import THERE, refuse_existing
 
     there = {}
-    for name in ("csv", "map"):
+    for name in ("csv", "map", "html"):
         path = getattr(options, name)
         if path is not None and path.exists():
             refuse_existing(path, options.existing)
@@ -180,8 +206,9 @@ def _check_outputs(options: argparse.Namespace, pairs: list[Pair], weights: str)
         raise ValueError(f"Expected a file for --csv, got the folder {options.csv}.")
     if options.map is not None and len(pairs) != 1:
         raise ValueError(f"Expected one pair for --map, got {len(pairs)}.")
-    inputs = [*(path for pair in pairs for path in (pair.ref, pair.dist)), Path(weights), options.overlay or Path()]
-    outputs = [options.map, *([options.csv, partial_of(options.csv)] if options.csv else [])]
+    files = [path for pair in pairs for path in (pair.ref, pair.dist) if isinstance(path, Path)]
+    inputs = [*files, Path(weights), options.overlay or Path()]
+    outputs = [options.map, options.html, *([options.csv, partial_of(options.csv)] if options.csv else [])]
     for output in filter(None, outputs):
         check_apart(output, *inputs)
 
@@ -192,15 +219,12 @@ def _made(metric: Any, encode: Any, pairs: list[Pair]) -> dict[str, dict[str, st
 
     networks = {"metric": metric} if encode is None else {"metric": metric, "vae": encode.args[0]}
     digest = weights_digest(networks)
-    folders = {path: str(path.resolve()) for path in {each.parent for pair in pairs for each in (pair.ref, pair.dist)}}
-    return {
-        pair.name: {
-            "weights": digest,
-            "ref": f"{folders[pair.ref.parent]} {file_stamp(pair.ref)}",
-            "dist": f"{folders[pair.dist.parent]} {file_stamp(pair.dist)}",
-        }
-        for pair in pairs
-    }
+    resolved = cache(Path.resolve)
+
+    def stamp(source: Any) -> str:
+        return f"{resolved(source.parent)} {file_stamp(source)}" if isinstance(source, Path) else source.stamp
+
+    return {pair.name: {"weights": digest, "ref": stamp(pair.ref), "dist": stamp(pair.dist)} for pair in pairs}
 
 
 def _weights(options: argparse.Namespace, pairs: list[Pair]) -> str:
@@ -237,7 +261,7 @@ def _encoder(metric: Any, options: argparse.Namespace) -> Any:
 
 
 def _write_map(
-    metric: Any, ref: Path, encode: Any, error_map: Any, largest: float | None, options: argparse.Namespace
+    metric: Any, ref: Any, encode: Any, error_map: Any, largest: float | None, options: argparse.Namespace
 ) -> str:
     """Write the picture of the error map of the first item; return the line to print."""
     from milo_latent.files import read_image, write_image
@@ -254,10 +278,11 @@ def _write_map(
     return f"map: {options.map}, from 0 (dark) to {largest:.3g} (light){which}"
 
 
-def _enlarge(error_map: Any, ref: Path, encode: Any) -> Any:
+def _enlarge(error_map: Any, ref: Any, encode: Any) -> Any:
     """Enlarge a map of latents to the pixels they stand for, and cut off what encoding added to the image `ref`."""
     from torch.nn.functional import interpolate
 
+    from milo_latent.datasets import as_file
     from milo_latent.files import read_image
     from milo_latent.latents.codec import vae_scale_factor
     from milo_latent.score.pairs import PIXELS_PER_CELL
@@ -266,5 +291,6 @@ def _enlarge(error_map: Any, ref: Path, encode: Any) -> Any:
     error_map = interpolate(error_map, scale_factor=factor, mode="bilinear", align_corners=False)
     if encode is None:
         return error_map
-    height, width = read_image(ref).shape[2:]
+    with as_file(ref) as file:
+        height, width = read_image(file).shape[2:]
     return error_map[..., :height, :width]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,9 +15,11 @@ from milo_latent.atomic import write_atomically, write_text
 from milo_latent.datasets import Item, as_file, column_items, shard_items, write_shard
 from milo_latent.extras import import_extra
 from milo_latent.files import IMAGE_SUFFIXES, read_image
-from milo_latent.latents.codec import encode_image
+from milo_latent.jobs import Existing, Jobs, Report, leave_existing, run_jobs
+from milo_latent.latents.codec import check_tile, encode_image
 from milo_latent.latents.files import encode_file
 from milo_latent.latents.spaces import VAE
+from milo_latent.provenance import weights_digest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -103,11 +106,6 @@ def encode_shard(
     return sharing.total() - len(failed)
 
 
-def part_of(output: Path, start: int) -> Path:
-    """Return the file for the rows of a data set from `start` on."""
-    return output / f"part-{start // PART:05d}.parquet"
-
-
 @torch.inference_mode()
 def encode_rows(
     vae: VAE,
@@ -164,3 +162,60 @@ def encode_rows(
     write_atomically(output, write)
     _write_failures(output, failed)
     return len(chosen) - len(failed)
+
+
+def encode_shards(
+    vae: VAE, jobs: Jobs, *, vae_name: str, suffix: str = ".safetensors", tile: int | None = None, progress: bool = True
+) -> Report:
+    """Encode webdataset shards by `encode_shard`; the report holds how many images of each were encoded.
+
+    Images that were not encoded are among what failed, also those of shards that an earlier run made.
+
+    Raises:
+        ValueError: for tiles that do not fit the VAE, before the first shard.
+    """
+    if tile is not None:
+        check_tile(vae, tile)
+
+    def work(shard: Path, output: Path) -> int:
+        return encode_shard(vae, shard, output, vae_name=vae_name, suffix=suffix, tile=tile)
+
+    made = {"weights": weights_digest({"vae": vae}), "vae": vae_name, "tile": tile, "format": suffix}
+    return _with_failures(run_jobs(jobs, work, made=made, unit="shard", progress=progress), jobs)
+
+
+def encode_dataset(
+    vae: VAE, rows: Dataset, column: str, output: Path, *,
+    tile: int | None = None, existing: Existing = "resume", progress: bool = True,
+) -> tuple[Jobs, Report]:  # fmt: skip
+    """Encode a column of a Hugging Face data set by `encode_rows` into a folder of Parquet files, `PART` rows each.
+
+    A killed run resumes at the file that was not complete.
+
+    Returns:
+        The jobs, by the names of ranges of rows, and the report, which holds how many images of each were encoded.
+
+    Raises:
+        ValueError: for tiles that do not fit the VAE, or if the column holds no images.
+    """
+    if tile is not None:
+        check_tile(vae, tile)
+    next(column_items(rows, column), None)  # refuses another column
+    parts = {
+        f"rows {first} to {min(first + PART, len(rows))} of {column}": first for first in range(0, len(rows), PART)
+    }
+    results = {Path(name): output / f"part-{first // PART:05d}.parquet" for name, first in parts.items()}
+    jobs = leave_existing(Jobs(results, output, existing))
+
+    def work(part: Path, result: Path) -> int:
+        first = parts[str(part)]
+        return encode_rows(vae, rows, column, result, start=first, stop=first + PART, tile=tile)
+
+    made = {"weights": weights_digest({"vae": vae}), "tile": tile, "rows": rows._fingerprint, "column": column}
+    return jobs, _with_failures(run_jobs(jobs, work, made=made, unit="part", progress=progress), jobs)
+
+
+def _with_failures(report: Report, jobs: Jobs) -> Report:
+    lost = {source / name: reason for source, result in jobs.results.items()
+            for name, reason in read_failures(result).items()}  # fmt: skip
+    return replace(report, failed=report.failed | lost)
