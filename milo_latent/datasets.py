@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SHARD_SUFFIX = ".tar"
-COLUMN_PREFIX = "hf:"  # of the address of a column: hf:NAME#COLUMN
+COLUMN_PREFIX = "hf:"  # of the address of a column: hf:NAME:COLUMN
 MOST_NAMES = 1_000_000  # that braces stand for
 
 
@@ -183,13 +183,13 @@ def open_dataset(name: str | Path, *, split: str = "train", columns: Iterable[st
 
 
 def is_column(address: str | Path) -> bool:
-    """Return whether a text is the address of a column, "hf:NAME#COLUMN"."""
+    """Return whether a text is the address of a column, "hf:NAME:COLUMN"."""
     return str(address).startswith(COLUMN_PREFIX)
 
 
 def open_column(address: str | Path, *, split: str = "train") -> tuple[Dataset, str]:
-    """Open the data set of "hf:NAME#COLUMN", as `open_dataset`; return it and the column ("image" if none)."""
-    name, _, column = str(address).removeprefix(COLUMN_PREFIX).partition("#")
+    """Open the data set of "hf:NAME:COLUMN", as `open_dataset`; return it and the column ("image" if none)."""
+    name, _, column = str(address).removeprefix(COLUMN_PREFIX).partition(":")
     return open_dataset(name, split=split, columns=[column or "image"]), column or "image"
 
 

@@ -308,7 +308,7 @@ def test_the_command_encodes_a_column_in_parts(tmp_path, data_set, model, monkey
     import datasets
 
     monkeypatch.setattr(sets, "PART", 20)
-    command = ["encode", f"hf:{data_set}#image", "-o", str(tmp_path / "out"), "--model", model]
+    command = ["encode", f"hf:{data_set}:image", "-o", str(tmp_path / "out"), "--model", model]
     assert main(command) == 1  # two rows hold no image
     parts = sorted((tmp_path / "out").glob("*.parquet"))
     assert [path.name for path in parts] == ["part-00000.parquet", "part-00001.parquet"]
@@ -343,7 +343,7 @@ def test_the_command_scores_two_columns(tmp_path, capsys):
     features = datasets.Features({name: datasets.Image() for name in images})
     datasets.Dataset.from_dict(images, features=features).save_to_disk(str(tmp_path / "set"))
     address = f"hf:{tmp_path / 'set'}"
-    assert main(["score", f"{address}#a", f"{address}#b", "--weights", "milo-image"]) == 0
+    assert main(["score", f"{address}:a", f"{address}:b", "--weights", "milo-image"]) == 0
     ref, dist = (Image.open(io.BytesIO(images[name][0]["bytes"])) for name in images)
     expected = MILO.from_pretrained("milo-image")(ref=ref, dist=dist).item()
     found = re.search(r"^0: error (\S+), MOS", capsys.readouterr().out, re.M)

@@ -16,7 +16,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "encode photo.jpg -o photo.safetensors",
         "encode 'trips/**/*.jpg' -o latents/ --model FOLDER --tile 512",
         "encode 'photos-{000..099}.tar' -o latents/       # webdataset shards into shards",
-        "encode hf:NAME#image -o latents/                # a column of a Hugging Face data set, into Parquet files",
+        "encode hf:NAME:image -o latents/                # a column of a Hugging Face data set, into Parquet files",
         help="encode photos into latents",
         description="Encode photos into latents. In a folder of results, those are left alone that were made of the "
         "same files and weights.",

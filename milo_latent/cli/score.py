@@ -33,7 +33,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "score a.png b.png --map where.png --overlay a.png",
         "score originals results --html sheet.html       # thumbnails, the worst first",
         "score 'a-{00..09}.tar' 'b-{00..09}.tar'         # webdataset shards, matched one by one",
-        "score hf:NAME#original hf:NAME#restored         # columns of a Hugging Face data set",
+        "score hf:NAME:original hf:NAME:restored         # columns of a Hugging Face data set",
         help="score the visible difference of images or latents",
         description="Print MILO's error (0 = identical, unbounded, lower is better) and MOS (0 to 5, higher is better) "
         "of two files, of one file against a folder, or of two folders matched by name.",
