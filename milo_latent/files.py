@@ -157,11 +157,10 @@ def _open(path: Path, max_pixels: int) -> _Opened:
                 raise ValueError(f"Expected at most {max_pixels} pixels, got {size} in {path}. Crop or shrink it.")
             with refusing_damage(expected):
                 frames, other = getattr(image, "n_frames", 1), other_byte_order(image.tile)
-                exif = picture_exif(image) if image.format == "TIFF" else None  # whose file is closed when it is loaded
                 image.load()
                 upright = ImageOps.exif_transpose(image)
                 low = None if other is None else _decode(path, other)
-                return _Opened(upright, frames, exif or picture_exif(image), low)
+                return _Opened(upright, frames, picture_exif(image), low)
 
 
 def _decode(path: Path, tiles: list[Any]) -> np.ndarray:

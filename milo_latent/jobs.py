@@ -98,6 +98,8 @@ def find_jobs(
     target = Path(output)
     if len(inputs) == 1 and Path(inputs[0]).is_file() and not names_folder(output):
         source = Path(inputs[0])
+        if not target.suffix:
+            raise ValueError(f"Expected a file name with a suffix, or a folder that ends in a slash, got {output}.")
         kinds = (each for each in (LATENT_SUFFIXES, IMAGE_SUFFIXES) if suffix in each)
         check_output(target, next(kinds, frozenset({suffix})))
         check_apart(target, source)

@@ -103,6 +103,7 @@ def test_one_file_goes_into_a_folder_that_ends_in_a_slash_or_is_there(photos, ou
         (["photos/a.png"], "photos/b.jpg", FileExistsError, "--overwrite replaces it, --skip-existing leaves it"),
         (["photos/a.png"], "photos/a.png", ValueError, "which would be overwritten"),
         (["photos/a.png"], "a.txt", ValueError, "ends in one of"),
+        (["photos/a.png"], "results", ValueError, "or a folder that ends in a slash, got results"),
         (["photos/a.png"], "absent/a.png", FileNotFoundError, "absent, which does not exist"),
     ],
 )
