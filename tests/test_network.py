@@ -348,6 +348,7 @@ def test_a_saved_metric_has_a_card_with_its_space_direction_and_hash(tmp_path):
     MILO(channels=3).save_pretrained(tmp_path / "images")
     lines = (tmp_path / "images" / "README.md").read_text().splitlines()
     assert "# MILO_I, for images" in lines
+    assert "error = metric(dist=dist, ref=ref)  # (B,), 0 = identical, lower is better" in lines
     assert "| input | RGB images in [0, 1], (B, 3, H, W), sides of at least 16 |" in lines
     (tmp_path / "README.md").write_text("mine")
     metric.save_pretrained(tmp_path)
