@@ -254,6 +254,11 @@ def test_arguments_that_cannot_work_are_refused(pipeline, options, match):
         run(pipeline, **options)
 
 
+def test_before_the_first_call_no_guidance_is_on(prompted):
+    assert prompted.guidance_scale == 1.0
+    assert not prompted.do_classifier_free_guidance
+
+
 def test_an_image_is_needed(pipeline):
     with pytest.raises(ValueError, match="restores an image"):
         pipeline(prompt="a dog")

@@ -147,6 +147,7 @@ def test_a_grid_of_pictures_paints_all_maps_on_one_scale_and_leaves_images_as_th
     limits = picture_grid(maps, largest=2.0).axes[0].images[0].get_clim()
     assert limits == (0, 2)
     assert len(picture_grid({"photo": image}).axes) == 1  # no color bar without a map
+    assert len(picture_grid({"map": next(iter(maps.values()))}).axes) == 2
     pyplot.close("all")
 
 
