@@ -4,9 +4,9 @@
     python benchmarks/speed.py --official milo_official
 
 Medians over alternating runs; the ratio is the official time over ours, so above 1 is faster. One row of CSV a case.
-Then, without the official code, one reference against many candidates in one call against a call for each; with
---compile also `torch.compile` against none. --memory compares the peak memory of the two instead, each in a process of
-its own.
+Then the mask alone, as guidance computes it, without a gradient. Then, without the official code, one reference
+against many candidates in one call against a call for each; with --compile also `torch.compile` against none. --memory
+compares the peak memory of the two instead, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -115,6 +115,29 @@ def paired_times(steps: list[Callable], repeats: int) -> list[list[float]]:
                 torch.cuda.synchronize()
             taken.append(time.perf_counter() - began)
     return times
+
+
+def print_mask(official: Path, repeats: int) -> None:
+    """Print the time of the mask of latents alone, without a gradient, as guidance computes it."""
+    print("\n| mask alone | dtype | official, ms | ours, ms | ratio |")
+    print("| --- | --- | ---: | ---: | ---: |")
+    for shape in ((1, 4, 64, 64), (2, 4, 64, 64), (1, 4, 128, 128), (1, 4, 256, 256)):
+        ref = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        dist = ref + 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        for dtype_name, dtype in DTYPES.items():
+            theirs = load_official(official, latent=True).to(dtype)
+            ours = MILO.from_pretrained(official / "weights" / "MILO_latent.pth").to(dtype)
+            inputs = {"ref": ref.to(dtype), "dist": dist.to(dtype)}
+            steps = [
+                torch.no_grad()(lambda theirs=theirs, pair=inputs: theirs.mask_generator(pair["ref"], pair["dist"])),
+                torch.no_grad()(lambda ours=ours, pair=inputs: ours.mask(**pair)),
+            ]
+            official_ms, ours_ms = (statistics.median(times) * 1e3 for times in paired_times(steps, repeats))
+            name = "x".join(map(str, shape))
+            print(
+                f"| {name} | {dtype_name} | {official_ms:.2f} | {ours_ms:.2f} | {official_ms / ours_ms:.2f} |",
+                flush=True,
+            )
 
 
 def print_many(weights: Path, repeats: int) -> None:
@@ -234,6 +257,7 @@ def main() -> None:
             times = f"{single:.1f} | {theirs:.1f} | {ours:.1f}"
             figures = f"{times} | {single / ours:.2f} | {row['ratio']:.2f} | {row['difference']:.1e}"
             print(f"| {name} | {dtype_name} | {figures} |", flush=True)
+    print_mask(options.official.resolve(), options.repeats)
     latent_weights = options.official / "weights" / "MILO_latent.pth"
     print_many(latent_weights, options.repeats)
     if options.compile:
