@@ -100,6 +100,16 @@ def test_batches_score_as_pairs_alone(folders, metric):
         assert row.mos == pytest.approx(alone.mos.item(), rel=1e-5)
 
 
+@pytest.fixture
+def one_core():
+    """Score one batch after another, so that it is known which is interrupted."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_core")
 def test_an_interrupted_table_ends_as_an_uninterrupted_one(folders, weights, tmp_path, monkeypatch):
     ref, dist = folders
     command = ["score", "--ref", str(ref), "--dist", str(dist), "--weights", weights, "--csv"]
@@ -296,6 +306,7 @@ def interrupted(command, table, monkeypatch):
 
 
 @pytest.mark.filterwarnings("default::UserWarning")  # as for users, not as errors
+@pytest.mark.usefixtures("one_core")
 def test_rows_of_files_that_changed_since_are_scored_anew_and_that_is_said(
     folders, weights, tmp_path, monkeypatch, capsys
 ):
@@ -315,6 +326,7 @@ def test_rows_of_files_that_changed_since_are_scored_anew_and_that_is_said(
         assert (tmp_path / "parts.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
+@pytest.mark.usefixtures("one_core")
 def test_a_damaged_row_is_scored_anew(folders, weights, tmp_path, monkeypatch):
     command = ["score", "--ref", str(folders[0]), "--dist", str(folders[1]), "--weights", weights]
     content = bytearray(interrupted(command, tmp_path / "a.csv", monkeypatch).read_bytes())

@@ -98,7 +98,8 @@ def run(options: argparse.Namespace) -> Answer:
         scores = iter([row])
         painted = [_write_map(metric, left[0].ref, encode, error_map, largest, options)]
     else:
-        threads = thread_count(metric.device) if len(left) > BATCH_SIZE else 1
+        # by all pairs, so that what is left of a table is computed as the rest of it was
+        threads = thread_count(metric.device) if len(pairs) > BATCH_SIZE else 1
         several = {"failed": broken} if len(pairs) > 1 else {}
         scores = score_pairs(metric, left, encode=encode, threads=threads, **several)
     hidden = options.quiet or len(left) < 2 or process_index() > 0
