@@ -4,8 +4,9 @@
     python benchmarks/many_files.py speed --photos FOLDER --before ../before --count 5000 --side 64
     python benchmarks/many_files.py processes --photos FOLDER --count 60
 
-`speed` runs `encode` and `score` of each checkout in turn, whole processes on all cores, on a tenth of the photos and
-on all, and prints photos a minute, their ratio and the peak memory, which must not grow with the number of photos.
+`speed` runs `encode`, with and without --batch, and `score` of each checkout in turn, whole processes on all cores, on
+a tenth of the photos and on all, and prints photos a minute, their ratio and the peak memory, which must not grow with
+the number of photos.
 `processes` restores, encodes and scores by torchrun in 2 and 3 processes, in 3 of which one is killed and which are
 started again, and in 2 on two nodes of one machine, and compares every byte with what one process makes.
 """
@@ -63,7 +64,7 @@ def print_speed(options: argparse.Namespace, work: Path) -> None:
     checkouts = {"before": options.before.resolve(), "now": REPOSITORY}
     print("| command | photos | before, photos a minute | now | ratio | before, MiB | now, MiB |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for name in ("encode", "score"):
+    for name in ("encode", "encode --batch 16", "score"):
         for folder in ("few", "photos"):
             count = len(list((work / folder).iterdir()))
             commands = {
@@ -78,7 +79,9 @@ def print_speed(options: argparse.Namespace, work: Path) -> None:
                     (work / "out.record").unlink(missing_ok=True)
                     if name == "score":
                         (work / "out").mkdir()
-                    found[which].append(measure(checkout, commands[name], photos=count))
+                    command, *more = name.split()
+                    given = [*commands[command], *(more if which == "now" else [])]
+                    found[which].append(measure(checkout, given, photos=count))
             speeds = {which: statistics.median(speed for speed, _ in runs) for which, runs in found.items()}
             peaks = {which: max(peak for _, peak in runs) for which, runs in found.items()}
             figures = f"{speeds['before']:.0f} | {speeds['now']:.0f} | {speeds['now'] / speeds['before']:.2f}"

@@ -8,7 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from milo_latent.cli import main
 from milo_latent.files import read_image, read_latents, read_latents_metadata, write_image, write_latents
-from milo_latent.latents.files import decode_file, encode_file, load_vae
+from milo_latent.jobs import find_jobs
+from milo_latent.latents import files
+from milo_latent.latents.files import decode_file, encode_file, encode_files, load_vae
 from milo_latent.testing import tiny_pipeline
 
 
@@ -130,3 +132,42 @@ def test_a_shared_name_costs_its_files_only(model, photos, tmp_path, capsys):
     assert [line.split()[1] for line in lines[1:]] == ["0.jpg:", "0.png:"]
     assert "each name once" in lines[1]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["1.safetensors", "2.safetensors"]
+
+
+def test_photos_of_one_size_are_encoded_together_and_nearly_as_alone(tmp_path, monkeypatch):
+    vae, rng, seen = tiny_pipeline().vae, torch.Generator().manual_seed(0), []
+    (tmp_path / "photos").mkdir()
+    for index in range(9):
+        shape = (1, 3, 24, 40) if index in (2, 5) else (1, 3, 32, 32)
+        write_image(tmp_path / "photos" / f"{index}.png", torch.rand(shape, generator=rng))
+    (tmp_path / "photos" / "4.png").write_text("no image")
+    real = files.encode_image
+    monkeypatch.setattr(files, "encode_image", lambda *given, **o: seen.append(len(given[1])) or real(*given, **o))
+    reports = {}
+    for batch in (1, 4):
+        jobs = find_jobs(
+            [tmp_path / "photos"], f"{tmp_path / str(batch)}/", suffixes=frozenset({".png"}), suffix=".npy"
+        )
+        seen.clear()
+        reports[batch] = encode_files(vae, jobs, vae_name="tiny", batch=batch, progress=False)
+    assert seen == [3, 2, 3]  # 0, 1, 3; 2, 5; 6, 7, 8
+    assert reports[4].failed == reports[1].failed
+    assert list(reports[4].failed) == [tmp_path / "photos" / "4.png"]
+    for path in sorted((tmp_path / "1").iterdir()):
+        one, other = (read_latents(folder / path.name) for folder in (tmp_path / "1", tmp_path / "4"))
+        assert torch.allclose(one, other, atol=1e-5)
+    monkeypatch.setattr(files, "LARGEST_BATCH", 2 * 32 * 32)
+    shutil.rmtree(tmp_path / "4")
+    seen.clear()
+    encode_files(vae, jobs, vae_name="tiny", batch=4, progress=False)
+    assert max(seen) == 2
+
+
+def test_batches_that_cannot_be_are_refused(photos, tmp_path, capsys):
+    vae, png = tiny_pipeline().vae, frozenset({".png"})
+    jobs = find_jobs([photos], f"{tmp_path / 'out'}/", suffixes=png, suffix=".npy")
+    for options in ({"batch": 0}, {"batch": 2, "tile": 320}):
+        with pytest.raises(ValueError, match="batch of at least 1, and of 1 with tiles"):
+            encode_files(vae, jobs, vae_name="tiny", **options)
+    assert main(["encode", "photos-0.tar", "-o", str(tmp_path / "out"), "--batch", "2"]) == 1
+    assert "with a data set" in capsys.readouterr().err

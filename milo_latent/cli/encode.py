@@ -29,6 +29,10 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--format", choices=["npy", "safetensors"], default="safetensors",
         help="of the files in a folder or a shard, and of standard output (default: safetensors)",
     )  # fmt: skip
+    command.add_argument(
+        "--batch", type=int, default=1, metavar="N",
+        help="photos of one size to encode at once, faster for small ones; changes last digits (default: 1)",
+    )  # fmt: skip
     command.add_argument("--split", default="train", help="of a Hugging Face data set (default: train)")
 
 
@@ -44,12 +48,14 @@ def _encode(options: argparse.Namespace) -> Answer:
     from milo_latent.latents.files import encode_files
 
     if any(map(is_column, options.inputs)) or any(map(is_shard, options.inputs)):
+        if options.batch != 1:
+            raise ValueError(f"Expected --batch with files and folders only, got {options.batch} with a data set.")
         return _encode_set(options)
     jobs = find_jobs(
         options.inputs, options.output, suffixes=IMAGE_SUFFIXES, suffix=f".{options.format}",
         recursive=options.recursive, existing=options.existing,
     )  # fmt: skip
-    how = {"vae_name": options.model, "tile": options.tile, "progress": not options.quiet}
+    how = {"vae_name": options.model, "tile": options.tile, "batch": options.batch, "progress": not options.quiet}
     report = encode_files(open_vae(options), jobs, **how) if jobs.results else jobs.idle
     return tell_report(
         report, jobs, options, head="encode", unit="photos", told=lambda shape: ", ".join(map(str, shape))

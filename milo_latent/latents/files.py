@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import diffusers
 import torch
+from torch import Tensor
 
 from milo_latent import __version__
 from milo_latent.checks import ValueWatch, check_apart, shortened
@@ -29,6 +31,8 @@ from milo_latent.provenance import weights_digest
 from milo_latent.resources import find_weights
 from milo_latent.structure import open_network, read_json
 from milo_latent.threads import alone_if_large, thread_count
+
+LARGEST_BATCH = 2**20  # pixels of photos that are encoded at once: 16 of 256 x 256
 
 
 def vae_folder(source: str | Path) -> Path:
@@ -81,7 +85,12 @@ def encode_file(vae: VAE, photo: Path, output: Path, *, vae_name: str, tile: int
     height, width = image.shape[2:]
     with alone_if_large(height * width):
         latents = encode_image(vae, image, tile=tile)
-    factor = vae_scale_factor(vae)
+    return _write_encoded(vae, latents, output, size=(height, width), vae_name=vae_name)
+
+
+def _write_encoded(vae: VAE, latents: Tensor, output: Path, *, size: tuple[int, int], vae_name: str) -> tuple[int, ...]:
+    """Write the latents, (1, C, h, w), of a photo of `size`; return their shape, (C, h, w)."""
+    factor, (height, width) = vae_scale_factor(vae), size
     metadata = {
         "vae": vae_name,
         **LatentSpace(vae).describe(),
@@ -151,20 +160,84 @@ def _source_size(metadata: dict[str, str], padded: tuple[int, int], path: Path) 
     return int(sides[2]), int(sides[1])
 
 
-def encode_files(vae: VAE, jobs: Jobs, *, vae_name: str, tile: int | None = None, progress: bool = True) -> Report:
+class Batches:
+    """Encodes the next photos together with the one that is asked for, those of one size at once.
+
+    Args:
+        vae: encodes.
+        photos: in the order in which they will be asked for.
+        size: how many photos to read together.
+    """
+
+    def __init__(self, vae: VAE, photos: Sequence[Path], size: int) -> None:
+        self.vae, self.photos, self.size = vae, list(photos), size
+        self.places = {photo: place for place, photo in enumerate(self.photos)}
+        self.images: dict[Path, Tensor] = {}  # read, and not yet encoded
+        self.ready: dict[Path, tuple[Tensor, tuple[int, int]]] = {}
+
+    @torch.inference_mode()
+    def encode(self, photo: Path) -> tuple[Tensor, tuple[int, int]]:
+        """Return the latents of a photo, (1, C, h, w), and its height and width.
+
+        Raises:
+            FileNotFoundError: if there is no such photo.
+            ValueError: if the photo is damaged.
+        """
+        if photo not in self.ready:
+            self._encode_next(photo)
+        return self.ready.pop(photo)
+
+    def _encode_next(self, photo: Path) -> None:
+        place = self.places[photo]
+        following = self.photos[place : place + self.size]
+        kept = {path: self.images[path] for path in following if path in self.images}
+        kept[photo] = image = kept[photo] if photo in kept else read_image(photo)
+        for other in following:
+            if other not in kept and other not in self.ready:
+                with contextlib.suppress(ValueError, FileNotFoundError, MemoryError):  # told when it is asked for
+                    kept[other] = read_image(other)
+        most = max(1, LARGEST_BATCH // (image.shape[2] * image.shape[3]))
+        self.ready = {path: latents for path, latents in self.ready.items() if self.places[path] > place}
+        waiting = (path for path in following if path in kept and path not in self.ready)
+        alike = [path for path in waiting if kept[path].shape == image.shape][:most]
+        latents = encode_image(self.vae, torch.cat([kept.pop(path) for path in alike]))
+        size = (image.shape[2], image.shape[3])
+        self.ready |= {path: (each, size) for path, each in zip(alike, latents.split(1), strict=True)}
+        self.images = kept
+
+
+def encode_files(
+    vae: VAE, jobs: Jobs, *, vae_name: str, tile: int | None = None, batch: int = 1, progress: bool = True
+) -> Report:
     """Encode photos by `encode_file`; the report holds the shapes of their latents.
 
+    Args:
+        vae: encodes.
+        jobs: photos, and files of latents.
+        vae_name: goes into the files.
+        tile: as of `encode_image`.
+        batch: how many photos of one size to encode at once, as far as they are small, which for photos below 100
+            pixels halves the time; the last digits of the latents then depend on what was encoded together.
+        progress: whether to show a bar.
+
     Raises:
-        ValueError: for tiles that do not fit the VAE, before the first photo.
+        ValueError: for tiles that do not fit the VAE, a batch below 1, or both together, before the first photo.
     """
     if tile is not None:
         check_tile(vae, tile)
+    if batch < 1 or (batch > 1 and tile is not None):
+        raise ValueError(f"Expected a batch of at least 1, and of 1 with tiles, got {batch} with tile {tile}.")
+    batches = Batches(vae.to(memory_format=torch.channels_last), list(jobs.results), batch) if batch > 1 else None
 
-    def work(photo: Path, latents: Path) -> tuple[int, ...]:
-        return encode_file(vae, photo, latents, vae_name=vae_name, tile=tile)
+    def work(photo: Path, output: Path) -> tuple[int, ...]:
+        if batches is None:
+            return encode_file(vae, photo, output, vae_name=vae_name, tile=tile)
+        latents, size = batches.encode(photo)
+        return _write_encoded(vae, latents, output, size=size, vae_name=vae_name)
 
     made = {"weights": weights_digest({"vae": vae}), "vae": vae_name, "tile": tile}
-    return run_jobs(jobs, work, made=made, unit="photo", progress=progress, threads=thread_count(vae.device))
+    threads = thread_count(vae.device) if batches is None else 1  # a batch keeps all cores busy
+    return run_jobs(jobs, work, made=made, unit="photo", progress=progress, threads=threads)
 
 
 def decode_files(vae: VAE, jobs: Jobs, *, vae_name: str, tile: int | None = None, progress: bool = True) -> Report:
