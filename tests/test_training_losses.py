@@ -10,6 +10,7 @@ from milo_latent.metric.network import MILO
 from milo_latent.testing import generator, tiny_metric, tiny_pipeline
 from milo_latent.training import train_metric_online, validation
 from milo_latent.training.train_metric import initialize
+from milo_latent.training.train_metric_online import Teacher
 
 
 def uneven_metric(channels):
@@ -25,13 +26,13 @@ def uneven_metric(channels):
 def loss():
     vae = tiny_pipeline().vae.requires_grad_(False)
     vae.encoder.layers[-1].weight.mul_(60.0)  # or its latents hardly differ
-    return train_metric_online.TeacherLoss(uneven_metric(4), teacher=uneven_metric(3), vae=vae)
+    return train_metric_online.TeacherLoss(uneven_metric(4), teacher=Teacher(uneven_metric(3)), vae=vae)
 
 
 def maps(loss, ref, dist):
     """Return both error maps."""
     latents = {name: encode_image(loss.vae, image).float() for name, image in (("ref", ref), ("dist", dist))}
-    return loss.metric.error_map(**latents), loss.teacher.error_map(ref=ref, dist=dist)
+    return loss.metric.error_map(**latents), loss.teacher(ref=ref, dist=dist)
 
 
 def test_the_online_loss_compares_maps_and_means_of_the_same_pair(loss):
@@ -45,6 +46,30 @@ def test_the_online_loss_compares_maps_and_means_of_the_same_pair(loss):
         values.append((gap.square().mean() + (predicted - target).square().mean()).item())
     assert loss(ref, dist).item() == pytest.approx(values[0], rel=1e-5)
     assert abs(values[0] - values[1]) > 1e-4 * values[0]
+
+
+def test_a_teacher_for_latents_labels_what_its_own_autoencoder_encodes(tmp_path):
+    vae, metric = tiny_pipeline(seed=3).vae, uneven_metric(4)
+    vae.encoder.layers[-1].weight.data.mul_(60.0)
+    metric.save_pretrained(tmp_path / "metric")
+    vae.save_pretrained(tmp_path / "vae")
+    teacher = Teacher.open(str(tmp_path / "metric"), str(tmp_path / "vae"))
+    ref, dist = torch.rand(2, 2, 3, 128, 128, generator=generator()).unbind()
+    ref *= 0.1
+    labels = teacher(ref=ref, dist=dist)
+    expected = metric.error_map(ref=encode_image(vae, ref), dist=encode_image(vae, dist))
+    assert torch.allclose(labels, expected, atol=1e-6)
+    assert not torch.allclose(labels, teacher(ref=dist, dist=ref), atol=1e-4)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_a_teacher_needs_the_autoencoder_of_its_latents_and_no_other():
+    with pytest.raises(ValueError, match="for latents with it, got nano of 4 channels and None"):
+        Teacher.open("nano")
+    with pytest.raises(ValueError, match="got milo-image of 3 channels and nano"):
+        Teacher.open("milo-image", "nano")
+    with pytest.raises(ValueError, match="Expected a VAE whose latents the metric knows"):
+        Teacher.open("milo-sd", "nano")
 
 
 def test_the_online_validation_ranks_the_same_pairs_by_both_metrics(loss, images, monkeypatch):

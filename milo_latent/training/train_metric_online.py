@@ -1,4 +1,4 @@
-"""Train MILO_L without a training set on disk: pairs are drawn, labeled by MILO_I and encoded for each step."""
+"""Train MILO_L without a training set on disk: pairs are drawn, labeled by another MILO and encoded for each step."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from torch.nn import functional as F
 
 from milo_latent.evaluation.agreement import import_scipy, spearman
 from milo_latent.latents.codec import encode_image
-from milo_latent.latents.files import load_vae
+from milo_latent.latents.files import load_vae, vae_folder
 from milo_latent.latents.spaces import VAE, LatentSpace
-from milo_latent.metric.network import MILO
+from milo_latent.metric.network import MILO, is_image_metric
 from milo_latent.programs import run_program
+from milo_latent.score.pairs import check_vae
 from milo_latent.training.data.crops import ImageCrops
+from milo_latent.training.data.fingerprints import source_digest
 from milo_latent.training.data.image_pairs import draw_image_pairs
 from milo_latent.training.engine.loop import add_run_options, fit, run_config, training_state
 from milo_latent.training.train_metric import initialize
@@ -24,23 +26,59 @@ from milo_latent.training.train_metric import initialize
 MAP_WEIGHT = 1.0  # of the loss of the error map, relative to that of its mean
 
 
+class Teacher(nn.Module):
+    """Labels pairs of images by their error map: that of MILO_I, or of a MILO_L on the latents of its autoencoder.
+
+    Args:
+        metric: frozen.
+        vae: of the latents that `metric` knows; None for MILO_I.
+    """
+
+    def __init__(self, metric: MILO, vae: VAE | None = None) -> None:
+        super().__init__()
+        self.metric, self.vae = metric, None if vae is None else vae.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, *, ref: Tensor, dist: Tensor) -> Tensor:
+        """Return the error map, (B, 1, H, W) or (B, 1, h, w), of images (B, 3, H, W) in [0, 1]."""
+        if self.vae is not None:
+            ref, dist = encode_image(self.vae, torch.cat([ref, dist])).float().chunk(2)
+        return self.metric.error_map(ref=ref, dist=dist).float()
+
+    @classmethod
+    def open(cls, weights: str, vae: str | None = None) -> Teacher:
+        """Open the weights of a MILO_I, or those of a MILO_L and its autoencoder.
+
+        Raises:
+            ValueError: if a MILO_L has no autoencoder, or one of other latents, or a MILO_I has one.
+        """
+        metric = MILO.from_pretrained(weights)
+        if is_image_metric(metric) != (vae is None):
+            needed = "a --teacher for images without --teacher-vae, or one for latents with it"
+            raise ValueError(f"Expected {needed}, got {weights} of {metric.config.channels} channels and {vae}.")
+        opened = None if vae is None else load_vae(vae)
+        if opened is not None:
+            check_vae(metric, opened)
+        return cls(metric, opened)
+
+
 class TeacherLoss(nn.Module):
-    """Squared error of MILO_L's error map, and of its mean, against MILO_I's for the same pairs.
+    """Squared error of MILO_L's error map, and of its mean, against a teacher's for the same pairs.
 
     Args:
         metric: MILO_L, trained.
-        teacher: MILO_I, frozen.
+        teacher: labels the pairs.
         vae: autoencoder whose latents MILO_L learns, frozen.
     """
 
-    def __init__(self, metric: MILO, *, teacher: MILO, vae: VAE) -> None:
+    def __init__(self, metric: MILO, *, teacher: Teacher, vae: VAE) -> None:
         super().__init__()
         self.metric, self.teacher, self.vae = metric, teacher, vae.requires_grad_(False)
 
     def forward(self, ref: Tensor, dist: Tensor) -> Tensor:
         """Return the loss for images (B, 3, H, W) in [0, 1]."""
+        teacher_map = self.teacher(ref=ref, dist=dist)  # (B, 1, H, W)
         with torch.no_grad():
-            teacher_map = self.teacher.error_map(dist=dist, ref=ref).float()  # (B, 1, H, W)
             latents = encode_image(self.vae, torch.cat([ref, dist])).float()
         ref_latents, dist_latents = latents.chunk(2)  # (B, C, h, w) each
         target = F.interpolate(teacher_map, size=ref_latents.shape[2:], mode="area")  # (B, 1, h, w)
@@ -58,7 +96,7 @@ def teacher_agreement(loss: TeacherLoss, folder: Path, *, crop_size: int, batche
     for step in range(batches):
         ref, dist = (each.to(metric.device) for each in draw(step, 0))
         latents = {"ref": encode_image(vae, ref).float(), "dist": encode_image(vae, dist).float()}
-        maps = (metric.error_map(**latents), loss.teacher.error_map(ref=ref, dist=dist))
+        maps = (metric.error_map(**latents), loss.teacher(ref=ref, dist=dist))
         means.append(torch.stack([each.mean(dim=(1, 2, 3)) for each in maps]))
     return spearman(*torch.cat(means, dim=1))
 
@@ -69,7 +107,8 @@ def main(arguments: list[str] | None = None) -> None:
     add_run_options(parser, steps=6_000, crop_size=128, learning_rate=5e-4)
     parser.add_argument("--validation", type=Path, required=True, help="folder of clean validation images")
     parser.add_argument("--vae", type=Path, required=True, help="folder of the autoencoder")
-    parser.add_argument("--teacher", required=True, help="MILO_I weights, such as the official MILO.pth")
+    parser.add_argument("--teacher", required=True, help="weights of a MILO, such as official-image or MILO.pth")
+    parser.add_argument("--teacher-vae", help="autoencoder of a teacher for latents, such as nano")
     parser.add_argument("--latent-space", required=True, help="name of the autoencoder in the configuration")
     parser.add_argument("--levels", type=int, default=4, help="scales; latents have at least 2^levels cells a side")
     options = parser.parse_args(arguments)
@@ -84,14 +123,17 @@ def main(arguments: list[str] | None = None) -> None:
         scaling_factor=space.scaling_factor,
     )
     initialize(metric)
-    teacher = MILO.from_pretrained(options.teacher)
-    for network in (vae, teacher):
+    data: dict[str, object] = {"levels": options.levels}
+    if options.teacher_vae is not None:
+        data["teacher_vae"] = source_digest(vae_folder(options.teacher_vae))
+    teacher = Teacher.open(options.teacher, options.teacher_vae)
+    for network in (vae, teacher.metric):
         network.to(memory_format=torch.channels_last)
     loss = TeacherLoss(metric, teacher=teacher, vae=vae)
     crops = ImageCrops(options.images, crop_size=options.crop_size, seed=options.seed)
 
     draw = draw_image_pairs(crops, options.batch_size)
-    config = run_config(options, weight_decay=1e-6, data={"levels": options.levels})
+    config = run_config(options, weight_decay=1e-6, data=data)
 
     def validate(trained: nn.Module) -> dict[str, float]:
         return {"srcc": teacher_agreement(loss, options.validation, crop_size=options.crop_size)}
