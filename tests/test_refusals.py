@@ -283,7 +283,9 @@ def test_foreign_weights_are_refused(weights, refused):
     torch.save({"conv.weight": torch.rand(4, 4)}, weights / "other.pth")
     assert "Expected an official MILO checkpoint" in refused(latents, latents, "--weights", weights / "other.pth")
     tiny_pipeline().vae.save_pretrained(weights / "vae")
-    assert "Expected every weight in" in refused(latents, latents, "--weights", weights / "vae")
+    told = refused(latents, latents, "--weights", weights / "vae")
+    assert "Expected MILO weights in" in told
+    assert "the configuration is that of AutoencoderTiny" in told
     assert "neither a shipped set" in refused(latents, latents, "--weights", "absent")
 
 

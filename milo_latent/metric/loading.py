@@ -130,7 +130,10 @@ class PretrainedMixin(nn.Module):
             )
         with refusing_damage(f"Expected MILO weights in {folder}"):
             check_model_folder(folder)
-            config = {name: value for name, value in read_json(folder / "config.json").items() if name[0] != "_"}
+            stored = read_json(folder / "config.json")
+            if stored.get("_class_name", cls.__name__) != cls.__name__:
+                raise ValueError(f"the configuration is that of {shortened(stored['_class_name'])}")
+            config = {name: value for name, value in stored.items() if name[0] != "_"}
             with torch.device("meta"):  # the values come from the file
                 metric = cls(**config)
         state = {
