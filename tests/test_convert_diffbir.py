@@ -174,6 +174,13 @@ def test_tokens_of_default_prompts_begin_and_end_and_are_padded():
     assert hashlib.sha256(repr(tokens.tolist()).encode()).hexdigest().startswith("c720738390c89054")
 
 
+@pytest.mark.parametrize("wrong", [torch.zeros(77, 8, dtype=torch.int32), torch.zeros(1, 77, 8), torch.zeros(8)])
+def test_stored_prompts_of_another_shape_or_dtype_are_refused(wrong, tmp_path):
+    save_file({"a cat": wrong}, tmp_path / "prompt_embeds.safetensors")
+    with pytest.raises(ValueError, match=r"Expected embeddings \(tokens, width\) in .*for 'a cat'"):
+        read_prompt_embeds(tmp_path)
+
+
 def test_folders_without_embeddings_give_none(folder):
     assert read_prompt_embeds(folder) == {}  # this text encoder has not CLIP's vocabulary
 

@@ -347,6 +347,8 @@ def test_reference_latents_come_from_an_image_once(tmp_path):
     pixels = torch.rand(1, 3, 64, 96, generator=generator())
     latents = MILOGuidance.reference_from_image(vae, pixels)
     assert latents.shape == (1, 4, 8, 12)
+    half = MILOGuidance.reference_from_image(tiny_pipeline().vae.to(torch.bfloat16), pixels)
+    assert half.dtype == torch.float32  # in which guides compute
     image = Image.fromarray((pixels[0].permute(1, 2, 0) * 255).round().byte().numpy())
     assert (MILOGuidance.reference_from_image(vae, image) - latents).abs().max() < 0.05  # 8 bits
     assert MILOGuidance.reference_from_image(vae, image, size=(128, 128)).shape == (1, 4, 16, 16)

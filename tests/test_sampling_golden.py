@@ -10,7 +10,7 @@ from milo_latent.diffbir.bsrnet import BSRNet
 from milo_latent.diffbir.color import fix_color
 from milo_latent.diffbir.rules import OFFICIAL
 from milo_latent.diffbir.sampling import add_noise, controlled_output, guidance_scale_at, step_arguments
-from milo_latent.diffbir.schedulers import spaced_timesteps
+from milo_latent.diffbir.schedulers import official_scheduler, spaced_timesteps
 from milo_latent.diffbir.scunet import SCUNet
 from milo_latent.diffbir.swinir import SwinIR
 from milo_latent.diffbir.tiles import Tile, gaussian_weights, official_tiled, tile_starts
@@ -251,3 +251,10 @@ def test_as_many_steps_as_timesteps_are_all_timesteps():
     for steps in (0, 9):
         with pytest.raises(ValueError, match="Expected 1 to 8 steps"):
             spaced_timesteps(steps, 8)
+
+
+@pytest.mark.parametrize("name", ["dpm++_m2", "edm_euler"])
+def test_timesteps_are_floats_whatever_the_grid(name):
+    scheduler = official_scheduler(name)
+    scheduler.set_timesteps(3)
+    assert scheduler.timesteps.dtype == torch.float32

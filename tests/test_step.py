@@ -83,6 +83,13 @@ def test_a_strength_outside_its_range_is_refused(milo_scale):
         masked_pull(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), torch.ones(1, 1, 2, 2), milo_scale=milo_scale)
 
 
+def test_a_push_refuses_another_objective():
+    latents = torch.zeros(1, 4, 16, 16)
+    options = {"find_mask": tiny_metric().mask, "find_weight": lambda mask: mask, "objective": "error"}
+    with pytest.raises(ValueError, match=r"`objective` to be one of .*got 'error'"):
+        gradient_push(latents, latents, milo_scale=0.1, **options)
+
+
 @pytest.mark.parametrize("objective", ["weighted", "milo"])
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_push_against_the_gradient_lowers_the_objective(objective, inference):

@@ -78,6 +78,7 @@ def test_the_scale_of_a_map_leaves_out_its_few_largest_errors():
     spot[..., 3, 3] = 0.2
     assert map_scale(spot) == pytest.approx(0.2)
     assert map_scale(torch.zeros(1, 1, 8, 8)) == 1.0
+    assert map_scale(torch.full((1, 1, 1, 1), 0.25)) == 0.25
 
 
 def test_the_bar_says_its_errors_where_there_is_room():
@@ -110,6 +111,7 @@ def test_the_bar_runs_from_0_below_to_the_largest_above_with_labels_at_their_err
     inked = [row for row in range(height) if labels and (text[row] < 0.7).any()]
     runs = [row for row in inked if row - 1 not in inked]
     assert len(runs) == labels
+    assert not labels or (inked[0], inked[-1]) == (0, height - 1)  # the outer labels touch the ends of the bar
     for index, top in enumerate(runs[1:-1], start=1):
         bottom = next(row for row in range(top, height) if row + 1 not in inked)
         assert (top + bottom) / 2 == pytest.approx(index / (labels - 1) * (height - 1), abs=1.1)
