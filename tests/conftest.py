@@ -69,6 +69,14 @@ def repository() -> Path:
 
 
 @pytest.fixture
+def set_threads():
+    """`torch.set_num_threads`, undone afterwards."""
+    threads = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def prompted(pipeline):
     """The tiny pipeline with a UNet and a ControlNet that attend to prompts, given as embeddings."""
     torch.manual_seed(0)

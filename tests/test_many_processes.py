@@ -70,12 +70,9 @@ run.write_text = write_or_die
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _one_thread(set_threads):
     """Compute on one thread, as `start` does, since sums differ in their last bits with the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    set_threads(1)
 
 
 @pytest.fixture

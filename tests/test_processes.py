@@ -63,9 +63,10 @@ def contents(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does_and_what_a_killed_one_left_is_done(photos, model_folder, tmp_path, capfd):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums differ in their last bits with the number of threads
+def test_two_processes_do_what_one_does_and_what_a_killed_one_left_is_done(
+    photos, model_folder, tmp_path, capfd, set_threads
+):
+    set_threads(1)  # sums differ in their last bits with the number of threads
 
     def commands(name):
         latents, table = str(tmp_path / name), str(tmp_path / f"{name}.csv")
@@ -100,7 +101,6 @@ def test_two_processes_do_what_one_does_and_what_a_killed_one_left_is_done(photo
     assert contents(tmp_path / "killed") == contents(tmp_path / "one")
     assert {name: (tmp_path / "killed" / name).stat().st_mtime_ns for name in made} == times
     assert not list(tmp_path.rglob("*.part-*"))
-    torch.set_num_threads(threads)
 
 
 def test_a_process_alone_shares_nothing(tmp_path):

@@ -101,12 +101,9 @@ def test_batches_score_as_pairs_alone(folders, metric):
 
 
 @pytest.fixture
-def one_core():
+def one_core(set_threads):
     """Score one batch after another, so that it is known which is interrupted."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    set_threads(1)
 
 
 @pytest.mark.usefixtures("one_core")

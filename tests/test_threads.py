@@ -17,12 +17,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def _two_cores():
-    """Compute on two cores, whatever this machine has, and put that back."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
+def _two_cores(set_threads):
+    """Compute on two cores, whatever this machine has."""
+    set_threads(2)
 
 
 def results(work, items, **options):

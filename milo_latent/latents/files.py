@@ -216,8 +216,8 @@ def encode_files(
         jobs: photos, and files of latents.
         vae_name: goes into the files.
         tile: as of `encode_image`.
-        batch: how many photos of one size to encode at once, as far as they are small, which for photos below 100
-            pixels halves the time; the last digits of the latents then depend on what was encoded together.
+        batch: how many photos of one size to encode at once, as far as they are small, which is faster; the last
+            digits of the latents then depend on what was encoded together.
         progress: whether to show a bar.
 
     Raises:
