@@ -20,7 +20,14 @@ from torch import Tensor
 
 from milo_latent.atomic import check_output_folder, write_atomically, write_bytes
 from milo_latent.checks import check_file, check_finite, shortened
-from milo_latent.photo_formats import other_byte_order, picture_dpi, picture_exif, png_of_16bit, saving_options
+from milo_latent.photo_formats import (
+    other_byte_order,
+    picture_dpi,
+    picture_exif,
+    png_of_16bit,
+    saving_options,
+    tiff_of_16bit,
+)
 from milo_latent.pictures import from_8bit, picture_to_tensor, to_8bit
 from milo_latent.structure import DTYPES, open_safetensors, refusing_damage
 
@@ -28,6 +35,7 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".
 LATENT_SUFFIXES = frozenset({".npy", ".safetensors"})
 ALPHA_SUFFIXES = frozenset({".png", ".webp", ".tif", ".tiff"})
 EXIF_SUFFIXES = IMAGE_SUFFIXES - {".bmp"}
+WRITERS_OF_16BIT = {".png": png_of_16bit, ".tif": tiff_of_16bit, ".tiff": tiff_of_16bit}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # the decoders that a file may choose, those of `IMAGE_SUFFIXES`
 NPY_HEADER = re.compile(  # of a plain array of floating point, as numpy writes it
     rb"\x93NUMPY[\1-\3]\0(?P<length>..|....)(?P<header>\{'descr': '(?P<kind>[<>]f[248])', "
@@ -93,7 +101,7 @@ class Photo:
         suffix = path.suffix.lower()
         lost = {
             f"transparency, which {suffix} cannot hold": self.alpha is not None and suffix not in ALPHA_SUFFIXES,
-            f"16 bit, which only .png holds here, not {suffix}": self.depth == 16 and suffix != ".png",
+            f"16 bit, which {suffix} cannot hold": self.depth == 16 and suffix not in WRITERS_OF_16BIT,
             f"EXIF, which {suffix} cannot hold": self.exif is not None and suffix not in EXIF_SUFFIXES,
         }
         return [*self.lost, *(what for what, is_lost in lost.items() if is_lost)]
@@ -195,7 +203,7 @@ def write_image(
     text: Mapping[str, str] | None = None,
     like: Photo | None = None,
 ) -> None:
-    """Write an image, rounded to 8 bit, or to 16 where `like` has them and the file is a PNG.
+    """Write an image, rounded to 8 bit, or to 16 where `like` has them and the file is a PNG or a TIFF.
 
     Args:
         path: the file to write; its suffix chooses the format.
@@ -230,8 +238,8 @@ def write_image(
         file_format, text=text, exif=like.exif if like else None, dpi=like.dpi if like else None,
         profiled=like is not None and like.profiled, size=(image.shape[2], image.shape[1]),
     )  # fmt: skip
-    if like is not None and like.depth == 16 and suffix == ".png":
-        write_bytes(path, png_of_16bit(image, **options))
+    if like is not None and like.depth == 16 and suffix in WRITERS_OF_16BIT:
+        write_bytes(path, WRITERS_OF_16BIT[suffix](image, **options))
         return
     picture = Image.fromarray(to_8bit(image))
     write_atomically(path, lambda partial: picture.save(partial, format=file_format, **options))

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, TiffTags
 from PIL.PngImagePlugin import PngInfo, putchunk
 from torch import Tensor
 
@@ -45,6 +45,36 @@ def other_byte_order(tiles: Sequence[Any]) -> list[Any] | None:
     return made or None
 
 
+def _to_16bit(image: Tensor) -> np.ndarray:
+    """Return an image, (C, H, W), in [0, 1], as whole numbers from 0 to 65535, (H, W, C) float32."""
+    return image.detach().float().clamp(0, 1).mul(65535).round().movedim(0, -1).cpu().contiguous().numpy()
+
+
+def tiff_of_16bit(image: Tensor, **options: Any) -> bytes:
+    """Return an uncompressed TIFF of an image, (3 or 4, H, W), in [0, 1], in 16 bit.
+
+    Pillow writes the bytes as a picture of 8 bit and twice the width, with `options`, those of its `save`; the width
+    and the bits of a sample are then replaced.
+
+    Source: TIFF 6.0, sections 2 (directory) and 8 (ImageWidth and BitsPerSample of baseline files).
+    """
+    values = _to_16bit(image)
+    height, width, channels = values.shape
+    halves = values.astype("<u2").view(np.uint8).reshape(height, 2 * width, channels)
+    buffer = io.BytesIO()
+    Image.fromarray(halves).save(buffer, format="TIFF", **options)  # the order of bytes is "little-endian"
+    content = bytearray(buffer.getvalue())
+    (directory,) = struct.unpack_from("<I", content, 4)
+    (entries,) = struct.unpack_from("<H", content, directory)
+    for place in range(directory + 2, directory + 2 + 12 * entries, 12):
+        tag, _, _, value = struct.unpack_from("<HHII", content, place)
+        if tag == ExifTags.Base.ImageWidth:
+            struct.pack_into("<HII", content, place + 2, TiffTags.LONG, 1, width)
+        elif tag == ExifTags.Base.BitsPerSample:
+            struct.pack_into(f"<{channels}H", content, value, *[16] * channels)
+    return bytes(content)
+
+
 def png_of_16bit(image: Tensor, **options: Any) -> bytes:
     """Return a PNG of an image, (3 or 4, H, W), in [0, 1], in 16 bit.
 
@@ -52,7 +82,7 @@ def png_of_16bit(image: Tensor, **options: Any) -> bytes:
 
     Source: PNG specification, third edition, sections 9.2 (filter "Up") and 11.2.
     """
-    values = image.detach().float().clamp(0, 1).mul(65535).round().movedim(0, -1).cpu().contiguous().numpy()
+    values = _to_16bit(image)
     height, width, channels = values.shape
     rows = values.astype(">u2").view(np.uint8).reshape(height, -1)
     above = np.diff(rows, axis=0, prepend=np.zeros_like(rows[:1]))  # modulo 256

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 from safetensors.torch import save_file
 
 from milo_latent.files import (
@@ -172,20 +172,23 @@ def test_a_profile_is_replaced_by_that_of_srgb_which_the_pixels_are_in(tmp_path,
     assert srgb_profile()[24:28] == b"\x07\xd0\0\1"  # no time of today, which would change the bytes
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.TIFF"])
 @pytest.mark.parametrize("channels", [3, 4])
-def test_16_bit_color_is_read_and_written_in_full_depth(tmp_path, channels):
+def test_16_bit_color_is_read_and_written_in_full_depth(tmp_path, channels, name):
     values = torch.randint(0, 65536, (channels, 9, 7), generator=generator())
     deep = SimpleNamespace(depth=16, exif=None, dpi=(300, 300), profiled=True)
     alpha = None if channels == 3 else values[None, 3:] / 65535
-    write_image(tmp_path / "a.png", values[:3] / 65535, alpha=alpha, like=deep, text={"Software": "größer"})
-    photo = open_photo(tmp_path / "a.png")
+    write_image(tmp_path / name, values[:3] / 65535, alpha=alpha, like=deep, text={"Software": "milo_latent 1"})
+    photo = open_photo(tmp_path / name)
     assert (photo.depth, photo.profiled, photo.lost) == (16, True, ())
     assert torch.equal((photo.image[0] * 65535).round().long(), values[:3])
     assert photo.alpha is None if channels == 3 else torch.equal((photo.alpha[0] * 65535).round().long(), values[3:])
-    with Image.open(tmp_path / "a.png") as picture:
-        assert picture.text == {"Software": "größer"}
+    with Image.open(tmp_path / name) as picture:
+        software = picture.getexif()[ExifTags.Base.Software] if "tif" in name.lower() else picture.text["Software"]
+        assert software == "milo_latent 1"
         assert picture.size == (7, 9)
-        assert np.array_equal(np.asarray(picture), values.movedim(0, -1).numpy() // 256)  # as libpng's high bytes
+        assert picture.info["dpi"] == pytest.approx((300, 300), abs=0.02)
+        assert np.array_equal(np.asarray(picture), values.movedim(0, -1).numpy() // 256)  # the high bytes
     write_image(tmp_path / "b.jpg", photo.image, like=photo)
     assert open_photo(tmp_path / "b.jpg").depth == 8
 
@@ -245,7 +248,8 @@ def test_what_a_file_cannot_hold_is_told(tmp_path, rgb):
     photo = taken(tmp_path / "c.png", rgb)
     assert photo.lost_in(tmp_path / "d.BMP") == ["EXIF, which .bmp cannot hold"]
     assert photo.lost_in(tmp_path / "d.webp") == []
-    assert replace(photo, depth=16).lost_in(tmp_path / "d.tif") == ["16 bit, which only .png holds here, not .tif"]
+    assert replace(photo, depth=16).lost_in(tmp_path / "d.tif") == []
+    assert replace(photo, depth=16).lost_in(tmp_path / "d.webp") == ["16 bit, which .webp cannot hold"]
     write_image(tmp_path / "d.bmp", photo.image, like=photo)
 
 
