@@ -194,6 +194,7 @@ def run_jobs(
     unit: str = "file",
     progress: bool = True,
     threads: int = 1,
+    expect: Callable[[list[Path]], None] | None = None,
 ) -> Report:
     """Call `work(file, result)` for every file of `jobs` that has no result yet, or one made of something else.
 
@@ -208,6 +209,7 @@ def run_jobs(
         unit: what the progress bar counts.
         progress: whether to show a bar, if there are several files.
         threads: how many files to work on at once.
+        expect: called before all others with the files that this process will work on, in their order.
     """
     skipped, record, left = dict(jobs.skipped), None, list(jobs.results.items())
     if jobs.folder is not None:
@@ -220,6 +222,8 @@ def run_jobs(
         if process_index() == 0:
             record.tell_of_others(result for _, result in left)
     mine, _ = share(left)
+    if expect is not None:
+        expect([path for path, _ in mine])
     done: list[tuple[Path, tuple[Path, Any]]] = []
     broken: list[tuple[Path, str]] = []
 

@@ -16,7 +16,7 @@ import torch
 from official_checkpoints import official_metric_file
 from PIL import Image
 
-from milo_latent import __version__, load_restorer, restore_image
+from milo_latent import __version__, batches, load_restorer, restore_image
 from milo_latent.cli import build_parser, main
 from milo_latent.cli.common import TILE
 from milo_latent.files import (
@@ -30,6 +30,7 @@ from milo_latent.files import (
 from milo_latent.latents.codec import SMALLEST_TILE
 from milo_latent.metric.loading import OFFICIAL
 from milo_latent.pipelines.diffbir import DiffBIRPipeline
+from milo_latent.restoration import restore as restoration
 from milo_latent.testing import latent_pair, tiny_metric, tiny_pipeline
 
 
@@ -96,6 +97,43 @@ def test_a_folder_is_restored_and_gone_on_with(restore, photo, tmp_path, capsys)
     assert "1 were there already" in line
     assert (output / "a.png").stat().st_mtime_ns == before
     assert (output / "b.png").exists()
+
+
+def test_photos_of_one_size_are_restored_together_and_nearly_as_alone(restore, tmp_path, monkeypatch, capsys):
+    """Each in its own mode, with its own depth, and with the same seed."""
+    folder, rng, seen = tmp_path / "photos", np.random.default_rng(0), []
+    folder.mkdir()
+    for index, mode in enumerate(("RGB", "L", "RGBA", "RGB", "RGB")):
+        size = (50, 44) if index == 3 else (45, 61)
+        Image.fromarray(rng.integers(0, 256, (*size, 4), dtype=np.uint8)).convert(mode).save(folder / f"{index}.png")
+    (folder / "1a.png").write_bytes(b"no image")
+    real = restoration.restore
+    monkeypatch.setattr(restoration, "restore", lambda image, *given: seen.append(len(image)) or real(image, *given))
+    assert restore(folder, "-o", tmp_path / "alone") == restore(folder, "-o", tmp_path / "one", "--batch", 1) == 1
+    assert seen == [1] * 10
+    assert restore(folder, "-o", tmp_path / "together", "--batch", 4, "--upscale", 2) == 1
+    assert seen[10:] == [3, 1, 1]  # 0, 1, 2 of the four that were read; 3; 4
+    assert "1a.png: Expected a complete image" in capsys.readouterr().err
+    assert restore(folder, "-o", tmp_path / "alone", "--upscale", 2, "--overwrite") == 1
+    assert len(list((tmp_path / "together").glob("*.png"))) == 5
+    for path in (tmp_path / "together").glob("*.png"):
+        one, other = (np.asarray(Image.open(each), np.int16) for each in (path, tmp_path / "alone" / path.name))
+        assert abs(one - other).max() <= 1
+        assert (one != other).mean() < 1e-3
+    for name in ("0.png", "4.png"):
+        (tmp_path / "together" / name).unlink()
+    seen.clear()
+    assert restore(folder, "-o", tmp_path / "together", "--batch", 4, "--upscale", 2) == 1
+    assert seen == [2]  # the two that are missing, and none of the others
+    monkeypatch.setattr(batches, "LARGEST_BATCH", 2 * 4 * 45 * 61)
+    seen.clear()
+    assert restore(folder, "-o", tmp_path / "few", "--batch", 4, "--upscale", 2) == 1
+    assert seen == [2, 2, 1]  # 0, 1; 2, 4; 3
+
+
+def test_batches_that_cannot_be_are_refused(restore, photo, capsys):
+    assert restore(photo, "--batch", 0) == 1
+    assert "at least 1 photo, got 0" in one_error_line(capsys)
 
 
 def test_folders_whose_names_hold_dots_have_results_of_their_own(restore, photo, tmp_path, monkeypatch, capsys):

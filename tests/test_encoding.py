@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from milo_latent import batches
 from milo_latent.cli import main
 from milo_latent.files import read_image, read_latents, read_latents_metadata, write_image, write_latents
 from milo_latent.jobs import find_jobs
@@ -156,7 +157,7 @@ def test_photos_of_one_size_are_encoded_together_and_nearly_as_alone(tmp_path, m
     for path in sorted((tmp_path / "1").iterdir()):
         one, other = (read_latents(folder / path.name) for folder in (tmp_path / "1", tmp_path / "4"))
         assert torch.allclose(one, other, atol=1e-5)
-    monkeypatch.setattr(files, "LARGEST_BATCH", 2 * 32 * 32)
+    monkeypatch.setattr(batches, "LARGEST_BATCH", 2 * 32 * 32)
     shutil.rmtree(tmp_path / "4")
     seen.clear()
     encode_files(vae, jobs, vae_name="tiny", batch=4, progress=False)
@@ -166,8 +167,8 @@ def test_photos_of_one_size_are_encoded_together_and_nearly_as_alone(tmp_path, m
 def test_batches_that_cannot_be_are_refused(photos, tmp_path, capsys):
     vae, png = tiny_pipeline().vae, frozenset({".png"})
     jobs = find_jobs([photos], f"{tmp_path / 'out'}/", suffixes=png, suffix=".npy")
-    for options in ({"batch": 0}, {"batch": 2, "tile": 320}):
-        with pytest.raises(ValueError, match="batch of at least 1, and of 1 with tiles"):
+    for options, match in (({"batch": 0}, "at least 1 photo, got 0"), ({"batch": 2, "tile": 320}, "batch of 1 with")):
+        with pytest.raises(ValueError, match=match):
             encode_files(vae, jobs, vae_name="tiny", **options)
     assert main(["encode", "photos-0.tar", "-o", str(tmp_path / "out"), "--batch", "2"]) == 1
     assert "with a data set" in capsys.readouterr().err

@@ -16,7 +16,7 @@ LEVELS = (
     "provenance",
     "atomic structure",
     "checkpoints extras files programs resources weights",
-    "datasets inputs jobs",
+    "batches datasets inputs jobs",
     "distortions latents",
     "metric",
     "guidance",

@@ -71,6 +71,13 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same file (default: 0)")
     add("--tile", type=int, metavar="PIXELS", help=f"restore in tiles of this side, {TILE}, which saves memory")
+    add(
+        "--batch",
+        type=int,
+        default=1,
+        metavar="N",
+        help="photos of one size to restore at once, faster for small ones; changes a few values by one (default: 1)",
+    )
     add("--detector", type=Path, metavar="FILE", help="YuNet's .onnx file, for unaligned_face")
 
 
@@ -132,14 +139,19 @@ def _restore(options: argparse.Namespace) -> Answer:
     hints: Counter[str] = Counter()
 
     def restore_photo(image: Tensor) -> Tensor:
-        hints.update(task_hint(image, settings))
+        for each in image.split(1):
+            hints.update(task_hint(each, settings))
         return restore(image, pipe, settings)
 
     weights = pipeline_digest(pipe)
     text = describe_result(str(options.model), weights, settings)
     made = {"weights": weights, **settings.as_text()}
     began = time.perf_counter()
-    report = restore_files(jobs, restore_photo, made=made, text=text, progress=not options.quiet)
+    together = 1 if settings.task == "unaligned_face" else options.batch  # photos differ in their number of faces
+    report = restore_files(
+        jobs, restore_photo, made=made, text=text, batch=together, upscale=settings.upscale or 1.0,
+        progress=not options.quiet,
+    )  # fmt: skip
     how, tail = f", {options.model}, {_how(settings)}", f" in {time.perf_counter() - began:.1f} s"
     answer = tell_report(
         report, jobs, options, head=str(settings.task), unit="photos", told="{0[0]} to {0[1]}".format, how=how,

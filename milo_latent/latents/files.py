@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from milo_latent import __version__
+from milo_latent.batches import Batches
 from milo_latent.checks import ValueWatch, check_apart, shortened
 from milo_latent.files import (
     EXIF_SUFFIXES,
@@ -31,8 +32,6 @@ from milo_latent.provenance import weights_digest
 from milo_latent.resources import find_weights
 from milo_latent.structure import open_network, read_json
 from milo_latent.threads import alone_if_large, thread_count
-
-LARGEST_BATCH = 2**20  # pixels of photos that are encoded at once: 16 of 256 x 256
 
 
 def vae_folder(source: str | Path) -> Path:
@@ -160,52 +159,6 @@ def _source_size(metadata: dict[str, str], padded: tuple[int, int], path: Path) 
     return int(sides[2]), int(sides[1])
 
 
-class Batches:
-    """Encodes the next photos together with the one that is asked for, those of one size at once.
-
-    Args:
-        vae: encodes.
-        photos: in the order in which they will be asked for.
-        size: how many photos to read together.
-    """
-
-    def __init__(self, vae: VAE, photos: Sequence[Path], size: int) -> None:
-        self.vae, self.photos, self.size = vae, list(photos), size
-        self.places = {photo: place for place, photo in enumerate(self.photos)}
-        self.images: dict[Path, Tensor] = {}  # read, and not yet encoded
-        self.ready: dict[Path, tuple[Tensor, tuple[int, int]]] = {}
-
-    @torch.inference_mode()
-    def encode(self, photo: Path) -> tuple[Tensor, tuple[int, int]]:
-        """Return the latents of a photo, (1, C, h, w), and its height and width.
-
-        Raises:
-            FileNotFoundError: if there is no such photo.
-            ValueError: if the photo is damaged.
-        """
-        if photo not in self.ready:
-            self._encode_next(photo)
-        return self.ready.pop(photo)
-
-    def _encode_next(self, photo: Path) -> None:
-        place = self.places[photo]
-        following = self.photos[place : place + self.size]
-        kept = {path: self.images[path] for path in following if path in self.images}
-        kept[photo] = image = kept[photo] if photo in kept else read_image(photo)
-        for other in following:
-            if other not in kept and other not in self.ready:
-                with contextlib.suppress(ValueError, FileNotFoundError, MemoryError):  # told when it is asked for
-                    kept[other] = read_image(other)
-        most = max(1, LARGEST_BATCH // (image.shape[2] * image.shape[3]))
-        self.ready = {path: latents for path, latents in self.ready.items() if self.places[path] > place}
-        waiting = (path for path in following if path in kept and path not in self.ready)
-        alike = [path for path in waiting if kept[path].shape == image.shape][:most]
-        latents = encode_image(self.vae, torch.cat([kept.pop(path) for path in alike]))
-        size = (image.shape[2], image.shape[3])
-        self.ready |= {path: (each, size) for path, each in zip(alike, latents.split(1), strict=True)}
-        self.images = kept
-
-
 def encode_files(
     vae: VAE, jobs: Jobs, *, vae_name: str, tile: int | None = None, batch: int = 1, progress: bool = True
 ) -> Report:
@@ -225,19 +178,22 @@ def encode_files(
     """
     if tile is not None:
         check_tile(vae, tile)
-    if batch < 1 or (batch > 1 and tile is not None):
-        raise ValueError(f"Expected a batch of at least 1, and of 1 with tiles, got {batch} with tile {tile}.")
-    batches = Batches(vae.to(memory_format=torch.channels_last), list(jobs.results), batch) if batch > 1 else None
+        if batch > 1:
+            raise ValueError(f"Expected a batch of 1 with tiles, got {batch} with tile {tile}.")
+    if batch > 1:
+        vae.to(memory_format=torch.channels_last)
+    batches = Batches(batch, torch.inference_mode()(partial(encode_image, vae)))
 
     def work(photo: Path, output: Path) -> tuple[int, ...]:
-        if batches is None:
+        if batch == 1:
             return encode_file(vae, photo, output, vae_name=vae_name, tile=tile)
-        latents, size = batches.encode(photo)
-        return _write_encoded(vae, latents, output, size=size, vae_name=vae_name)
+        read, latents = batches(photo)
+        height, width = read.image.shape[2:]
+        return _write_encoded(vae, latents, output, size=(height, width), vae_name=vae_name)
 
     made = {"weights": weights_digest({"vae": vae}), "vae": vae_name, "tile": tile}
-    threads = thread_count(vae.device) if batches is None else 1  # a batch keeps all cores busy
-    return run_jobs(jobs, work, made=made, unit="photo", progress=progress, threads=threads)
+    threads = thread_count(vae.device) if batch == 1 else 1  # a batch keeps all cores busy
+    return run_jobs(jobs, work, made=made, unit="photo", progress=progress, threads=threads, expect=batches.expect)
 
 
 def decode_files(vae: VAE, jobs: Jobs, *, vae_name: str, tile: int | None = None, progress: bool = True) -> Report:

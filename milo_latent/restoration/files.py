@@ -12,8 +12,17 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from milo_latent import __version__
+from milo_latent.batches import Batches
 from milo_latent.checks import check_apart
-from milo_latent.files import ALPHA_SUFFIXES, EXIF_SUFFIXES, IMAGE_SUFFIXES, check_output, open_photo, write_image
+from milo_latent.files import (
+    ALPHA_SUFFIXES,
+    EXIF_SUFFIXES,
+    IMAGE_SUFFIXES,
+    Photo,
+    check_output,
+    open_photo,
+    write_image,
+)
 from milo_latent.jobs import Jobs, Report, run_jobs
 from milo_latent.pictures import LUMA
 from milo_latent.restoration.faces import Restore
@@ -42,17 +51,23 @@ def restore_file(
     check_output(output, IMAGE_SUFFIXES)
     check_apart(output, photo)
     opened = open_photo(photo, max_pixels=max_pixels)
-    image, alpha, suffix = opened.image, opened.alpha, output.suffix.lower()
-    restored = restore(image)
+    return _write_restored(opened, restore(opened.image), output, text=text)
+
+
+def _write_restored(
+    photo: Photo, restored: Tensor, output: Path, *, text: Mapping[str, str] | None
+) -> tuple[str, str, list[str]]:
+    """Write what became of a photo, (1, 3, H, W); return what `restore_file` does."""
+    image, alpha, suffix = photo.image, photo.alpha, output.suffix.lower()
     if torch.equal(image, image[:, :1].expand_as(image)):  # a gray photo
         restored = to_gray(restored)
     if alpha is not None and suffix in ALPHA_SUFFIXES:
         alpha = interpolate(alpha, size=restored.shape[2:], mode="bilinear", align_corners=False)
     else:
         alpha = None
-    write_image(output, restored, alpha=alpha, text=text if suffix in EXIF_SUFFIXES else None, like=opened)
+    write_image(output, restored, alpha=alpha, text=text if suffix in EXIF_SUFFIXES else None, like=photo)
     before, after = ("{1}x{0}".format(*each.shape[2:]) for each in (image, restored))
-    return before, after, opened.lost_in(output)
+    return before, after, photo.lost_in(output)
 
 
 def describe_result(model: str, weights: str, settings: RestorationSettings) -> dict[str, str]:
@@ -73,14 +88,36 @@ def to_gray(image: Tensor) -> Tensor:
 
 
 def restore_files(
-    jobs: Jobs, restore: Restore, *, made: Mapping[str, Any], text: Mapping[str, str], progress: bool = True
+    jobs: Jobs,
+    restore: Restore,
+    *,
+    made: Mapping[str, Any],
+    text: Mapping[str, str],
+    batch: int = 1,
+    upscale: float = 1.0,
+    progress: bool = True,
 ) -> Report:
     """Restore photos by `restore_file`, each as it would be restored alone; the report holds what that returns.
 
-    `made` and `progress` are those of `run_jobs`.
+    Args:
+        jobs: photos, and files of images.
+        restore: restores images, (B, 3, H, W).
+        made: that of `run_jobs`.
+        text: that of `write_image`.
+        batch: how many photos of one size to restore at once, as far as they are small, which is faster; a few of the
+            results' values then differ by one of 255.
+        upscale: how much larger the results are.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: for a batch below 1, before the first photo.
     """
+    batches = Batches(batch, restore, enlargement=upscale)
 
     def work(photo: Path, result: Path) -> tuple[str, str, list[str]]:
-        return restore_file(photo, result, restore, text=text)
+        if batch == 1:
+            return restore_file(photo, result, restore, text=text)
+        opened, restored = batches(photo)
+        return _write_restored(opened, restored, result, text=text)
 
-    return run_jobs(jobs, work, made=made, unit="photo", progress=progress)
+    return run_jobs(jobs, work, made=made, unit="photo", progress=progress, expect=batches.expect)
