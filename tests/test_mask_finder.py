@@ -75,8 +75,9 @@ def test_changed_weights_change_the_gradient(metric, pair, change):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-8)
 
 
-def test_training_still_reaches_every_parameter(metric, pair):
-    ref, dist = pair
+@pytest.mark.parametrize("of_inputs", [False, True])
+def test_training_still_reaches_every_parameter(metric, pair, of_inputs):
+    ref, dist = (each.clone().requires_grad_(of_inputs) for each in pair)
     trained = metric.requires_grad_(True)
     trained(dist=dist, ref=ref).sum().backward()
     finder = [parameter.grad for name, parameter in trained.named_parameters() if name.startswith("mask_finder")]

@@ -86,6 +86,25 @@ def test_at_one_the_block_reaches_the_reference_and_at_zero_it_changes_no_bit():
     assert torch.equal(run(guided, reference_latents=REFERENCE, milo_scale=0.0), run(plain))
 
 
+def test_a_run_after_an_interrupted_one_begins_anew():
+    guided, stop = modular("with a metric"), ValueError("interrupted")
+    options = {"milo_scale": 0.4, "milo_schedule": "linear"}
+    expected = run(guided, reference_latents=REFERENCE, **options)
+    step, calls = guided.scheduler.step, []
+
+    def interrupted(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 2:
+            raise stop
+        return step(*arguments, **keywords)
+
+    guided.scheduler.step = interrupted
+    with pytest.raises(ValueError, match="interrupted"):
+        run(guided, reference_latents=-REFERENCE, milo_scale=1.0, milo_schedule="constant")
+    guided.scheduler.step = step
+    assert torch.equal(run(guided, reference_latents=REFERENCE, **options), expected)
+
+
 def test_it_refuses_a_metric_of_other_latents():
     guided = modular("with a metric")
     guided.update_components(metric=MILO(channels=4, scaling_factor=0.5).frozen())

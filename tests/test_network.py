@@ -185,6 +185,10 @@ def test_a_region_is_all_that_counts(metric):
     assert torch.allclose(result.mos, metric.mos(error[..., :10].mean(dim=(1, 2))), rtol=1e-5)
     loss = MILOLoss(metric, reduction="none", reading="error_map")(dist, ref, region=left)
     assert torch.allclose(loss, result.error_map[..., :10].mean(dim=(1, 2, 3)), rtol=1e-5)
+    each = torch.stack([left[0], everywhere[0]])
+    whole = error.mean(dim=(1, 2))
+    expected = torch.stack([result.error[0], whole[1]])
+    assert torch.allclose(metric.compare(ref=ref, dist=dist, region=each).error, expected, rtol=1e-5)
     with pytest.raises(ValueError, match=r"`region` of shape \(2, 1, 20, 20\)"):
         metric(ref=ref, dist=dist, region=torch.ones(1, 1, 5, 5))
 
@@ -454,6 +458,14 @@ def test_missing_weights_are_refused_naming_what_there_is():
         MILO.from_pretrained("no-such-weights")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         MILO.from_pretrained("absent.pth")
+
+
+def test_the_fewest_and_the_most_levels_are_taken():
+    assert MILO(levels=16).config.levels == 16
+    ref, dist = latent_pair()
+    for levels in (1, 2):
+        mask = MILO(levels=levels).mask(dist=dist, ref=ref)
+        assert 0.2 * levels < mask.mean() < 0.8 * levels
 
 
 @pytest.mark.parametrize("levels", [0, -1, 2.5, 99])
