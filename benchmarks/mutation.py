@@ -56,11 +56,11 @@ TESTS = {  # module or folder -> its tests, those that fail soonest first
     "diffbir/fidelity_join": "fidelity",
     "diffbir/prompts": "pipeline_options diffbir_pipeline convert_diffbir adapters",
     "diffbir/rules": "cleaning sampling_golden pipeline_options",
-    "diffbir/sampling": "sampling_golden diffbir_pipeline pipeline_options",
+    "diffbir/sampling": "sampling_golden diffbir_pipeline pipeline_options adapters",
     "diffbir/schedulers": "pipeline_options sampling_golden",
     "diffbir/stages": "fidelity restore",
     "diffbir/tiles": "pipeline_options sampling_golden",
-    "pipelines/diffbir": "diffbir_pipeline pipeline_options callback sampling_golden fidelity",
+    "pipelines/diffbir": "diffbir_pipeline pipeline_options callback sampling_golden fidelity adapters",
 }
 COLUMNS = ["folder", "module", "index", "line", "fault", "before", "after", "result", "killed_by", "seconds"]
 SWAPS: dict[type, type] = {

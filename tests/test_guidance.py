@@ -505,3 +505,10 @@ def test_a_reference_is_reduced_without_aliasing():
         MILOGuidance.reference_from_image(vae, torch.full((1, 3, 64, 64), value))[..., 2:-2] for value in (0.25, 0.5)
     )
     assert (latents[..., 2:-2] - gray).abs().max() < 0.1 * (lighter - gray).abs().max()
+
+
+def test_reference_latents_that_are_not_finite_are_refused_where_they_are_encoded():
+    vae = tiny_pipeline().vae
+    vae.encoder.layers[-1].bias.data[1] = float("inf")
+    with pytest.raises(ValueError, match="Expected reference latents to be finite"):
+        MILOGuidance.reference_from_image(vae, torch.rand(1, 3, 64, 64, generator=generator()))

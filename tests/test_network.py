@@ -460,6 +460,13 @@ def test_missing_weights_are_refused_naming_what_there_is():
         MILO.from_pretrained("absent.pth")
 
 
+def test_a_setting_that_a_metric_does_not_have_is_no_attribute_of_its_configuration(metric):
+    assert metric.config.levels == metric.config["levels"]
+    assert not hasattr(metric.config, "level")
+    with pytest.raises(AttributeError, match=r"one of the settings channels, levels, .*, got 'level'"):
+        metric.config.level  # noqa: B018
+
+
 def test_the_fewest_and_the_most_levels_are_taken():
     assert MILO(levels=16).config.levels == 16
     ref, dist = latent_pair()

@@ -146,6 +146,12 @@ def test_a_grid_of_pictures_paints_all_maps_on_one_scale_and_leaves_images_as_th
     assert list(drawn) == ["photo", "weak", "strong"]
     assert (drawn["photo"].get_array() == to_8bit(image[0])).all()
     assert drawn["weak"].get_clim() == drawn["strong"].get_clim() == pytest.approx((0, 0.4))
+    grid = figure.axes[0].get_gridspec()
+    assert (grid.nrows, grid.ncols) == (2, 2)
+    grid = (
+        picture_grid({**maps, "third": maps["weak"], "photo": image, "last": image}, columns=3).axes[0].get_gridspec()
+    )
+    assert (grid.nrows, grid.ncols) == (2, 3)
     limits = picture_grid(maps, largest=2.0).axes[0].images[0].get_clim()
     assert limits == (0, 2)
     assert len(picture_grid({"photo": image}).axes) == 1  # no color bar without a map
