@@ -348,3 +348,10 @@ def test_the_command_scores_two_columns(tmp_path, capsys):
     expected = MILO.from_pretrained("milo-image")(ref=ref, dist=dist).item()
     found = re.search(r"^0: error (\S+), MOS", capsys.readouterr().out, re.M)
     assert float(found[1]) == pytest.approx(expected, rel=1e-6)
+    arguments = [f"{address}:a", f"{address}:b", "--weights", "milo-image", "--csv", str(tmp_path / "table.csv")]
+    assert main(["score", *arguments]) == 0
+    table = {"data_files": str(tmp_path / "table.csv"), "cache_dir": str(tmp_path / "cache")}
+    columns = datasets.load_dataset("csv", split="train", **table)
+    rows = datasets.concatenate_datasets([datasets.load_from_disk(tmp_path / "set"), columns], axis=1)
+    assert rows.column_names[:2] == ["a", "b"]
+    assert rows["error"] == pytest.approx([expected], rel=1e-5)
