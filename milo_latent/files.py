@@ -27,6 +27,7 @@ from milo_latent.photo_formats import (
     png_of_16bit,
     saving_options,
     tiff_of_16bit,
+    without_libtiff_messages,
 )
 from milo_latent.pictures import from_8bit, picture_to_tensor, to_8bit
 from milo_latent.structure import DTYPES, open_safetensors, refusing_damage
@@ -163,7 +164,7 @@ def _open(path: Path, max_pixels: int) -> _Opened:
             if image.width * image.height > max_pixels:
                 size = f"{image.width}x{image.height}"
                 raise ValueError(f"Expected at most {max_pixels} pixels, got {size} in {path}. Crop or shrink it.")
-            with refusing_damage(expected):
+            with refusing_damage(expected), without_libtiff_messages(image):
                 frames, other = getattr(image, "n_frames", 1), other_byte_order(image.tile)
                 image.load()
                 upright = ImageOps.exif_transpose(image)

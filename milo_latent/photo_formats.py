@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import struct
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,22 @@ def other_byte_order(tiles: Sequence[Any]) -> list[Any] | None:
         changed.append((codec, extents, offset, (mode, *arguments[1:]) if several else mode))
     made = [type(tile)(*new) if hasattr(tile, "_fields") else new for tile, new in zip(tiles, changed, strict=True)]
     return made or None
+
+
+@contextmanager
+def without_libtiff_messages(picture: Image.Image) -> Iterator[None]:
+    """Drop what libtiff says of a damaged TIFF, which it writes to the standard error of the whole process."""
+    if picture.format != "TIFF" or sys.__stderr__ is None:  # closed, so that 2 may be any file, such as this one
+        yield
+        return
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _to_16bit(image: Tensor) -> np.ndarray:

@@ -1,7 +1,10 @@
 """Files: every kind of image reads right or fails with one clear line; nothing is written in part."""
 
+import os
 import pickle
 import struct
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -251,6 +254,28 @@ def test_what_a_file_cannot_hold_is_told(tmp_path, rgb):
     assert replace(photo, depth=16).lost_in(tmp_path / "d.tif") == []
     assert replace(photo, depth=16).lost_in(tmp_path / "d.webp") == ["16 bit, which .webp cannot hold"]
     write_image(tmp_path / "d.bmp", photo.image, like=photo)
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_deflate", "jpeg"])
+def test_a_damaged_tiff_is_refused_without_a_word_of_libtiff(tmp_path, rgb, capfd, compression):
+    Image.fromarray(rgb).save(tmp_path / "a.tif", compression=compression)
+    with Image.open(tmp_path / "a.tif") as picture:
+        (start, *_), (length, *_) = (picture.tag_v2[tag] for tag in (273, 279))  # of the first strip
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    content[start : start + length] = np.random.default_rng(0).bytes(length)
+    (tmp_path / "a.tif").write_bytes(content)
+    with pytest.raises(ValueError, match="Expected a complete image"):
+        read_image(tmp_path / "a.tif")
+    os.write(2, b"mine")
+    assert capfd.readouterr().err == "mine"
+
+
+def test_a_process_without_standard_error_reads_tiff(tmp_path, rgb):
+    Image.fromarray(rgb).save(tmp_path / "a.tif")
+    code = "import sys; from milo_latent import read_image; print(read_image(sys.argv[1]).shape)"
+    command = ["sh", "-c", 'exec "$0" "$@" 2>&-', sys.executable, "-c", code, str(tmp_path / "a.tif")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    assert done.stdout.startswith("torch.Size([1, 3, ")
 
 
 def test_damaged_metadata_cost_themselves_alone(tmp_path, rgb):
