@@ -74,5 +74,9 @@ def test_what_is_no_metric_or_no_tensor_is_refused(metric):
 def test_unknown_choices_are_refused(metric):
     with pytest.raises(ValueError, match="`reduction`"):
         MILOLoss(metric, reduction="median")
+    loss, (ref, dist) = MILOLoss(metric), latent_pair()
+    loss.reduction = "median"
+    with pytest.raises(ValueError, match="`reduction`"):
+        loss(dist, ref)
     with pytest.raises(ValueError, match="`reading`"):
         MILOLoss(metric, reading="stars")
