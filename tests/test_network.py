@@ -191,6 +191,10 @@ def test_a_region_is_all_that_counts(metric):
     assert torch.allclose(metric.compare(ref=ref, dist=dist, region=each).error, expected, rtol=1e-5)
     with pytest.raises(ValueError, match=r"`region` of shape \(2, 1, 20, 20\)"):
         metric(ref=ref, dist=dist, region=torch.ones(1, 1, 5, 5))
+    with pytest.raises(ValueError, match="`region` with 1 channels, got 3"):
+        metric(ref=ref, dist=dist, region=torch.ones(1, 3, 20, 20))
+    with pytest.raises(TypeError, match="`region` to be floating point"):
+        metric(ref=ref, dist=dist, region=left.long())
 
 
 @pytest.mark.parametrize(

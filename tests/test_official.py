@@ -1,6 +1,7 @@
 """The weights commands: fetched files are checked, converted without change, described."""
 
 import dataclasses
+import shutil
 import urllib.error
 
 import pytest
@@ -60,6 +61,7 @@ def test_options_that_mean_nothing_for_an_official_file_are_refused(checkpoint):
 
 
 def test_official_weights_are_fetched_once_wherever_they_are_named(address, downloads, capsys):
+    shutil.rmtree(cache_dir(), ignore_errors=True)  # as on a new machine
     assert main(["weights", "list"]) == 0
     assert capsys.readouterr().out.count("  not in the cache; fetched at its first use") == 2
     metric = MILO.from_pretrained("official-latent")
