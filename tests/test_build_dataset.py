@@ -21,6 +21,7 @@ from milo_latent.distortions import distort
 from milo_latent.evaluation.agreement import Logistic
 from milo_latent.evaluation.distortion_settings import SETTINGS
 from milo_latent.evaluation.metrics import FullReference, by_name, psnr
+from milo_latent.files import read_image
 from milo_latent.testing import tiny_metric, tiny_pipeline
 from milo_latent.training import build_dataset, pseudo_mos
 from milo_latent.training.build_dataset import DatasetConfig, build, draw_settings, estimated_bytes, square
@@ -305,6 +306,20 @@ def test_the_shipped_metric_labels_without_any_file():
     labels = [ensemble.labels(ref=ref, dist=dist).mean().item() for dist in noisy]
     assert ensemble.labels(ref=ref, dist=ref).mean().item() == pytest.approx(0, abs=1e-3)
     assert 0 < labels[0] < labels[1] < labels[2] < 1
+
+
+def test_members_are_calibrated_to_the_scale_of_another_metric(images, tmp_path, capsys):
+    """A metric calibrated to its own scale labels by its own errors."""
+    tiny_metric(channels=3).save_pretrained(tmp_path / "teacher")
+    name = f"milo:{tmp_path / 'teacher'}"
+    measured = ["--photos", str(images), "--count", "1", "--side", "64"]
+    pseudo_mos.main([*measured, "--members", name, "--like", name, "--output", str(tmp_path / "like.json")])
+    ensemble = pseudo_mos.build_ensemble([name], tmp_path / "like.json")
+    ref = read_image(images / "0.png")
+    dist = distort(ref, "white noise", 5, image_id="0")
+    error = ensemble.members[0].error(ref=ref, dist=dist).item()
+    assert ensemble.labels(ref=ref, dist=dist).item() == pytest.approx(error, rel=0.1)
+    assert "SRCC of the ensemble with the opinions of 125 settings: 1.000" in capsys.readouterr().out
 
 
 def test_agreement_between_members_is_a_matrix():

@@ -10,7 +10,7 @@ from torch import nn
 from milo_latent.training.engine.loop import RunConfig, build_optimizer, fit
 from milo_latent.training.engine.memory import memory_plan, peak_memory
 from milo_latent.training.engine.records import read_log
-from milo_latent.training.engine.run import LOG_EVERY
+from milo_latent.training.engine.run import LOG_EVERY, default_precision
 
 
 class Line(nn.Module):
@@ -187,3 +187,13 @@ def test_memory_is_planned_as_it_is_used(tmp_path):
     assert all(parameter.grad is None for parameter in loss.parameters())
     assert "total" in str(plan)
     assert "--gradient-checkpointing" in str(plan)
+
+
+@pytest.mark.parametrize(
+    ("capability", "accelerator", "expected"),
+    [("AVX512", False, "bf16"), ("AVX2", False, "no"), ("AVX2", True, "bf16"), ("DEFAULT", False, "no")],
+)
+def test_bfloat16_is_the_default_only_where_it_is_fast(monkeypatch, capability, accelerator, expected):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    assert default_precision() == expected

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import types
+from dataclasses import asdict
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -33,6 +34,7 @@ from milo_latent.training.data.crops import ImageCrops, list_images, spread_over
 from milo_latent.training.data.degradations import add_noise, degrade, downscale_and_back
 from milo_latent.training.engine.loop import RunConfig, add_run_options, fit, learning_rate_factor, run_config
 from milo_latent.training.engine.records import read_log
+from milo_latent.training.pseudo_mos import DEFAULT_CALIBRATIONS
 from milo_latent.training.train_autoencoder import nano_autoencoder
 
 
@@ -248,8 +250,10 @@ def test_the_commands_train_a_pipeline_that_restores(images, tmp_path):
     train_image_restorer.main([*common, *validation, "--output", str(tmp_path / "c"), "--crop-size", "64"])
     vae, cleaner = tmp_path / "a" / "vae", tmp_path / "c" / "network"
     tiny_metric(channels=3).save_pretrained(tmp_path / "teacher")
-    teacher = ["--teacher", str(tmp_path / "teacher"), "--latent-space", "test"]
+    teacher = ["--teacher", str(tmp_path / "teacher"), "--latent-space", "test", "--members", "psnr"]
     train_metric_online.main([*common, *validation, "--vae", str(vae), *teacher, "--output", str(tmp_path / "m")])
+    members = json.loads((tmp_path / "m" / "run.json").read_text())["data"]["members"]
+    assert members == {"psnr": asdict(DEFAULT_CALIBRATIONS["psnr"])}
     parts = {"--vae": vae, "--cleaner": cleaner, "--metric": tmp_path / "m" / "metric"}
     parts = [str(each) for pair in parts.items() for each in pair]
     assemble.main([*parts, "--output", str(tmp_path / "untrained")])

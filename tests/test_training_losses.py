@@ -5,10 +5,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from milo_latent.evaluation.agreement import Logistic
+from milo_latent.evaluation.metrics import FullReference
 from milo_latent.latents.codec import encode_image
 from milo_latent.metric.network import MILO
 from milo_latent.testing import generator, tiny_metric, tiny_pipeline
 from milo_latent.training import train_metric_online, validation
+from milo_latent.training.pseudo_mos import Calibration, Ensemble
 from milo_latent.training.train_metric import initialize
 from milo_latent.training.train_metric_online import Teacher
 
@@ -61,6 +64,23 @@ def test_a_teacher_for_latents_labels_what_its_own_autoencoder_encodes(tmp_path)
     assert torch.allclose(labels, expected, atol=1e-6)
     assert not torch.allclose(labels, teacher(ref=dist, dist=ref), atol=1e-4)
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_members_beside_the_teacher_scale_its_map_to_the_mean_of_all_labels():
+    def error(*, ref, dist):
+        return 0.2 * ref.mean(dim=(1, 2, 3)) - 0.1 * dist.mean(dim=(1, 2, 3))
+
+    line = Calibration(Logistic(5.0, 1.0, 0.05, -0.02), best=0.0)
+    members = Ensemble([FullReference("mine", error, False)], {"mine": line})
+    alone, together = Teacher(uneven_metric(3)), Teacher(uneven_metric(3), members=members)
+    ref, dist = torch.rand(2, 2, 3, 128, 128, generator=generator()).unbind()
+    dist *= torch.tensor([0.3, 0.6]).view(2, 1, 1, 1)
+    before, after = alone(ref=ref, dist=dist), together(ref=ref, dist=dist)
+    own, labels = before.mean(dim=(1, 2, 3)), line(error(ref=ref, dist=dist))
+    assert torch.allclose(after.mean(dim=(1, 2, 3)), ((own + labels) / 2).float(), rtol=1e-4)
+    ratio = after / before
+    assert torch.allclose(ratio, ratio.mean(dim=(1, 2, 3), keepdim=True).expand_as(ratio), rtol=1e-4)
+    assert (ratio[0] - 1).abs().min() > 0.01
 
 
 def test_a_teacher_needs_the_autoencoder_of_its_latents_and_no_other():

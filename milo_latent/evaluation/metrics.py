@@ -87,6 +87,7 @@ def milo(source: str | Path, vae: VAE | None = None) -> FullReference:
     def compute(*, ref: Tensor, dist: Tensor) -> Tensor:
         if vae is not None:
             ref, dist = _encode_pair(vae, ref, dist)
+        metric.to(ref.device)  # in training, images lie on the accelerator
         return metric.error_map(ref=ref, dist=dist).mean(dim=(1, 2, 3))
 
     name = f"milo:{weights_path(source).stem}" if vae is None else f"milo-latent:{Path(source).name}"

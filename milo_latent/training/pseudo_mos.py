@@ -66,6 +66,11 @@ DEFAULT_CALIBRATIONS: dict[str, Calibration] = {
 }
 
 
+def opinions_like(metric: FullReference, photos: Sequence[Path], *, side: int) -> Tensor:
+    """Return what `metric`, whose errors lie between 0 and 1, says in people's place of each setting, (125,)."""
+    return 5.0 - OPINION_RANGE * measure_settings([metric], photos, side=side)[metric.name].mean(dim=0)
+
+
 class Ensemble:
     """Metrics that together label pairs of images, with a calibration for the name of each.
 
@@ -136,13 +141,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--photos", nargs="+", required=True, help="folders of clean training photos")
     parser.add_argument("--count", type=int, default=24, help="number of photos, spread over the folders")
     parser.add_argument("--side", type=int, default=256, help="side in pixels of the central square that is measured")
-    parser.add_argument("--opinions", type=Path, required=True, help="CSV of distortion, level, dmos_mean")
+    scale = parser.add_mutually_exclusive_group(required=True)
+    scale.add_argument("--opinions", type=Path, help="CSV of distortion, level, dmos_mean: labels on people's scale")
+    scale.add_argument("--like", help="milo:MILO.pth …: labels on this metric's scale, which ranges from 0 to 1")
     parser.add_argument("--members", nargs="+", default=DEFAULT_MEMBERS, help="such as milo:MILO.pth ssim vif")
     parser.add_argument("--output", type=Path, required=True, help="JSON to write")
     options = parser.parse_args(arguments)
     photos = spread_over(list_images(options.photos), options.count)
     metrics = [by_name(name) for name in options.members]
-    opinions = read_setting_opinions(options.opinions)
+    if options.like is None:
+        opinions = read_setting_opinions(options.opinions)
+    else:
+        opinions = opinions_like(by_name(options.like), photos, side=options.side)
     errors = measure_settings(metrics, photos, side=options.side)
     calibrations = {each.name: calibrate(each, errors[each.name].mean(dim=0), opinions) for each in metrics}
     write_calibrations(options.output, calibrations)

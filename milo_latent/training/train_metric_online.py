@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,10 +19,11 @@ from milo_latent.metric.network import MILO, is_image_metric
 from milo_latent.programs import run_program
 from milo_latent.score.pairs import check_vae
 from milo_latent.training.data.crops import ImageCrops
-from milo_latent.training.data.fingerprints import source_digest
+from milo_latent.training.data.fingerprints import metric_digests, source_digest
 from milo_latent.training.data.image_pairs import draw_image_pairs
 from milo_latent.training.engine.loop import add_run_options, fit, run_config, training_state
-from milo_latent.training.train_metric import initialize
+from milo_latent.training.pseudo_mos import Ensemble, build_ensemble
+from milo_latent.training.train_metric import initialize, scale_map
 
 MAP_WEIGHT = 1.0  # of the loss of the error map, relative to that of its mean
 
@@ -32,21 +34,31 @@ class Teacher(nn.Module):
     Args:
         metric: frozen.
         vae: of the latents that `metric` knows; None for MILO_I.
+        members: further metrics, calibrated to the scale of `metric`; the map is scaled so that its mean is the mean of
+            what it was and of their labels.
     """
 
-    def __init__(self, metric: MILO, vae: VAE | None = None) -> None:
+    def __init__(self, metric: MILO, vae: VAE | None = None, members: Ensemble | None = None) -> None:
         super().__init__()
         self.metric, self.vae = metric, None if vae is None else vae.requires_grad_(False)
+        self.members = members
 
     @torch.no_grad()
     def forward(self, *, ref: Tensor, dist: Tensor) -> Tensor:
         """Return the error map, (B, 1, H, W) or (B, 1, h, w), of images (B, 3, H, W) in [0, 1]."""
+        pair = {"ref": ref, "dist": dist}
         if self.vae is not None:
-            ref, dist = encode_image(self.vae, torch.cat([ref, dist])).float().chunk(2)
-        return self.metric.error_map(ref=ref, dist=dist).float()
+            latents = encode_image(self.vae, torch.cat([ref, dist])).float().chunk(2)
+            pair = {"ref": latents[0], "dist": latents[1]}
+        error_map = self.metric.error_map(**pair).float()
+        if self.members is None:
+            return error_map
+        labels = self.members.labels(ref=ref, dist=dist).to(error_map)  # (B, members)
+        own = error_map.mean(dim=(2, 3))  # (B, 1)
+        return scale_map(error_map, torch.cat([own, labels], dim=1).mean(dim=1))
 
     @classmethod
-    def open(cls, weights: str, vae: str | None = None) -> Teacher:
+    def open(cls, weights: str, vae: str | None = None, members: Ensemble | None = None) -> Teacher:
         """Open the weights of a MILO_I, or those of a MILO_L and its autoencoder.
 
         Raises:
@@ -59,7 +71,7 @@ class Teacher(nn.Module):
         opened = None if vae is None else load_vae(vae)
         if opened is not None:
             check_vae(metric, opened)
-        return cls(metric, opened)
+        return cls(metric, opened, members)
 
 
 class TeacherLoss(nn.Module):
@@ -109,6 +121,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vae", type=Path, required=True, help="folder of the autoencoder")
     parser.add_argument("--teacher", required=True, help="weights of a MILO, such as official-image or MILO.pth")
     parser.add_argument("--teacher-vae", help="autoencoder of a teacher for latents, such as nano")
+    parser.add_argument("--members", nargs="+", help="metrics that label beside the teacher, such as gmsd")
+    parser.add_argument("--calibrations", help="JSON of milo_latent.training.pseudo_mos --like milo:TEACHER")
     parser.add_argument("--latent-space", required=True, help="name of the autoencoder in the configuration")
     parser.add_argument("--levels", type=int, default=4, help="scales; latents have at least 2^levels cells a side")
     options = parser.parse_args(arguments)
@@ -126,7 +140,12 @@ def main(arguments: list[str] | None = None) -> None:
     data: dict[str, object] = {"levels": options.levels}
     if options.teacher_vae is not None:
         data["teacher_vae"] = source_digest(vae_folder(options.teacher_vae))
-    teacher = Teacher.open(options.teacher, options.teacher_vae)
+    members = None
+    if options.members is not None:
+        members = build_ensemble(options.members, options.calibrations)
+        data["members"] = {each.name: asdict(members.calibrations[each.name]) for each in members.members}
+        data["member_weights"] = metric_digests(options.members)
+    teacher = Teacher.open(options.teacher, options.teacher_vae, members)
     for network in (vae, teacher.metric):
         network.to(memory_format=torch.channels_last)
     loss = TeacherLoss(metric, teacher=teacher, vae=vae)

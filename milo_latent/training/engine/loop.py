@@ -16,7 +16,14 @@ from milo_latent.extras import import_extra
 from milo_latent.training.data.crops import list_images
 from milo_latent.training.data.fingerprints import files_digest, source_digest
 from milo_latent.training.engine.average import WeightAverage
-from milo_latent.training.engine.run import OptimizerName, Precision, Run, RunConfig, start_accelerator
+from milo_latent.training.engine.run import (
+    OptimizerName,
+    Precision,
+    Run,
+    RunConfig,
+    default_precision,
+    start_accelerator,
+)
 
 Trained = TypeVar("Trained", bound=nn.Module)
 SOAP_BETAS = (0.95, 0.95)  # as in its paper
@@ -44,7 +51,7 @@ def add_run_options(
     parser.add_argument("--learning-rate", type=float, default=learning_rate)
     parser.add_argument("--optimizer", choices=get_args(OptimizerName), default=optimizer)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", choices=get_args(Precision), default="bf16")
+    parser.add_argument("--precision", choices=get_args(Precision), default=default_precision())
     parser.add_argument("--ema-decay", type=float, help="of a moving average of the weights, such as 0.999")
     parser.add_argument("--checkpoint-steps", type=int, help="steps between checkpoints (default: by the clock)")
     parser.add_argument("--checkpoint-limit", type=int, default=1, help="number of checkpoints that are kept")
