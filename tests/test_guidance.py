@@ -510,5 +510,5 @@ def test_a_reference_is_reduced_without_aliasing():
 def test_reference_latents_that_are_not_finite_are_refused_where_they_are_encoded():
     vae = tiny_pipeline().vae
     vae.encoder.layers[-1].bias.data[1] = float("inf")
-    with pytest.raises(ValueError, match="Expected reference latents to be finite"):
+    with pytest.raises(ValueError, match="Expected `reference latents` to be finite"):
         MILOGuidance.reference_from_image(vae, torch.rand(1, 3, 64, 64, generator=generator()))

@@ -56,7 +56,8 @@ def test_the_generator_decodes_only_where_a_seed_is_given():
     expected = tiny_pipeline()(
         image=degraded, num_inference_steps=1, generator=torch.Generator().manual_seed(3), output_type="pt"
     )
-    assert torch.equal(loss.join.seen[0], expected.images)
+    assert torch.allclose(loss.join.seen[0], expected.images, atol=1e-6)  # last bits differ without AVX-512
+    assert (loss.join.seen[0] - cleaned).abs().max() > 1e-3
     assert torch.equal(loss.join.seen[1], cleaned)
 
 
