@@ -53,10 +53,11 @@ def test_the_generator_decodes_only_where_a_seed_is_given():
     assert torch.equal(loss.join.seen[0], cleaned)
     assert torch.equal(loss.join.seen[2], degraded)
     loss.restore(degraded, seed=3)
+    same_layout = degraded.contiguous(memory_format=torch.channels_last)  # or last bits may differ
     expected = tiny_pipeline()(
-        image=degraded, num_inference_steps=1, generator=torch.Generator().manual_seed(3), output_type="pt"
+        image=same_layout, num_inference_steps=1, generator=torch.Generator().manual_seed(3), output_type="pt"
     )
-    assert torch.allclose(loss.join.seen[0], expected.images, atol=1e-6)  # last bits differ without AVX-512
+    assert torch.equal(loss.join.seen[0], expected.images)
     assert (loss.join.seen[0] - cleaned).abs().max() > 1e-3
     assert torch.equal(loss.join.seen[1], cleaned)
 

@@ -51,7 +51,9 @@ def add_run_options(
     parser.add_argument("--learning-rate", type=float, default=learning_rate)
     parser.add_argument("--optimizer", choices=get_args(OptimizerName), default=optimizer)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", choices=get_args(Precision), default=default_precision())
+    parser.add_argument(
+        "--precision", choices=get_args(Precision), default=default_precision(), help="default: bf16 where it is fast"
+    )
     parser.add_argument("--ema-decay", type=float, help="of a moving average of the weights, such as 0.999")
     parser.add_argument("--checkpoint-steps", type=int, help="steps between checkpoints (default: by the clock)")
     parser.add_argument("--checkpoint-limit", type=int, default=1, help="number of checkpoints that are kept")
